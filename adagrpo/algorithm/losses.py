@@ -1,0 +1,82 @@
+"""Policy-gradient losses on log-probabilities of whole latents."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from adagrpo_kernels import StepTable
+from torch import Tensor
+
+STEP_WEIGHTS = ("uniform", "equal_gradient")
+KL_VARIANCES = ("step", "diffusion")
+
+
+class SurrogateLoss(NamedTuple):
+    """Loss of each group, [N], and the ratio and clip flag of each sample, [N, G]."""
+
+    loss: Tensor
+    ratio: Tensor
+    clipped: Tensor
+
+
+def clipped_surrogate(
+    logp: Tensor, old_logp: Tensor, advantage: Tensor, clip_range: float | None, mask: Tensor | None = None
+) -> SurrogateLoss:
+    """``-mean_valid(min(ratio*A, clip(ratio, 1±clip_range)*A))`` per group (PPO; Flow-GRPO eq. 5).
+
+    Args:
+        logp, old_logp, advantage: [N, G].
+        clip_range: half width of the trust region around 1, or None for no clipping (AdaGRPO's released code).
+        mask: bool [N, G], False for failed samples: they neither contribute nor count.
+
+    Returns:
+        ``SurrogateLoss``; a group without a valid sample has loss 0.
+    """
+    valid = torch.ones_like(advantage, dtype=torch.bool) if mask is None else mask
+    ratio = torch.exp(logp - old_logp.detach())
+    objective, clipped = ratio * advantage, torch.zeros_like(valid)
+    if clip_range is not None:
+        limited = ratio.clamp(1 - clip_range, 1 + clip_range) * advantage
+        clipped = valid & (limited < objective)
+        objective = torch.minimum(objective, limited)
+    count = valid.sum(-1).clamp_min(1)
+    loss = -objective.masked_fill(~valid, 0).sum(-1) / count
+    return SurrogateLoss(loss, ratio, clipped)
+
+
+def mean_space_kl(mean: Tensor, reference_mean: Tensor, table: StepTable, index: Tensor, variance: str = "step") -> Tensor:
+    """KL divergence between the steps of policy and reference, averaged over elements: [N].
+
+    Args:
+        mean, reference_mean: [N, L, C], compute dtype; gradients flow into ``mean``.
+        table, index: the step table and int64 [N]; deterministic rows give 0.
+        variance: ``step`` divides by 2w² (the exact Gaussian KL), ``diffusion`` by 2g² = 2w²/|dt| (Flow-GRPO's code).
+    """
+    if variance not in KL_VARIANCES:
+        raise ValueError(f"unknown KL variance {variance!r}: one of {', '.join(KL_VARIANCES)}")
+    rows = table.rows(index)
+    square = (mean - reference_mean.detach()).square().flatten(1).mean(1)
+    spread = 2 * rows.w.square()
+    if variance == "diffusion":
+        spread = spread / (rows.sigma - rows.sigma_next)
+    noisy = rows.w > 0
+    return torch.where(noisy, square / torch.where(noisy, spread, torch.ones_like(spread)).to(square.dtype), 0)
+
+
+def step_weights(table: StepTable, index: Tensor, mode: str = "uniform") -> Tensor:
+    """Weight of each trained step, averaging 1 over ``index`` (int64 [N]), in the table's dtype.
+
+    ``uniform``: 1. ``equal_gradient``: inverse to ``|b*logp_scale*w|``, so that every step pulls equally on the velocity
+    (uniform weights give step 6 of the official schedule five times the velocity gradient of step 0).
+    """
+    if mode not in STEP_WEIGHTS:
+        raise ValueError(f"unknown step weight {mode!r}: one of {', '.join(STEP_WEIGHTS)}")
+    rows = table.rows(index)
+    if mode == "uniform":
+        return torch.ones_like(rows.w)
+    # d logp / d v is proportional to b * logp_scale * w for a successor drawn from the step itself.
+    pull = (rows.b * rows.logp_scale * rows.w).abs()
+    weight = torch.where(pull > 0, 1 / torch.where(pull > 0, pull, torch.ones_like(pull)), torch.zeros_like(pull))
+    return weight / weight.mean().clamp_min(torch.finfo(weight.dtype).tiny)
+

@@ -1,0 +1,138 @@
+"""The online curriculum filter: capability EMA and prompt selection (``adagrpo_kernels.capability_step``)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import torch
+from adagrpo_kernels import capability_update_reference, select_reference
+from adagrpo_kernels.capability_step import STRATEGIES
+from torch import Tensor
+
+__all__ = [
+    "STRATEGIES",
+    "CapabilityCurriculum",
+    "CapabilityState",
+    "select_prompt",
+    "update_capability",
+]
+
+
+def _zero() -> Tensor:
+    return torch.zeros((), dtype=torch.float64)
+
+
+@dataclasses.dataclass(frozen=True)
+class CapabilityState:
+    """EMA of the policy's rewards.
+
+    Attributes:
+        mean, var: float64, 0-dim, or [M] for M rewards.
+        count: int64, iterations folded in so far; 0 means empty.
+    """
+
+    mean: Tensor = dataclasses.field(default_factory=_zero)
+    var: Tensor = dataclasses.field(default_factory=_zero)
+    count: Tensor = dataclasses.field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
+
+    @classmethod
+    def for_rewards(cls, number: int, device: torch.device | str = "cpu") -> CapabilityState:
+        """An empty state of shape [number]."""
+        zero = torch.zeros(number, dtype=torch.float64, device=device)
+        return cls(zero, zero.clone(), zero.long())
+
+    @property
+    def std(self) -> Tensor:
+        """``sqrt(max(var, 1e-8))``."""
+        return self.var.clamp_min(1e-8).sqrt()
+
+    def __getitem__(self, index: int) -> CapabilityState:
+        """The state of one reward, 0-dim."""
+        return CapabilityState(self.mean[index], self.var[index], self.count[index])
+
+    def to(self, device: torch.device | str) -> CapabilityState:
+        """The same state on another device."""
+        return CapabilityState(self.mean.to(device), self.var.to(device), self.count.to(device))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Tensors ``mean, var, count``."""
+        return {"mean": self.mean, "var": self.var, "count": self.count}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Tensor]) -> CapabilityState:
+        """Inverse of ``state_dict``."""
+        return cls(state["mean"].clone(), state["var"].clone(), state["count"].clone())
+
+
+def update_capability(state: CapabilityState, scores: Tensor, alpha: float) -> CapabilityState:
+    """Fold scores ([...], or [M, ...] for M rewards) into the EMA; ``alpha`` in [0, 1) is its memory."""
+    if not 0 <= alpha < 1:
+        raise ValueError(f"alpha = {alpha} must lie in [0, 1)")
+    return CapabilityState(*capability_update_reference(state.mean, state.var, state.count, scores, alpha))
+
+
+def select_prompt(
+    scores: Tensor,
+    state: CapabilityState,
+    strategy: str = "closest",
+    reward_weights: Tensor | None = None,
+    uniform: Tensor | None = None,
+) -> Tensor:
+    """Index of the candidate to train on: int64 [...] for scores [..., B] (or [M, ..., B] with ``reward_weights`` [M]).
+
+    First index on ties; -1 where no score is finite. ``random`` takes its draws from ``uniform`` [...] in [0, 1), or from
+    torch's generator when none are given. Strategies: ``adagrpo_kernels.capability_step.select_reference``.
+    """
+    if strategy == "random" and uniform is None:
+        slots = scores.shape[:-1] if reward_weights is None else scores.shape[1:-1]
+        uniform = torch.rand(slots, device=scores.device)
+    return select_reference(scores, state.mean, state.std, strategy, reward_weights, uniform)
+
+
+class CapabilityCurriculum:
+    """The curriculum for somebody else's trainer: score B candidate prompts, train on the one it picks.
+
+    Args:
+        alpha: memory of the EMA, in [0, 1).
+        strategy: one of ``STRATEGIES``.
+    """
+
+    def __init__(self, alpha: float = 0.8, strategy: str = "closest") -> None:
+        if not 0 <= alpha < 1:
+            raise ValueError(f"alpha = {alpha} must lie in [0, 1)")
+        if strategy not in STRATEGIES:
+            raise ValueError(f"unknown selection strategy {strategy!r}: one of {', '.join(STRATEGIES)}")
+        self.alpha, self.strategy = alpha, strategy
+        self.state = CapabilityState()
+
+    def select(self, scores: Tensor | Sequence[float]) -> int:
+        """Fold the candidates' scores ([B]) into the EMA, then return the index of the one to train on.
+
+        Raises:
+            ValueError: when ``scores`` is not a vector or holds no finite value; the state is then unchanged.
+        """
+        values = torch.as_tensor(scores, dtype=torch.float64).detach().cpu()
+        if values.ndim != 1 or not bool(values.isfinite().any()):
+            raise ValueError("scores must be a vector with at least one finite value")
+        self.state = update_capability(self.state, values, self.alpha)
+        return int(select_prompt(values, self.state, self.strategy))
+
+    @property
+    def mean(self) -> float:
+        """Mean of the EMA; NaN before the first call of ``select``."""
+        return float(self.state.mean) if int(self.state.count) else math.nan
+
+    @property
+    def std(self) -> float:
+        """Standard deviation of the EMA; NaN before the first call of ``select``."""
+        return float(self.state.std) if int(self.state.count) else math.nan
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The EMA's tensors, for a checkpoint."""
+        return self.state.state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Inverse of ``state_dict``."""
+        self.state = CapabilityState.from_state_dict(state)

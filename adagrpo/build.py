@@ -1,0 +1,63 @@
+"""From a recipe to live objects; everything that can be refused is refused here, before any long work."""
+
+from __future__ import annotations
+
+import torch
+
+from .config import Config, ModelConfig, check
+from .errors import InputError
+from .models.base import FlowModel
+from .prompts import load_prompts
+from .rewards import build_reward
+from .train import DTYPES, Trainer
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of ``model.device``; ``auto`` is CUDA where there is one.
+
+    Raises:
+        InputError: not a device, or CUDA asked for where there is none.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"model.device = {name}: not a device; use auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"model.device = {name}: no CUDA device here; use auto or cpu")
+    return device
+
+
+def build_model(config: ModelConfig) -> FlowModel:
+    """Load the policy and mark what is trained."""
+    from .models.flux import add_lora, load_flux
+
+    torch.manual_seed(0)  # initial LoRA weights are part of the recipe
+    model = load_flux(
+        config.path,
+        DTYPES[config.dtype],
+        choose_device(config.device),
+        config.height,
+        config.width,
+        config.max_text_tokens,
+        config.guidance,
+        config.prompt_cache,
+    )
+    if config.tuning == "lora":
+        add_lora(model.transformer, config.lora_rank, config.lora_alpha, config.lora_targets)
+    if config.gradient_checkpointing:
+        model.transformer.enable_gradient_checkpointing()
+    return model
+
+
+def build_trainer(config: Config) -> tuple[Trainer, list[str]]:
+    """A trainer at its initial weights, and the held-out prompts.
+
+    Raises:
+        InputError: anything wrong with the recipe or what it names.
+    """
+    check(config)
+    prompts, held_out = load_prompts(config.data.prompts), load_prompts(config.data.held_out)
+    rewards = [build_reward(r.name, r.kwargs) for r in config.rewards]
+    return Trainer(config, build_model(config.model), rewards, prompts), held_out

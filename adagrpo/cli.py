@@ -1,0 +1,169 @@
+"""The command line: parse, build, run, close. Heavy imports happen inside the commands."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .config import Config, check, load_recipe, recipe_names, to_toml
+from .errors import InputError
+
+EXIT_INPUT = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 2 bad input, 130 interrupted."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in args
+    try:
+        return _dispatch([a for a in args if a != "--debug"])
+    except InputError as error:
+        if debug:
+            raise
+        print(f"adagrpo: {error}", file=sys.stderr)
+        return EXIT_INPUT
+    except KeyboardInterrupt:
+        print("adagrpo: interrupted", file=sys.stderr)
+        return 130
+
+
+def _dispatch(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="adagrpo", description="Online RL for text-to-image flow models, with a capability curriculum."
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an input error")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_train(commands)
+    _add_sample(commands)
+    _add_export(commands)
+    _add_tiny(commands)
+    commands.add_parser("doctor", help="what this machine has, and what that means").set_defaults(run=_doctor)
+    args, rest = parser.parse_known_args(argv)
+    if rest and args.command != "train":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args.run(args, rest) if args.command == "train" else args.run(args)
+
+
+def _add_train(commands: argparse._SubParsersAction) -> None:
+    train = commands.add_parser(
+        "train",
+        add_help=False,
+        allow_abbrev=False,
+        help="train a recipe",
+        description="Train a recipe. Every key of it can be set as --section.key VALUE.",
+        epilog="`adagrpo train RECIPE --help` lists every key of the recipe with its value.",
+    )
+    train.add_argument("recipe", nargs="?", help=f"{', '.join(recipe_names())}, or a TOML file")
+    train.add_argument("--out", type=Path, help="run folder (default: runs/<recipe>-<first free number>)")
+    train.add_argument("--resume", metavar="latest|auto|CHECKPOINT", help="continue the run in --out")
+    train.add_argument("--dry-run", action="store_true", help="check everything that can be checked, then stop")
+    train.add_argument("--print-config", action="store_true", help="print the resolved recipe as TOML, then stop")
+    train.add_argument("-h", "--help", action="store_true", help="show this help")
+    train.set_defaults(run=_train, parser=train)
+
+
+def _train(args: argparse.Namespace, overrides: list[str]) -> int:
+    if args.recipe is None:
+        args.parser.print_help()
+        return 0 if args.help else EXIT_INPUT
+    config = _override(load_recipe(args.recipe), overrides + (["--help"] if args.help else []), args.recipe)
+    check(config)
+    if args.print_config:
+        print(to_toml(config), end="")
+        return 0
+    from .commands import dry_run, train
+
+    if args.dry_run:
+        return dry_run(config)
+    return train(config, args.out, args.resume)
+
+
+def _override(config: Config, overrides: list[str], recipe: str) -> Config:
+    """Apply --section.key VALUE; tyro prints help and errors, nearest option included, and exits with code 2."""
+    if not overrides:
+        return config
+    import tyro
+
+    return tyro.cli(Config, default=config, args=overrides, prog=f"adagrpo train {recipe}")
+
+
+def _add_sample(commands: argparse._SubParsersAction) -> None:
+    sample = commands.add_parser("sample", help="sample images from a recipe's model, a run or a checkpoint")
+    sample.add_argument("source", help="recipe, run folder or checkpoint folder")
+    sample.add_argument("--prompt", action="append", required=True, help="may be given several times")
+    sample.add_argument("--count", type=int, default=1, help="images per prompt")
+    sample.add_argument("--seed", type=int, help="default: the recipe's")
+    sample.add_argument("--out", type=Path, default=Path("samples"), help="folder for the PNG files")
+    sample.set_defaults(run=_sample)
+
+
+def _sample(args: argparse.Namespace) -> int:
+    from .commands import sample
+
+    return sample(args.source, args.prompt, args.count, args.seed, args.out)
+
+
+def _add_export(commands: argparse._SubParsersAction) -> None:
+    export = commands.add_parser("export", help="write what stock diffusers loads: a pipeline folder, or a LoRA file")
+    export.add_argument("source", help="run folder or checkpoint folder")
+    export.add_argument("out", type=Path, help="new folder")
+    export.set_defaults(run=_export)
+
+
+def _export(args: argparse.Namespace) -> int:
+    from .commands import export
+
+    return export(args.source, args.out)
+
+
+def _add_tiny(commands: argparse._SubParsersAction) -> None:
+    tiny = commands.add_parser("tiny", help="the built-in world").add_subparsers(
+        dest="tiny_command", required=True, metavar="COMMAND"
+    )
+    build = tiny.add_parser("build", help="train tiny-flux from scratch (about 20 minutes on 2 cores)")
+    build.add_argument("out", type=Path, help="new pipeline folder")
+    build.add_argument("--seed", type=int, default=0)
+    build.set_defaults(run=_tiny_build)
+    prompts = tiny.add_parser("prompts", help="print prompts with their category")
+    prompts.add_argument("--mix", choices=("even", "wide"), default="even")
+    prompts.add_argument("--held-out", action="store_true", help="the held-out prompts instead of a training mix")
+    prompts.add_argument("--count", type=int, default=20)
+    prompts.set_defaults(run=_tiny_prompts)
+    score = tiny.add_parser("score", help="score PNG files against a prompt")
+    score.add_argument("images", type=Path, nargs="+")
+    score.add_argument("--prompt", required=True)
+    score.set_defaults(run=_tiny_score)
+
+
+def _tiny_build(args: argparse.Namespace) -> int:
+    from .tiny.commands import build_command
+
+    build_command(args.out, args.seed)
+    return 0
+
+
+def _tiny_prompts(args: argparse.Namespace) -> int:
+    from .tiny.commands import prompts_command
+
+    prompts_command(args.mix, args.count, args.held_out)
+    return 0
+
+
+def _tiny_score(args: argparse.Namespace) -> int:
+    from .tiny.commands import score_command
+
+    try:
+        score_command(args.images, args.prompt)
+    except (ValueError, FileNotFoundError) as error:
+        raise InputError(str(error)) from error
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from .doctor import report
+
+    print(report())
+    return 0
+

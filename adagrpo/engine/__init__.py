@@ -1,0 +1,1 @@
+"""How rollouts run: plans say which rows take which steps, one executor advances them."""

@@ -1,0 +1,123 @@
+"""AdamW on fp32 weights, whatever precision the model runs in, with gradient clipping, a schedule and a weight EMA."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def lr_share(step: int, total: int, schedule: str, warmup: int, final_share: float) -> float:
+    """Share of the peak learning rate at optimizer step ``step`` (from 0) of ``total``.
+
+    Linear warm-up over ``warmup`` steps, then ``constant``, or ``linear``/``cosine`` down to ``final_share``.
+    """
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if schedule == "constant":
+        return 1.0
+    progress = min((step - warmup) / max(total - warmup, 1), 1.0)
+    fall = progress if schedule == "linear" else 0.5 - 0.5 * math.cos(math.pi * progress)
+    return 1 - (1 - final_share) * fall
+
+
+class PolicyOptimizer:
+    """Steps the trainable parameters of a policy.
+
+    Parameters narrower than fp32 get fp32 master weights: at the learning rates of this field nearly every update of a
+    bf16 weight would be lost to rounding.
+
+    Args:
+        parameters: trainable parameters.
+        total_steps, schedule, warmup, final_share: see ``lr_share``.
+        ema_decay: of the weight average; 0 keeps none.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        max_grad_norm: float = 1.0,
+        total_steps: int = 1,
+        schedule: str = "constant",
+        warmup: int = 0,
+        final_share: float = 0.0,
+        ema_decay: float = 0.0,
+    ) -> None:
+        self.parameters = list(parameters)
+        wide = (torch.float32, torch.float64)
+        self.masters = [p if p.dtype in wide else p.detach().float().requires_grad_() for p in self.parameters]
+        self.max_grad_norm, self.ema_decay, self.steps = max_grad_norm, ema_decay, 0
+        self._schedule = lambda step: lr_share(step, total_steps, schedule, warmup, final_share)
+        self._lr = lr
+        self.adamw = torch.optim.AdamW(self.masters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        self.averages = [m.detach().clone() for m in self.masters] if ema_decay else []
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next step."""
+        return self._lr * self._schedule(self.steps)
+
+    def step(self) -> Tensor:
+        """Clip, step, write back, average, clear the gradients; returns the gradient norm before clipping (0-dim)."""
+        for master, p in zip(self.masters, self.parameters, strict=True):
+            if master is not p:
+                master.grad = None if p.grad is None else p.grad.to(master.dtype)
+        norm = nn.utils.clip_grad_norm_(self.masters, self.max_grad_norm)
+        for group in self.adamw.param_groups:
+            group["lr"] = self.lr
+        self.adamw.step()
+        self.adamw.zero_grad(set_to_none=True)
+        self.steps += 1
+        self._write_back(self.masters)
+        for p in self.parameters:
+            p.grad = None
+        with torch.no_grad():
+            for average, master in zip(self.averages, self.masters, strict=bool(self.averages)):
+                average.lerp_(master, 1 - self.ema_decay)
+        return norm
+
+    @contextlib.contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Within it the model runs on the weight EMA, if one is kept."""
+        if not self.averages:
+            yield
+            return
+        kept = [m.detach().clone() for m in self.masters]
+        self._write_back(self.averages)
+        try:
+            yield
+        finally:
+            for master, value in zip(self.masters, kept, strict=True):
+                master.data.copy_(value)
+            self._write_back(self.masters)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to continue bit for bit: masters, moments, averages, step count."""
+        return {
+            "steps": self.steps,
+            "masters": [m.detach() for m in self.masters],
+            "averages": self.averages,
+            "adamw": self.adamw.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of ``state_dict``; the model's weights follow."""
+        self.steps = state["steps"]
+        self.adamw.load_state_dict(state["adamw"])
+        for target, value in zip(self.masters + self.averages, state["masters"] + state["averages"], strict=True):
+            target.data.copy_(value)
+        self._write_back(self.masters)
+
+    @torch.no_grad()
+    def _write_back(self, weights: Iterable[Tensor]) -> None:
+        for p, value in zip(self.parameters, weights, strict=True):
+            if p is not value:
+                p.copy_(value)

@@ -1,0 +1,98 @@
+"""Samples to learn from: forked groups (AdaGRPO) and whole stochastic trajectories (Flow-GRPO, DanceGRPO, Flow-CPS, MixGRPO)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..algorithm.sde import Stream
+from ..models.base import Conditioning
+from .executor import Rollout, RolloutExecutor, Transitions
+from .plans import branch_plan, trajectory_plan, update_batches
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """What a rollout hands to reward and update.
+
+    Attributes:
+        final: [R, L, C] clean latents, ordered (slot, group, member).
+        groups: number of reward groups; R = groups * group size.
+        transitions: the stored stochastic steps.
+        batches: micro-batches of each optimizer step, see ``update_batches``.
+    """
+
+    final: Tensor
+    groups: int
+    transitions: Transitions
+    batches: list[list[Tensor]]
+
+
+def sample_forks(
+    executor: RolloutExecutor,
+    anchors: Rollout,
+    anchor_row: Tensor,
+    conditioning: Conditioning,
+    iteration: int,
+    steps: Sequence[int],
+    group_size: int,
+    fresh_velocity: bool,
+    optimizer_steps: int = 1,
+    slots_per_batch: int = 1,
+    first_slot: int = 0,
+) -> Samples:
+    """Fork ``group_size`` samples off each slot's ODE anchor at each of ``steps``, then follow the ODE to the end.
+
+    Args:
+        anchors: probe rollout that kept latents (and velocities) at ``steps``.
+        anchor_row: int64 [P], the anchor of each slot.
+        conditioning: of the P slots.
+        fresh_velocity: compute the fork velocities anew, in the micro-batches of the update (same rows, same kernels),
+            instead of taking the probe's.
+        first_slot: global number of the first slot, over all ranks.
+    """
+    slots, forks = anchor_row.shape[0], len(steps)
+    device = anchor_row.device
+    flat = lambda kept: torch.stack([kept[k].index_select(0, anchor_row) for k in steps], 1).flatten(0, 1)  # noqa: E731
+    latent = flat(anchors.latents)
+    index = (torch.tensor(list(steps), device=device) + executor.num_steps).repeat(slots)
+    slot = torch.arange(slots, device=device).repeat_interleave(forks)
+    batches = update_batches(slots, 1, forks, optimizer_steps, slots_per_batch, executor.max_rows)
+    if fresh_velocity:
+        v = torch.empty(latent.shape, dtype=executor.model.dtype, device=device)
+        with torch.no_grad():
+            for rows in (batch.to(device) for step in batches for batch in step):
+                v[rows] = executor.velocity(latent[rows], index[rows], conditioning, slot[rows], "prefix")
+    else:
+        v = flat(anchors.velocities)
+    plan = branch_plan(slots, steps, group_size, executor.num_steps, first_slot)
+    noise_row = plan.noise_row.reshape(slots * forks, group_size).to(device)
+    transitions = executor.fork(latent, v, index, slot, noise_row, iteration)
+    rollout = executor.run(plan, transitions.successors.flatten(0, 1), conditioning, iteration, "rollout")
+    return Samples(rollout.final, slots * forks, transitions, batches)
+
+
+def sample_trajectories(
+    executor: RolloutExecutor,
+    conditioning: Conditioning,
+    slots: int,
+    iteration: int,
+    stochastic: Sequence[int],
+    trained: Sequence[int],
+    group_size: int,
+    shared_noise: bool = False,
+    optimizer_steps: int = 1,
+    slots_per_batch: int = 1,
+    first_slot: int = 0,
+) -> Samples:
+    """Whole trajectories, ``group_size`` per slot: stochastic at some steps, of which ``trained`` are stored."""
+    plan = trajectory_plan(slots, group_size, executor.num_steps, stochastic, trained, first_slot)
+    start_row = plan.noise_row // group_size if shared_noise else plan.noise_row
+    x = executor.initial_noise(start_row, iteration, Stream.TRAJECTORY_INIT)
+    rollout = executor.run(plan, x, conditioning, iteration, "rollout")
+    assert rollout.transitions is not None
+    batches = update_batches(slots, group_size, len(trained), optimizer_steps, slots_per_batch, executor.max_rows)
+    return Samples(rollout.final, slots, rollout.transitions, batches)

@@ -1,0 +1,108 @@
+"""The policy update: replay the stored transitions under the current weights and step the optimizer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..algorithm.losses import clipped_surrogate, mean_space_kl, step_weights
+from ..algorithm.sde import affine_mean, group_log_prob
+from ..models.base import Conditioning, FlowModel
+from .executor import RolloutExecutor, Transitions
+from .optimizer import PolicyOptimizer
+from .sampling import Samples
+
+
+def update_policy(
+    executor: RolloutExecutor,
+    optimizer: PolicyOptimizer,
+    samples: Samples,
+    advantage: Tensor,
+    valid: Tensor,
+    conditioning: Conditioning,
+    old_logp: str = "rollout",
+    clip_range: float | None = None,
+    kl_weight: float = 0.0,
+    kl_variance: str = "step",
+    step_weighting: str = "uniform",
+) -> dict[str, Tensor]:
+    """One pass over the transitions: one optimizer step per entry of ``samples.batches``.
+
+    ``loss = mean_N(weight_k * (surrogate + kl_weight * KL))`` over the N transitions of an optimizer step, whatever the
+    micro-batches.
+
+    Args:
+        advantage, valid: [R], per final latent.
+        old_logp: ``rollout`` (stored while sampling), ``recompute`` or ``detached``.
+
+    Returns:
+        0-dim tensors ``loss, ratio_deviation`` (max |ratio - 1| of the first optimizer step), ``ratio_mean, clip_share,
+        kl, grad_norm, lr``.
+    """
+    transitions, device = samples.transitions, advantage.device
+    batches = [[batch.to(device) for batch in step] for step in samples.batches]
+    if old_logp == "recompute":
+        fresh = executor.recompute_logp(transitions, conditioning, [b for step in batches for b in step])
+        transitions = transitions.with_logp(fresh)
+    weight = step_weights(executor.table, transitions.index, step_weighting)
+    tally = _Tally(device)
+    for number, step in enumerate(batches):
+        share = 1 / sum(batch.numel() for batch in step)
+        for batch in step:
+            part = transitions.rows(batch)
+            v = executor.update_velocity(part, conditioning, "update")
+            logp = group_log_prob(part.latent, v, part.successors, executor.table, part.index)
+            old = logp.detach() if old_logp == "detached" else part.logp
+            mask = valid[part.sample]
+            surrogate = clipped_surrogate(logp, old, advantage[part.sample].to(logp.dtype), clip_range, mask)
+            loss = surrogate.loss
+            kl = _kl(executor, part, v, conditioning, kl_variance) if kl_weight else torch.zeros_like(loss)
+            loss = ((loss + kl_weight * kl) * weight[batch].to(loss.dtype)).sum() * share
+            loss.backward()
+            tally.add(loss, kl, surrogate.ratio, surrogate.clipped, mask, first=number == 0)
+        tally.grad_norm(optimizer.step())
+    return {**tally.read(sum(len(b) for step in batches for b in step), len(batches)), "lr": torch.tensor(optimizer.lr)}
+
+
+def _kl(executor: RolloutExecutor, part: Transitions, v: Tensor, conditioning: Conditioning, variance: str) -> Tensor:
+    model: FlowModel = executor.model
+    with torch.no_grad(), model.reference():
+        reference_v = executor.update_velocity(part, conditioning, "reference")
+    mean, reference_mean = (affine_mean(part.latent, t, executor.table, part.index) for t in (v, reference_v))
+    return mean_space_kl(mean, reference_mean, executor.table, part.index, variance)
+
+
+class _Tally:
+    """Sums on the device; nothing is read until the metrics are."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = {
+            name: torch.zeros((), dtype=torch.float64, device=device)
+            for name in ("loss", "kl", "ratio", "clipped", "valid", "deviation", "norm")
+        }
+
+    def add(self, loss: Tensor, kl: Tensor, ratio: Tensor, clipped: Tensor, mask: Tensor, first: bool) -> None:
+        ratio = ratio.detach()
+        self.sums["loss"] += loss.detach()
+        self.sums["kl"] += kl.detach().sum()
+        self.sums["ratio"] += ratio.masked_fill(~mask, 0).sum()
+        self.sums["clipped"] += clipped.sum()
+        self.sums["valid"] += mask.sum()
+        if first:
+            deviation = (ratio - 1).abs().masked_fill(~mask, 0).amax().double()
+            self.sums["deviation"] = torch.maximum(self.sums["deviation"], deviation)
+
+    def grad_norm(self, norm: Tensor) -> None:
+        self.sums["norm"] = torch.maximum(self.sums["norm"], norm.detach().double())
+
+    def read(self, transitions: int, optimizer_steps: int) -> dict[str, Tensor]:
+        s = self.sums
+        valid = s["valid"].clamp_min(1)
+        return {
+            "loss": s["loss"] / optimizer_steps,
+            "ratio_deviation": s["deviation"],
+            "ratio_mean": s["ratio"] / valid,
+            "clip_share": s["clipped"] / valid,
+            "kl": s["kl"] / transitions,
+            "grad_norm": s["norm"],
+        }

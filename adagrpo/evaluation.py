@@ -1,0 +1,73 @@
+"""Held-out evaluation by the deterministic sampler, and the paired comparison of two policies."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .algorithm.sde import Stream
+from .engine.executor import RolloutExecutor
+from .engine.plans import probe_plan
+from .rewards import PromptRows
+
+Scorer = Callable[[Tensor, PromptRows], Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class PairedGain:
+    """Mean of after - before over prompts, with its 95 % t interval; rewards are means over noises."""
+
+    before: float
+    after: float
+    gain: float
+    low: float
+    high: float
+    prompts: int
+    noises: int
+
+    def __str__(self) -> str:
+        return (
+            f"held-out reward {self.before:.3f} → {self.after:.3f}: {self.gain:+.3f} "
+            f"(95 % {self.low:+.3f} … {self.high:+.3f}, {self.prompts} prompts x {self.noises} noises)"
+        )
+
+
+def sample_latents(
+    executor: RolloutExecutor, prompts: Sequence[str], noises: int, stream: Stream, first_row: int = 0
+) -> Tensor:
+    """Clean latents [N·noises, L, C], ordered (prompt, noise), of the deterministic sampler with fixed noise."""
+    conditioning = executor.model.encode(prompts)
+    rows = torch.arange(len(prompts)).repeat_interleave(noises)
+    plan = probe_plan(rows.tolist(), executor.num_steps)
+    x = executor.initial_noise(plan.noise_row + first_row, 0, stream)
+    return executor.run(plan, x, conditioning, 0, "evaluation").final
+
+
+def evaluate(executor: RolloutExecutor, score: Scorer, prompts: Sequence[str], noises: int, stream: Stream) -> Tensor:
+    """Scores [M rewards, N prompts, noises] of the present policy; NaN where a reward failed."""
+    latents = sample_latents(executor, prompts, noises, stream)
+    index = torch.arange(len(prompts), device=latents.device).repeat_interleave(noises)
+    return score(latents, PromptRows(prompts, index)).reshape(-1, len(prompts), noises)
+
+
+def paired_gain(before: Tensor, after: Tensor) -> PairedGain:
+    """Compare scores [N prompts, noises] taken on the same prompts and noises; prompts are the independent unit."""
+    from scipy.stats import t
+
+    first, second = before.double().nanmean(1), after.double().nanmean(1)
+    difference = (second - first)[(second - first).isfinite()]
+    n = difference.numel()
+    gain = float(difference.mean())
+    half = float(t.ppf(0.975, n - 1) * difference.std() / n**0.5) if n > 1 else float("nan")
+    return PairedGain(
+        before=float(first.nanmean()),
+        after=float(second.nanmean()),
+        gain=gain,
+        low=gain - half,
+        high=gain + half,
+        prompts=n,
+        noises=before.shape[1],
+    )

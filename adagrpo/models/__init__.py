@@ -1,0 +1,1 @@
+"""Flow models: one protocol, one adapter per diffusers family."""

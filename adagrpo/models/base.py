@@ -1,0 +1,76 @@
+"""What the trainer needs of a model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Conditioning:
+    """Prompt embeddings of a batch: tensors whose first dimension is the prompt, by the adapter's names."""
+
+    tensors: dict[str, Tensor]
+
+    def rows(self, index: Tensor) -> Conditioning:
+        """The prompts ``index`` (int64 vector on the same device), gathered on the device."""
+        return Conditioning({name: t.index_select(0, index) for name, t in self.tensors.items()})
+
+
+class PromptEncoder(Protocol):
+    """Text to embeddings."""
+
+    def __call__(self, prompts: Sequence[str]) -> Conditioning:
+        """Embeddings of N prompts, first dimension N."""
+
+
+class FlowModel(Protocol):
+    """A text-to-image flow model whose transformer is the policy.
+
+    Attributes:
+        transformer: the trained module; its trainable parameters require gradients.
+        device, dtype: of the transformer.
+        latent_shape: (L, C) of one packed latent.
+    """
+
+    transformer: torch.nn.Module
+
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def latent_shape(self) -> tuple[int, int]: ...
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Embeddings of N prompts, first dimension N."""
+
+    def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """Velocity (noise minus clean) [R, L, C] in the model's dtype at latents [R, L, C], noise levels [R]."""
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Images [R, 3, H, W] in [0, 1] from clean latents [R, L, C]."""
+
+    def keep_reference(self) -> None:
+        """Remember the present weights for ``reference``."""
+
+    def reference(self) -> AbstractContextManager[None]:
+        """Within it, ``velocity`` is that of the weights ``keep_reference`` saw."""
+
+    def save_portable(self, folder: Path) -> None:
+        """Write the trained weights in the layout diffusers loads."""
+
+    def load_portable(self, folder: Path) -> None:
+        """Inverse of ``save_portable``, in place."""
+
+    def trainable(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """Named parameters the optimizer updates."""
+
+    def export(self, folder: Path) -> str:
+        """Write what stock diffusers needs; returns the call that loads it."""

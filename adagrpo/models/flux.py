@@ -1,0 +1,284 @@
+"""FLUX.1: any diffusers ``FluxPipeline`` folder or Hub id, guidance-distilled or not."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError
+from .base import Conditioning, PromptEncoder
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+class PipelineEncoder:
+    """CLIP and T5 of a FluxPipeline behind a bounded least-recently-used cache.
+
+    Prompts are encoded one by one: an embedding then never depends on which prompts happened to share its batch, which a
+    resumed run with an empty cache could not repeat.
+    """
+
+    def __init__(self, pipeline: Any, max_tokens: int, capacity: int) -> None:
+        self.pipeline, self.max_tokens, self.capacity = pipeline, max_tokens, capacity
+        self._cache: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[str]) -> Conditioning:
+        pairs = [self._one(prompt) for prompt in prompts]
+        embeds, pooled = (torch.cat(tensors) for tensors in zip(*pairs, strict=True))
+        return Conditioning({"prompt_embeds": embeds, "pooled": pooled})
+
+    def _one(self, prompt: str) -> tuple[Tensor, Tensor]:
+        if prompt in self._cache:
+            self._cache.move_to_end(prompt)
+            return self._cache[prompt]
+        embeds, pooled, _ = self.pipeline.encode_prompt(
+            prompt=prompt, prompt_2=None, max_sequence_length=self.max_tokens, device=self.pipeline.transformer.device
+        )
+        self._cache[prompt] = (embeds, pooled)
+        if len(self._cache) > self.capacity:
+            self._cache.popitem(last=False)
+        return embeds, pooled
+
+
+class FluxModel:
+    """A FLUX transformer as policy; implements ``FlowModel``.
+
+    Args:
+        transformer: ``FluxTransformer2DModel``; frozen parameters stay frozen.
+        vae: ``AutoencoderKL``.
+        encoder: prompts to ``prompt_embeds`` [N, tokens, D] and ``pooled`` [N, D'].
+        height, width: image size in pixels.
+        guidance: fed to guidance-distilled transformers.
+        pipeline: the diffusers pipeline it came from, needed for ``export``.
+    """
+
+    def __init__(
+        self,
+        transformer: Any,
+        vae: Any,
+        encoder: PromptEncoder,
+        height: int,
+        width: int,
+        guidance: float,
+        pipeline: Any = None,
+    ) -> None:
+        self.transformer, self.vae, self.encoder, self.pipeline = transformer, vae, encoder, pipeline
+        self.height, self.width, self.guidance = height, width, guidance
+        self.scale = 2 ** (len(vae.config.block_out_channels) - 1)
+        if height % (2 * self.scale) or width % (2 * self.scale):
+            raise InputError(
+                f"model.height x model.width = {height} x {width}: both must be multiples of {2 * self.scale} for this model"
+            )
+        self._grid = (height // (2 * self.scale), width // (2 * self.scale))
+        self._active = transformer
+        self._reference: nn.Module | None = None
+        rows = torch.arange(self._grid[0]).repeat_interleave(self._grid[1])
+        columns = torch.arange(self._grid[1]).repeat(self._grid[0])
+        ids = torch.stack([torch.zeros_like(rows), rows, columns], 1)
+        self._image_ids = ids.to(self.device, self.dtype)
+
+    @property
+    def device(self) -> torch.device:
+        return self.transformer.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.transformer.dtype
+
+    @property
+    def latent_shape(self) -> tuple[int, int]:
+        return self._grid[0] * self._grid[1], self.transformer.config.in_channels
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether adapters are trained, not the transformer itself."""
+        return bool(getattr(self.transformer, "peft_config", None))
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """``prompt_embeds`` [N, tokens, D] and ``pooled`` [N, D'] in the model's dtype."""
+        return self.encoder(prompts)
+
+    def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """Velocity [R, L, C], computed as the stock pipeline does, rounding of the timestep included."""
+        dtype = self.dtype
+        embeds = conditioning.tensors["prompt_embeds"]
+        guidance = None
+        if self.transformer.config.guidance_embeds:
+            guidance = torch.full((x.shape[0],), self.guidance, device=x.device, dtype=torch.float32)
+        return self._active(
+            hidden_states=x.to(dtype),
+            timestep=(sigma * 1000).to(dtype) / 1000,
+            guidance=guidance,
+            pooled_projections=conditioning.tensors["pooled"],
+            encoder_hidden_states=embeds,
+            txt_ids=torch.zeros(embeds.shape[1], 3, device=x.device, dtype=dtype),
+            img_ids=self._image_ids,
+            return_dict=False,
+        )[0]
+
+    @torch.no_grad()
+    def decode(self, x: Tensor) -> Tensor:
+        """Images [R, 3, H, W] in [0, 1], in the VAE's dtype."""
+        (rows, columns), channels = self._grid, x.shape[2] // 4
+        z = x.reshape(-1, rows, columns, channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
+        z = z.reshape(-1, channels, 2 * rows, 2 * columns).to(self.vae.dtype)
+        z = z / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
+        return (self.vae.decode(z, return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
+
+    def keep_reference(self) -> None:
+        """Remember the present weights as the reference of the KL term; adapters need no copy."""
+        if not self.is_lora:
+            self._reference = copy.deepcopy(self.transformer).requires_grad_(False).eval()
+
+    @contextlib.contextmanager
+    def reference(self) -> Iterator[None]:
+        """Within it, ``velocity`` is that of the initial weights."""
+        if self.is_lora:
+            self.transformer.disable_adapters()
+        elif self._reference is None:
+            raise RuntimeError("call keep_reference() before training")
+        else:
+            self._active = self._reference
+        try:
+            yield
+        finally:
+            self._active = self.transformer
+            if self.is_lora:
+                self.transformer.enable_adapters()
+
+    def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters that require gradients, by name."""
+        return ((name, p) for name, p in self.transformer.named_parameters() if p.requires_grad)
+
+    def save_portable(self, folder: Path) -> None:
+        """``transformer/`` as diffusers writes it, or ``pytorch_lora_weights.safetensors``."""
+        if not self.is_lora:
+            self.transformer.save_pretrained(folder / "transformer")
+            return
+        from diffusers import FluxPipeline
+        from diffusers.training_utils import _collate_lora_metadata
+        from peft import get_peft_model_state_dict
+
+        FluxPipeline.save_lora_weights(
+            folder,
+            transformer_lora_layers=get_peft_model_state_dict(self.transformer),
+            **_collate_lora_metadata({"transformer": self.transformer}),
+        )
+
+    def load_portable(self, folder: Path) -> None:
+        """Inverse of ``save_portable``, in place.
+
+        Raises:
+            InputError: missing file, or weights of another model.
+        """
+        from safetensors.torch import load_file
+
+        if self.is_lora:
+            from peft import set_peft_model_state_dict
+
+            weights = load_file(_existing(folder / LORA_FILE))
+            weights = {name.removeprefix("transformer."): t for name, t in weights.items()}
+            outcome = set_peft_model_state_dict(self.transformer, weights)
+            unexpected = outcome.unexpected_keys
+        else:
+            shards = sorted(_existing(folder / "transformer").glob("*.safetensors"))
+            weights = {name: t for shard in shards for name, t in load_file(shard).items()}
+            outcome = self.transformer.load_state_dict(weights, strict=False)
+            unexpected = outcome.unexpected_keys + outcome.missing_keys
+        if unexpected:
+            raise InputError(f"{folder}: weights of another model ({len(unexpected)} names differ, e.g. {unexpected[0]})")
+
+    def export(self, folder: Path) -> str:
+        """Write a complete pipeline folder, or the LoRA file; returns how stock diffusers loads it."""
+        if self.is_lora:
+            self.save_portable(folder)
+            return f"pipe.load_lora_weights({str(folder)!r})"
+        if self.pipeline is None:
+            raise InputError("a model of random weights has no pipeline to export")
+        self.pipeline.save_pretrained(folder)
+        return f"FluxPipeline.from_pretrained({str(folder)!r})"
+
+
+def add_lora(transformer: Any, rank: int, alpha: float, targets: Sequence[str]) -> None:
+    """Freeze the transformer and add trainable low-rank adapters to the modules whose names end in ``targets``.
+
+    Raises:
+        InputError: when no module matches.
+    """
+    from peft import LoraConfig
+
+    names = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+    missing = [t for t in targets if not any(name == t or name.endswith("." + t) for name in names)]
+    if missing:
+        raise InputError(f"model.lora_targets: the transformer has no linear layer named {', '.join(missing)}")
+    transformer.requires_grad_(False)
+    transformer.add_adapter(
+        LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(targets))
+    )
+
+
+def load_flux(
+    path: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    height: int,
+    width: int,
+    max_text_tokens: int = 256,
+    guidance: float = 3.5,
+    prompt_cache: int = 512,
+) -> FluxModel:
+    """Load a FluxPipeline; every parameter of its transformer is trainable.
+
+    Args:
+        path: folder, Hub id (downloaded unless ``HF_HUB_OFFLINE`` is set), ``tiny-flux``, or ``random:flux1-dev`` for the
+            architecture of FLUX.1-dev with random weights (benchmarks; any device, ``meta`` included).
+
+    Raises:
+        InputError: no such folder or id, or not a FLUX pipeline.
+    """
+    if path == "random:flux1-dev":
+        from .random_flux import random_flux1_dev
+
+        return random_flux1_dev(dtype, device, height, width, max_text_tokens, guidance)
+    pipeline = load_pipeline(path, dtype)
+    pipeline.to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    for part in (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
+        part.requires_grad_(False).eval()
+    pipeline.transformer.requires_grad_(True).eval()
+    encoder = PipelineEncoder(pipeline, max_text_tokens, prompt_cache)
+    return FluxModel(pipeline.transformer, pipeline.vae, encoder, height, width, guidance, pipeline)
+
+
+def load_pipeline(path: str, dtype: torch.dtype) -> Any:
+    """``FluxPipeline.from_pretrained`` with one readable error instead of a traceback."""
+    from diffusers import FluxPipeline
+
+    folder = Path(path)
+    if path == "tiny-flux":
+        from ..tiny import tiny_flux_path
+
+        folder = tiny_flux_path()
+    if folder.is_dir() and not (folder / "model_index.json").is_file():
+        raise InputError(f"model.path = {path}: this folder holds no model_index.json; name a diffusers pipeline folder")
+    if not folder.is_dir() and (path.startswith((".", "/", "~")) or path.count("/") != 1) and path != "tiny-flux":
+        raise InputError(f"model.path = {path}: no such folder, and not a Hub id of the form owner/name")
+    try:
+        return FluxPipeline.from_pretrained(folder if folder.is_dir() else path, torch_dtype=dtype)
+    except (OSError, ValueError, RuntimeError, AttributeError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise InputError(f"model.path = {path}: cannot be loaded as a FLUX pipeline: {first}") from error
+
+
+def _existing(path: Path) -> Path:
+    if not path.exists():
+        raise InputError(f"{path}: missing; name a checkpoint of this kind of training (full or LoRA)")
+    return path

@@ -1,0 +1,53 @@
+"""What the trainer needs of a reward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol, overload
+
+from torch import Tensor
+
+
+class PromptRows(Sequence[str]):
+    """The prompts of a batch of images: texts known to the host, chosen by an index that lives on the device.
+
+    It reads like a list of strings; reading it copies the index to the host, once. A reward that has encoded ``texts``
+    already can gather by ``index`` instead, and nothing waits for the device.
+
+    Attributes:
+        texts: candidate prompts.
+        index: int64 [N], the text of each image.
+    """
+
+    def __init__(self, texts: Sequence[str], index: Tensor) -> None:
+        self.texts, self.index = texts, index
+        self._rows: list[str] | None = None
+
+    def _materialised(self) -> list[str]:
+        if self._rows is None:
+            self._rows = [self.texts[i] for i in self.index.tolist()]
+        return self._rows
+
+    def __len__(self) -> int:
+        return self.index.shape[0]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._materialised())
+
+    @overload
+    def __getitem__(self, key: int) -> str: ...
+    @overload
+    def __getitem__(self, key: slice) -> PromptRows: ...
+    def __getitem__(self, key: int | slice) -> str | PromptRows:
+        if not isinstance(key, slice):
+            return self._materialised()[key]
+        part = PromptRows(self.texts, self.index[key])
+        part._rows = None if self._rows is None else self._rows[key]
+        return part
+
+
+class Reward(Protocol):
+    """Scores images against prompts."""
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Scores [N] for images [N, 3, H, W] in [0, 1] on the model's device; NaN marks a failed sample."""

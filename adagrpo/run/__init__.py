@@ -1,0 +1,1 @@
+"""Everything a run folder holds: recipe, manifest, metrics, pictures, checkpoints."""

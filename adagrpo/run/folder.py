@@ -1,0 +1,151 @@
+"""The run folder: resolved recipe, manifest, metrics."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import Config, load_recipe, to_toml
+from ..errors import InputError
+from .checkpoint import checkpoints
+
+PACKAGES = ("adagrpo", "torch", "triton", "diffusers", "transformers", "peft", "torchao", "safetensors", "numpy")
+
+
+class RunFolder:
+    """Paths and records of one run.
+
+    Layout: ``config.toml``, ``manifest.json``, ``metrics.jsonl``, ``samples/``, ``checkpoints/``, ``result.json``.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metrics_file = path / "metrics.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.samples = path / "samples"
+
+    @classmethod
+    def fresh(cls, path: Path) -> RunFolder:
+        """A folder for a new run.
+
+        Raises:
+            InputError: it holds a run already, or something else, or cannot be written.
+        """
+        run = cls(path)
+        if (path / "config.toml").exists():
+            raise InputError(f"--out {path}: holds a run already; continue it with --resume latest, or name another folder")
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise InputError(f"--out {path}: not an empty folder; name another one")
+        run._make()
+        return run
+
+    @classmethod
+    def existing(cls, path: Path, config: Config) -> RunFolder:
+        """The folder of a run to continue, with the same recipe.
+
+        Raises:
+            InputError: no run there, or another recipe; the message shows the difference.
+        """
+        file = path / "config.toml"
+        if not file.is_file():
+            raise InputError(f"--out {path}: no run to resume there (config.toml is missing)")
+        before, now = (to_toml(c).splitlines() for c in (load_recipe(file), config))
+        if before != now:
+            difference = [f"- {a}  + {b}" for a, b in zip(before, now, strict=False) if a != b] or ["(other keys)"]
+            raise InputError(f"--out {path}: holds a run of another recipe: " + "; ".join(difference))
+        return cls(path)
+
+    def _make(self) -> None:
+        try:
+            for folder in (self.path, self.checkpoints, self.samples):
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--out {self.path}: cannot be created: {error.strerror}") from error
+
+    def write_start(self, config: Config, device: torch.device, extra: dict[str, Any]) -> None:
+        """Record the resolved recipe and the machine."""
+        (self.path / "config.toml").write_text(to_toml(config), "utf-8")
+        self.write_json("manifest.json", {**describe_machine(device), **extra})
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write ``name`` in one piece."""
+        draft = self.path / f".{name}.partial"
+        draft.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        draft.rename(self.path / name)
+
+    def read_json(self, name: str) -> Any:
+        """Inverse of ``write_json``; None when the file does not exist."""
+        file = self.path / name
+        return json.loads(file.read_text("utf-8")) if file.exists() else None
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append one line to ``metrics.jsonl``; non-finite numbers become null."""
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        with self.metrics_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(clean, ensure_ascii=False) + "\n")
+
+    def truncate_metrics(self, iteration: int) -> None:
+        """Drop the lines of iterations after ``iteration``: the resumed run will write them again."""
+        if not self.metrics_file.exists():
+            return
+        lines = self.metrics_file.read_text("utf-8").splitlines()
+        kept = [line for line in lines if _iteration(line) <= iteration]
+        draft = self.metrics_file.with_suffix(".partial")
+        draft.write_text("".join(line + "\n" for line in kept), "utf-8")
+        draft.rename(self.metrics_file)
+
+    def latest_checkpoint(self) -> Path | None:
+        """The newest complete checkpoint."""
+        found = checkpoints(self.checkpoints)
+        return found[-1] if found else None
+
+
+def next_free(parent: Path, name: str) -> Path:
+    """``parent/name-001``, or the first number not taken."""
+    number = 1
+    while (path := parent / f"{name}-{number:03d}").exists():
+        number += 1
+    return path
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """Versions, device and commit, for the manifest."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    described = {"versions": versions, "python": platform.python_version(), "device": str(device), "commit": _commit()}
+    if device.type == "cuda":
+        described["gpu"] = torch.cuda.get_device_name(device)
+        described["cuda"] = torch.version.cuda
+    else:
+        described["threads"] = torch.get_num_threads()
+    return described
+
+
+def _commit() -> str | None:
+    """Commit of the checkout this package runs from; None for an installed wheel."""
+    here = Path(__file__).resolve().parent
+    command = ["git", "-C", str(here), "rev-parse", "HEAD"]
+    try:
+        tracked = subprocess.run([*command[:3], "ls-files", "--error-unmatch", __file__], capture_output=True, timeout=10)
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() if tracked.returncode == 0 and found.returncode == 0 else None
+
+
+def _iteration(line: str) -> float:
+    try:
+        return json.loads(line)["iteration"]
+    except (ValueError, KeyError):
+        return math.inf

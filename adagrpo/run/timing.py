@@ -1,0 +1,49 @@
+"""Exposed time of the phases of an iteration."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+import torch
+
+PHASES = ("probe", "select", "prefix", "rollout", "decode", "reward", "advantage", "update")
+
+
+class PhaseTimer:
+    """Adds up seconds per phase; on CUDA with events, read once per iteration, so that timing waits for nothing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._seconds: dict[str, float] = {}
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self.current = ""
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Time what runs inside as ``phase``; phases do not nest."""
+        self.current = phase
+        start = self._mark()
+        with torch.profiler.record_function(phase):
+            yield
+        end = self._mark()
+        if self._cuda:
+            self._events.append((phase, start, end))
+        else:
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + end - start
+
+    def read(self) -> dict[str, float]:
+        """Seconds per phase since the last call."""
+        for phase, start, end in self._events:
+            end.synchronize()
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + start.elapsed_time(end) / 1000
+        seconds, self._seconds, self._events = self._seconds, {}, []
+        return seconds
+
+    def _mark(self):  # type: ignore[no-untyped-def]
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event

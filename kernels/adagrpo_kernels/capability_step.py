@@ -1,0 +1,90 @@
+"""The online curriculum (AdaGRPO section 3): an EMA of the policy's own rewards, and the prompt closest to it.
+
+``mean <- alpha*mean + (1-alpha)*m``, ``var <- alpha*var + (1-alpha)*v`` with ``m, v`` (ddof 0) of the iteration's finite
+scores; the first iteration initialises. Folded in BEFORE selecting. Everything stays on the device: no value decides a
+Python branch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+STRATEGIES = ("random", "easiest", "hardest", "medium", "closest")
+
+
+def capability_update_reference(
+    mean: Tensor, var: Tensor, count: Tensor, scores: Tensor, alpha: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Fold one iteration's scores into the EMA.
+
+    Args:
+        mean, var: EMA of the reward and of its variance, shape [] or [M] for M rewards.
+        count: iterations folded in so far, int64, same shape; 0 means empty.
+        scores: [...] or [M, ...]; non-finite scores are ignored.
+        alpha: memory of the EMA, in [0, 1).
+
+    Returns:
+        The new ``mean, var, count``. Without a finite score the state is returned unchanged.
+    """
+    flat = scores.to(mean.dtype).reshape(*mean.shape, -1)
+    valid = flat.isfinite()
+    number = valid.sum(-1)
+    some = number > 0
+    batch_mean = flat.masked_fill(~valid, 0).sum(-1) / number.clamp_min(1)
+    deviation = (flat - batch_mean.unsqueeze(-1)).masked_fill(~valid, 0)
+    batch_var = deviation.square().sum(-1) / number.clamp_min(1)
+    memory = torch.where(count > 0, alpha, 0.0).to(mean.dtype)
+    new_mean = torch.where(some, memory * mean + (1 - memory) * batch_mean, mean)
+    new_var = torch.where(some, memory * var + (1 - memory) * batch_var, var)
+    return new_mean, new_var, count + some.to(count.dtype)
+
+
+def select_reference(
+    scores: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    strategy: str,
+    weights: Tensor | None = None,
+    uniform: Tensor | None = None,
+) -> Tensor:
+    """The candidate to train on, per slot.
+
+    Args:
+        scores: [..., B], or [M, ..., B] with ``weights`` for M rewards.
+        mean, std: EMA, shape [] or [M].
+        strategy: ``closest`` (to the EMA; several rewards: the weighted sum of distances in each EMA's std), ``easiest``
+            (highest), ``hardest`` (lowest), ``medium`` (lower median) or ``random``.
+        weights: [M]; None for a single reward.
+        uniform: one draw in [0, 1) per slot, [...]; needed by ``random`` only.
+
+    Returns:
+        int64 [...]: the first best index on ties; -1 where no candidate has a finite score.
+    """
+    if strategy not in STRATEGIES:
+        raise ValueError(f"unknown selection strategy {strategy!r}: one of {', '.join(STRATEGIES)}")
+    if weights is None:
+        level, distance = scores, (scores - mean).abs()
+    else:
+        shape = [-1] + [1] * (scores.ndim - 1)
+        z = (scores - mean.reshape(shape)) / std.reshape(shape)
+        level, distance = ((weights.reshape(shape) * t).sum(0) for t in (z, z.abs()))
+    valid = level.isfinite()
+    number = valid.sum(-1)
+    if strategy == "random":
+        if uniform is None:
+            raise ValueError("strategy 'random' needs the draws `uniform`")
+        rank = (uniform * number).long().clamp_max((number - 1).clamp_min(0))
+        order = valid.long().cumsum(-1) - 1
+        key = torch.where(order == rank.unsqueeze(-1), 0.0, 1.0)
+    elif strategy == "medium":
+        ordered = level.masked_fill(~valid, torch.inf).sort(-1).values
+        middle = ((number - 1) // 2).clamp_min(0).unsqueeze(-1)
+        key = torch.where(level == ordered.gather(-1, middle), 0.0, 1.0)
+    else:
+        key = {"closest": distance, "easiest": -level, "hardest": level}[strategy]
+    # argmin leaves ties to the backend; the first index is part of the specification.
+    key = torch.where(valid, key, torch.inf)
+    positions = torch.arange(key.shape[-1], device=key.device)
+    first = torch.where(key == key.amin(-1, keepdim=True), positions, key.shape[-1]).amin(-1)
+    return torch.where(number > 0, first, -1)

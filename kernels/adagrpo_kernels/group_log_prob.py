@@ -1,0 +1,32 @@
+"""Log-probabilities of G successors that share one mean: the replay of the policy update.
+
+``logp_g = -logp_scale * mean_D((next_g - (a*x + b*v))**2) + logp_const``, hence
+``dL/dv = (2*b*logp_scale/D) * sum_g dL/dlogp_g * (next_g - mean)``: one reduction over the group (AdaGRPO section 3).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .sde_step import affine_mean
+from .step_table import StepTable
+
+
+def group_log_prob_reference(x: Tensor, v: Tensor, successors: Tensor, table: StepTable, index: Tensor) -> Tensor:
+    """Log-probability of each successor under the step's Gaussian, differentiable in ``v``.
+
+    Args:
+        x: latents [N, L, C] in their storage dtype.
+        v: velocities [N, L, C], any float dtype; gradients flow into it.
+        successors: stored next latents [N, G, L, C]; G = 1 replays a full trajectory.
+        table: step table on the same device.
+        index: int64 [N], table row of each latent.
+
+    Returns:
+        [N, G], float32 (float64 for float64 latents).
+    """
+    rows = table.rows(index)
+    mean = affine_mean(x, v, table, index)
+    square = (successors.to(mean.dtype) - mean.unsqueeze(1)).square().flatten(2).mean(2)
+    scale, const = rows.logp_scale.to(mean.dtype), rows.logp_const.to(mean.dtype)
+    return const.unsqueeze(1) - scale.unsqueeze(1) * square
