@@ -9,7 +9,10 @@ from .errors import InputError
 from .models.base import FlowModel
 from .prompts import load_prompts
 from .rewards import build_reward
+from .tiny import tiny_flux_path
 from .train import DTYPES, Trainer
+
+BUILT_IN_MODEL = "tiny-flux"
 
 
 def choose_device(name: str) -> torch.device:
@@ -35,7 +38,7 @@ def build_model(config: ModelConfig) -> FlowModel:
 
     torch.manual_seed(0)  # initial LoRA weights are part of the recipe
     model = load_flux(
-        config.path,
+        str(tiny_flux_path()) if config.path == BUILT_IN_MODEL else config.path,
         DTYPES[config.dtype],
         choose_device(config.device),
         config.height,

@@ -166,4 +166,3 @@ def _doctor(args: argparse.Namespace) -> int:
 
     print(report())
     return 0
-

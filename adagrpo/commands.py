@@ -135,4 +135,3 @@ def _open_run(config: Config, out: Path | None, resume: str | None) -> tuple[Run
     if checkpoint is None and resume == "latest":
         raise InputError(f"--resume latest: {run.checkpoints} holds no complete checkpoint")
     return run, checkpoint
-

@@ -244,11 +244,16 @@ def load_recipe(recipe: str | Path) -> Config:
     """
     names = recipe_names()
     if str(recipe) in names:
-        text, source = (resources.files("adagrpo") / "recipes" / f"{recipe}.toml").read_text("utf-8"), f"recipe {recipe}"
+        text, source = (
+            (resources.files("adagrpo") / "recipes" / f"{recipe}.toml").read_text("utf-8"),
+            f"recipe {recipe}",
+        )
     else:
         path = Path(recipe)
         if not path.is_file():
-            raise InputError(f"no recipe {str(recipe)!r}{_hint(str(recipe), names)}: name one of {', '.join(names)}, or a TOML file")
+            raise InputError(
+                f"no recipe {str(recipe)!r}{_hint(str(recipe), names)}: name one of {', '.join(names)}, or a TOML file"
+            )
         try:
             text, source = path.read_text("utf-8"), str(path)
         except (OSError, UnicodeDecodeError) as error:
@@ -327,7 +332,11 @@ def _check_rollout(c: Config) -> typing.Iterator[Problem]:
     if r.fork_velocity == "probe" and r.plan != "fork":
         yield "rollout.fork_velocity", r.fork_velocity, "needs rollout.plan = fork"
     if r.shared_noise and r.plan == "fork":
-        yield "rollout.shared_noise", r.shared_noise, "acts on plans trajectory and window; forks share their anchor anyway"
+        yield (
+            "rollout.shared_noise",
+            r.shared_noise,
+            "acts on plans trajectory and window; forks share their anchor anyway",
+        )
     if (c.model.dtype == "fp64") != (r.storage == "fp64"):
         yield "rollout.storage", r.storage, "fp64 latents go with model.dtype = fp64, and only with it"
 
@@ -336,7 +345,11 @@ def _check_training(c: Config) -> typing.Iterator[Problem]:
     trained = c.rollout.window_size if c.rollout.plan == "window" else len(c.rollout.sde_steps)
     trained = max(1, round(trained * c.rollout.trained_share))
     if trained % c.train.steps_per_iteration:
-        yield "train.steps_per_iteration", c.train.steps_per_iteration, f"must divide the {trained} trained steps of an iteration"
+        yield (
+            "train.steps_per_iteration",
+            c.train.steps_per_iteration,
+            f"must divide the {trained} trained steps of an iteration",
+        )
     if c.loss.old_logp == "rollout" and (c.rollout.plan != "fork" or c.rollout.fork_velocity != "fresh"):
         yield (
             "loss.old_logp",

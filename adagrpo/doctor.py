@@ -39,7 +39,9 @@ def _advice(device: torch.device) -> list[str]:
     if gib < 70:
         advice.append(f"{gib:.0f} GiB is too little for FLUX.1-dev with its text encoders in bf16 (about 34 GiB) and an update")
     elif gib < 100:
-        advice.append("train FLUX.1-dev with --model.tuning lora --model.gradient-checkpointing; full fine-tuning needs an H200")
+        advice.append(
+            "train FLUX.1-dev with --model.tuning lora --model.gradient-checkpointing; full fine-tuning needs an H200"
+        )
     if importlib.util.find_spec("triton") is None:
         advice.append("triton is not installed: pip install 'adagrpo[cuda]'")
     if importlib.util.find_spec("flash_attn") is None:

@@ -148,9 +148,7 @@ class Trainer:
         """Advantages [groups, G] and what to log about rewards and fusion."""
         a = self.config.advantage
         with self.phase("advantage"):
-            advantage = multi_reward_advantage(
-                rewards, self.capability, self.reward_weights, a.clip, a.weight, a.calibration
-            )
+            advantage = multi_reward_advantage(rewards, self.capability, self.reward_weights, a.clip, a.weight, a.calibration)
             statistics = {"reward/train": rewards[0].nanmean(), "reward/group_std": rewards[0].std(-1).nanmean()}
             for m, reward in enumerate(self.config.rewards):
                 prefix = f"advantage/{reward.name}_" if m else "advantage/"

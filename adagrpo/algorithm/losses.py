@@ -79,4 +79,3 @@ def step_weights(table: StepTable, index: Tensor, mode: str = "uniform") -> Tens
     pull = (rows.b * rows.logp_scale * rows.w).abs()
     weight = torch.where(pull > 0, 1 / torch.where(pull > 0, pull, torch.ones_like(pull)), torch.zeros_like(pull))
     return weight / weight.mean().clamp_min(torch.finfo(weight.dtype).tiny)
-

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from adagrpo_kernels.sde_step import compute_dtype
@@ -195,7 +195,7 @@ class RolloutExecutor:
         noise = philox_normal(self.seed, rows, length * channels, iteration, stream, step)
         return noise.reshape(-1, length, channels).to(compute_dtype(torch.empty(0, dtype=self.storage)))
 
-    def _collect(self, plan: Plan, stored: dict[int, tuple[Tensor, ...]], device: torch.device) -> Transitions:
+    def _collect(self, plan: Plan, stored: Mapping[int, tuple[Tensor, ...]], device: torch.device) -> Transitions:
         """Transitions ordered (row, step) from per-step tensors; recorded plans start all rows at step 0."""
         latent, successor, mean, logp = (torch.stack(parts, 1).flatten(0, 1) for parts in zip(*stored.values(), strict=True))
         steps = list(stored)

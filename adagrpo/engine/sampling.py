@@ -1,4 +1,4 @@
-"""Samples to learn from: forked groups (AdaGRPO) and whole stochastic trajectories (Flow-GRPO, DanceGRPO, Flow-CPS, MixGRPO)."""
+"""Samples to learn from: forked groups (AdaGRPO) and whole trajectories (Flow-GRPO, DanceGRPO, Flow-CPS, MixGRPO)."""
 
 from __future__ import annotations
 

@@ -220,9 +220,7 @@ def add_lora(transformer: Any, rank: int, alpha: float, targets: Sequence[str]) 
     if missing:
         raise InputError(f"model.lora_targets: the transformer has no linear layer named {', '.join(missing)}")
     transformer.requires_grad_(False)
-    transformer.add_adapter(
-        LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(targets))
-    )
+    transformer.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(targets)))
 
 
 def load_flux(
@@ -238,8 +236,8 @@ def load_flux(
     """Load a FluxPipeline; every parameter of its transformer is trainable.
 
     Args:
-        path: folder, Hub id (downloaded unless ``HF_HUB_OFFLINE`` is set), ``tiny-flux``, or ``random:flux1-dev`` for the
-            architecture of FLUX.1-dev with random weights (benchmarks; any device, ``meta`` included).
+        path: folder, Hub id (downloaded unless ``HF_HUB_OFFLINE`` is set), or ``random:flux1-dev`` for the architecture of
+            FLUX.1-dev with random weights (benchmarks; any device, ``meta`` included).
 
     Raises:
         InputError: no such folder or id, or not a FLUX pipeline.
@@ -263,13 +261,9 @@ def load_pipeline(path: str, dtype: torch.dtype) -> Any:
     from diffusers import FluxPipeline
 
     folder = Path(path)
-    if path == "tiny-flux":
-        from ..tiny import tiny_flux_path
-
-        folder = tiny_flux_path()
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         raise InputError(f"model.path = {path}: this folder holds no model_index.json; name a diffusers pipeline folder")
-    if not folder.is_dir() and (path.startswith((".", "/", "~")) or path.count("/") != 1) and path != "tiny-flux":
+    if not folder.is_dir() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
         raise InputError(f"model.path = {path}: no such folder, and not a Hub id of the form owner/name")
     try:
         return FluxPipeline.from_pretrained(folder if folder.is_dir() else path, torch_dtype=dtype)

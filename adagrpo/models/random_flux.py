@@ -11,9 +11,10 @@ from ..algorithm.sde import philox_normal
 from .base import Conditioning
 from .flux import FluxModel
 
+TEXT_WIDTH, POOLED_WIDTH = 4096, 768
 TRANSFORMER = {
     "patch_size": 1, "in_channels": 64, "num_layers": 19, "num_single_layers": 38, "attention_head_dim": 128,
-    "num_attention_heads": 24, "joint_attention_dim": 4096, "pooled_projection_dim": 768, "guidance_embeds": True,
+    "num_attention_heads": 24, "joint_attention_dim": TEXT_WIDTH, "pooled_projection_dim": POOLED_WIDTH, "guidance_embeds": True,
     "axes_dims_rope": (16, 56, 56),
 }  # fmt: skip
 VAE = {
@@ -31,11 +32,10 @@ class RandomEncoder:
         self.tokens, self.dtype, self.device = tokens, dtype, device
 
     def __call__(self, prompts: Sequence[str]) -> Conditioning:
-        width, pooled_width = TRANSFORMER["joint_attention_dim"], TRANSFORMER["pooled_projection_dim"]
         seeds = [zlib.crc32(prompt.encode()) for prompt in prompts]
         rows = torch.arange(self.tokens, device=self.device)
-        embeds = torch.stack([philox_normal(seed, rows, width, 0, 0) for seed in seeds])
-        pooled = torch.cat([philox_normal(seed, rows[:1], pooled_width, 1, 0) for seed in seeds])
+        embeds = torch.stack([philox_normal(seed, rows, TEXT_WIDTH, 0, 0) for seed in seeds])
+        pooled = torch.cat([philox_normal(seed, rows[:1], POOLED_WIDTH, 1, 0) for seed in seeds])
         return Conditioning({"prompt_embeds": embeds.to(self.dtype), "pooled": pooled.to(self.dtype)})
 
 

@@ -11,7 +11,12 @@ from .base import PromptRows, Reward
 
 __all__ = ["PromptRows", "Reward", "build_reward"]
 
-BUILT_IN = {"tiny": "adagrpo.tiny.reward:TinyReward", "brightness": "adagrpo.rewards.brightness:Brightness"}
+BUILT_IN = {
+    "tiny": "adagrpo.tiny.reward:TinyReward",
+    "brightness": "adagrpo.rewards.brightness:Brightness",
+    "clip": "adagrpo.rewards.clip:ClipScore",
+    "pickscore": "adagrpo.rewards.clip:PickScore",
+}
 
 
 def build_reward(name: str, kwargs: Mapping[str, Any]) -> Reward:

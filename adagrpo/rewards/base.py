@@ -12,24 +12,24 @@ class PromptRows(Sequence[str]):
     """The prompts of a batch of images: texts known to the host, chosen by an index that lives on the device.
 
     It reads like a list of strings; reading it copies the index to the host, once. A reward that has encoded ``texts``
-    already can gather by ``index`` instead, and nothing waits for the device.
+    already can gather by ``text_index`` instead, and nothing waits for the device.
 
     Attributes:
         texts: candidate prompts.
-        index: int64 [N], the text of each image.
+        text_index: int64 [N], the text of each image.
     """
 
-    def __init__(self, texts: Sequence[str], index: Tensor) -> None:
-        self.texts, self.index = texts, index
+    def __init__(self, texts: Sequence[str], text_index: Tensor) -> None:
+        self.texts, self.text_index = texts, text_index
         self._rows: list[str] | None = None
 
     def _materialised(self) -> list[str]:
         if self._rows is None:
-            self._rows = [self.texts[i] for i in self.index.tolist()]
+            self._rows = [self.texts[i] for i in self.text_index.tolist()]
         return self._rows
 
     def __len__(self) -> int:
-        return self.index.shape[0]
+        return self.text_index.shape[0]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._materialised())
@@ -41,7 +41,7 @@ class PromptRows(Sequence[str]):
     def __getitem__(self, key: int | slice) -> str | PromptRows:
         if not isinstance(key, slice):
             return self._materialised()[key]
-        part = PromptRows(self.texts, self.index[key])
+        part = PromptRows(self.texts, self.text_index[key])
         part._rows = None if self._rows is None else self._rows[key]
         return part
 

@@ -117,13 +117,13 @@ def next_free(parent: Path, name: str) -> Path:
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
     """Versions, device and commit, for the manifest."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = None
-    described = {"versions": versions, "python": platform.python_version(), "device": str(device), "commit": _commit()}
+    described: dict[str, Any] = {"versions": versions, "python": platform.python_version(), "device": str(device), "commit": _commit()}
     if device.type == "cuda":
         described["gpu"] = torch.cuda.get_device_name(device)
         described["cuda"] = torch.version.cuda

@@ -41,7 +41,7 @@ class PhaseTimer:
         seconds, self._seconds, self._events = self._seconds, {}, []
         return seconds
 
-    def _mark(self):  # type: ignore[no-untyped-def]
+    def _mark(self):
         if not self._cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)

@@ -1,0 +1,190 @@
+"""The FLUX adapter against the stock diffusers pipeline, on real checkpoints."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from adagrpo.algorithm.sde import Stream
+from adagrpo.build import build_model, build_trainer
+from adagrpo.cli import main
+from adagrpo.config import load_recipe
+from adagrpo.engine.plans import probe_plan
+from adagrpo.errors import InputError
+from adagrpo.fit import Fit
+from adagrpo.models.flux import add_lora, load_flux
+from adagrpo.run.folder import RunFolder
+from adagrpo.tiny import tiny_flux_path
+
+PROMPTS = ["a red circle", "two blue squares"]
+
+
+def recipe(**sections):
+    """`tiny`, cut down to two quick iterations; keyword ``model={...}`` changes single keys."""
+    small = {
+        "train": {"iterations": 2, "slots": 2},
+        "rollout": {"steps": 4, "sde_steps": (0, 1), "group_size": 3},
+        "selection": {"candidates": 2},
+        "evaluation": {"every": 0, "final_prompts": 0},
+        "output": {"grid_every": 0, "checkpoint_every": 0},
+    }
+    config = load_recipe("tiny")
+    for section in {**small, **sections}:
+        changes = {**small.get(section, {}), **sections.get(section, {})}
+        config = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **changes)})
+    return config
+
+
+def stock_images(pipeline, config, latents: torch.Tensor) -> np.ndarray:
+    """What the stock pipeline makes of the same latents, 8-bit."""
+    pipeline.set_progress_bar_config(disable=True)
+    out = pipeline(
+        prompt=PROMPTS,
+        height=config.model.height,
+        width=config.model.width,
+        num_inference_steps=config.rollout.steps,
+        guidance_scale=config.model.guidance,
+        max_sequence_length=config.model.max_text_tokens,
+        latents=latents,
+        output_type="pil",
+    )
+    return np.stack([np.asarray(image) for image in out.images]).astype(int)
+
+
+def initial_latents(trainer) -> torch.Tensor:
+    plan = probe_plan(range(len(PROMPTS)), trainer.executor.num_steps)
+    return trainer.executor.initial_noise(plan.noise_row, 0, Stream.SAMPLE)
+
+
+def trained_run(config, folder):
+    run = RunFolder.fresh(folder)
+    trainer, held_out = build_trainer(config)
+    run.write_start(config, trainer.model.device, {})
+    before = [p.detach().clone() for _, p in trainer.model.trainable()]
+    Fit(trainer, run, held_out, say=lambda line: None)()
+    assert any(not torch.equal(a, b) for a, (_, b) in zip(before, trainer.model.trainable(), strict=True))
+    return trainer
+
+
+def sampled(source, tmp_path) -> np.ndarray:
+    """PNG files of `adagrpo sample`."""
+    out = tmp_path / "png"
+    arguments = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
+    assert main(["sample", str(source), *arguments, "--out", str(out)]) == 0
+    return np.stack([np.asarray(Image.open(path)) for path in sorted(out.glob("*.png"))]).astype(int)
+
+
+def test_full_training_exports_a_pipeline_diffusers_reproduces(tmp_path) -> None:
+    from diffusers import FluxPipeline
+
+    config = recipe(optimizer={"lr": 1e-3})
+    trainer = trained_run(config, tmp_path / "run")
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "exported")]) == 0
+    pipeline = FluxPipeline.from_pretrained(tmp_path / "exported", torch_dtype=torch.float32)
+    ours, stock = sampled(tmp_path / "run", tmp_path), stock_images(pipeline, config, initial_latents(trainer))
+    assert abs(ours - stock).max() <= 1
+    base = stock_images(
+        FluxPipeline.from_pretrained(tiny_flux_path(), torch_dtype=torch.float32), config, initial_latents(trainer)
+    )
+    assert abs(ours - base).max() > 8  # the training is visible, so the comparison above can fail
+
+
+def test_lora_training_exports_weights_diffusers_reproduces(tmp_path) -> None:
+    from diffusers import FluxPipeline
+
+    config = recipe(model={"tuning": "lora", "lora_rank": 4, "lora_alpha": 12.0}, optimizer={"lr": 3e-2})
+    trainer = trained_run(config, tmp_path / "run")
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "exported")]) == 0
+    pipeline = FluxPipeline.from_pretrained(tiny_flux_path(), torch_dtype=torch.float32)
+    latents = initial_latents(trainer)
+    base = stock_images(pipeline, config, latents)
+    pipeline.load_lora_weights(tmp_path / "exported")
+    ours, stock = sampled(tmp_path / "run", tmp_path), stock_images(pipeline, config, latents)
+    assert abs(ours - stock).max() <= 1
+    assert abs(ours - base).max() > 8
+
+
+def test_models_without_guidance_embedding(tmp_path) -> None:
+    from diffusers import FluxPipeline, FluxTransformer2DModel
+
+    pipeline = FluxPipeline.from_pretrained(tiny_flux_path(), torch_dtype=torch.float32)
+    settings = dict(pipeline.transformer.config) | {"guidance_embeds": False}
+    torch.manual_seed(0)
+    pipeline.transformer = FluxTransformer2DModel.from_config(settings)
+    pipeline.save_pretrained(tmp_path / "schnell")
+    config = recipe(model={"path": str(tmp_path / "schnell")})
+    trainer, _ = build_trainer(config)
+    latents = initial_latents(trainer)
+    plan = probe_plan(range(2), config.rollout.steps)
+    final = trainer.executor.run(plan, latents, trainer.model.encode(PROMPTS), 0, "test").final
+    ours = (trainer.model.decode(final) * 255).round().permute(0, 2, 3, 1).numpy().astype(int)
+    assert abs(ours - stock_images(pipeline, config, latents)).max() <= 1
+
+
+def test_velocity_follows_the_stock_rounding_of_the_timestep_in_bf16() -> None:
+    """The stock pipeline rounds t in [0, 1000] to bf16 before dividing; the adapter must feed the same value."""
+    model = build_model(dataclasses.replace(load_recipe("tiny").model, dtype="bf16"))
+    seen = {}
+    forward = model.transformer.forward
+    model.transformer.forward = lambda **kwargs: seen.update(kwargs) or forward(**kwargs)
+    x = torch.zeros(1, *model.latent_shape)
+    model.velocity(x, torch.tensor([0.97826]), model.encode(PROMPTS[:1]))
+    assert torch.equal(seen["timestep"], torch.tensor([978.26]).to(torch.bfloat16) / 1000)
+    assert seen["hidden_states"].dtype is torch.bfloat16
+
+
+def test_prompt_cache_is_bounded_and_exact() -> None:
+    model = load_flux(str(tiny_flux_path()), torch.float32, torch.device("cpu"), 32, 32, 16, prompt_cache=2)
+    first = model.encode(["a red circle", "two blue squares", "a green cross"])
+    assert len(model.encoder._cache) == 2
+    again = model.encode(["a green cross", "a red circle"])
+    for name, tensor in again.tensors.items():
+        assert torch.equal(tensor, first.tensors[name][[2, 0]])
+    assert not torch.equal(first.tensors["prompt_embeds"][0], first.tensors["prompt_embeds"][1])
+
+
+def test_gradient_checkpointing_changes_nothing() -> None:
+    weights = []
+    for checkpointing in (False, True):
+        trainer, _ = build_trainer(recipe(model={"gradient_checkpointing": checkpointing}))
+        trainer.iteration()
+        weights.append([p.detach().clone() for _, p in trainer.model.trainable()])
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_reference_is_the_initial_policy(tuning: str) -> None:
+    trainer, _ = build_trainer(recipe(model={"tuning": tuning}, optimizer={"lr": 1e-2}))
+    model = trainer.model
+    model.keep_reference()
+    x, sigma = trainer.executor.initial_noise(torch.arange(2), 0, Stream.SAMPLE), torch.tensor([0.9, 0.5])
+    text = model.encode(PROMPTS)
+    with torch.no_grad():
+        before = model.velocity(x, sigma, text)
+        trainer.iteration()
+        trainer.iteration()
+        after = model.velocity(x, sigma, text)
+        with model.reference():
+            reference = model.velocity(x, sigma, text)
+        assert torch.equal(model.velocity(x, sigma, text), after)
+    assert torch.equal(reference, before) and not torch.equal(after, before)
+
+
+def test_bad_models_are_named(tmp_path) -> None:
+    cpu = torch.device("cpu")
+    with pytest.raises(InputError, match="no such folder"):
+        load_flux(str(tmp_path / "missing"), torch.float32, cpu, 32, 32)
+    with pytest.raises(InputError, match=r"model_index\.json"):
+        load_flux(str(tmp_path), torch.float32, cpu, 32, 32)
+    (tmp_path / "model_index.json").write_text("{")
+    with pytest.raises(InputError, match="cannot be loaded as a FLUX pipeline"):
+        load_flux(str(tmp_path), torch.float32, cpu, 32, 32)
+    with pytest.raises(InputError, match="multiples of 8"):
+        load_flux(str(tiny_flux_path()), torch.float32, cpu, 32, 36)
+    model = load_flux(str(tiny_flux_path()), torch.float32, cpu, 32, 32)
+    with pytest.raises(InputError, match=r"attn\.to_z"):
+        add_lora(model.transformer, 4, 4.0, ["attn.to_q", "attn.to_z"])
+    with pytest.raises(InputError, match="missing; name a checkpoint"):
+        model.load_portable(tmp_path)

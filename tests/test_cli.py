@@ -1,0 +1,71 @@
+"""The command line, in process: help, overrides, errors with code 2 and no traceback."""
+
+import tomllib
+
+import pytest
+
+from adagrpo.cli import main
+
+
+def run(capsys, *args: str) -> tuple[int, str, str]:
+    try:
+        code = main(args)
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_print_config_applies_overrides(capsys) -> None:
+    code, out, _ = run(
+        capsys, "train", "tiny", "--train.slots", "3", "--rollout.sde-steps", "0", "2", "--rewards.0.weight", "0.5",
+        "--print-config",
+    )  # fmt: skip
+    resolved = tomllib.loads(out)
+    assert code == 0
+    assert resolved["train"]["slots"] == 3
+    assert resolved["rollout"]["sde_steps"] == [0, 2]
+    assert resolved["rewards"][0]["weight"] == 0.5
+
+
+def test_help_lists_commands_and_keys(capsys) -> None:
+    assert "doctor" in run(capsys, "--help")[1]
+    assert "flux1-dev-official" in run(capsys, "train", "--help")[1]
+    code, out, _ = run(capsys, "train", "tiny", "--help")
+    assert code == 0 and "--selection.candidates" in out and "--optimizer.lr" in out
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("train", "tinny"), ["tinny", "did you mean tiny"]),
+        (("train", "tiny", "--train.slotz", "3"), ["train.slotz", "--train.slots"]),
+        (("train", "tiny", "--train.slots", "many"), ["train.slots"]),
+        (("train", "tiny", "--rollout.group-size", "1"), ["rollout.group_size = 1"]),
+        (("train", "flux1-dev", "--dry-run"), ["prompts.txt", "does not exist"]),
+        (("train", "tiny", "--resume", "latest"), ["--out"]),
+        (("train", "tiny", "--dry-run", "--model.device", "cuda:0"), ["model.device = cuda:0"]),
+        (("train", "tiny", "--dry-run", "--model.device", "gpu"), ["model.device = gpu"]),
+        (("sample", "nowhere", "--prompt", "x"), ["nowhere"]),
+        (("sample", "tiny", "--prompt", "x", "--count", "0"), ["--count 0"]),
+        (("sample", "tiny", "--prompt", "x", "--cuont", "2"), ["--cuont"]),
+        (("tiny", "score", "missing.png", "--prompt", "a red circle"), ["missing.png"]),
+    ],
+)
+def test_errors_are_one_message_with_code_two(capsys, args: tuple[str, ...], words: list[str]) -> None:
+    code, _, err = run(capsys, *args)
+    assert code == 2
+    assert "Traceback" not in err
+    assert all(word in err for word in words), err
+
+
+def test_dry_run_prints_the_cost(capsys) -> None:
+    code, out, _ = run(capsys, "train", "tiny", "--dry-run")
+    assert code == 0
+    # 8 slots: 8 x 8 candidates x 8 steps; 8 x 4 forks; 8 x 8 x (7 + 6 + 5 + 4); 8 x 4
+    assert "probe 512, prefix 32, rollout 1408, update 32" in out
+
+
+def test_doctor_names_torch_and_device(capsys) -> None:
+    code, out, _ = run(capsys, "doctor")
+    assert code == 0 and "torch" in out and "Device:" in out and "Advice:" in out

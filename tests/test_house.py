@@ -1,0 +1,118 @@
+"""The house keeps its rooms: directions of imports, the name `kernels`, light imports, a README that is true."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# A room may import the rooms of its own and of every later line.
+LAYERS = [
+    {"__main__", "cli"},
+    {"commands", "doctor"},
+    {"fit", "build"},
+    {"train", "evaluation"},
+    {"engine", "rewards", "run", "tiny", "config", "prompts"},
+    {"models"},
+    {"algorithm", "errors", "version"},
+]
+
+
+def room_of(module: str) -> str:
+    return module.split(".")[1] if "." in module else "adagrpo"
+
+
+def imports_of(path: Path, module: str) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = module.split(".")[: -node.level] if node.level else []
+            if path.name == "__init__.py" and node.level:
+                base = module.split(".")[: len(module.split(".")) - node.level + 1]
+            found.add(".".join([*base, *([node.module] if node.module else [])]))
+    return found
+
+
+def modules() -> list[tuple[Path, str]]:
+    paths = sorted((ROOT / "adagrpo").rglob("*.py"))
+    dotted = [".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for p in paths]
+    return list(zip(paths, dotted, strict=True))
+
+
+def test_imports_point_downwards() -> None:
+    level = {room: i for i, rooms in enumerate(LAYERS) for room in rooms}
+    for path, module in modules():
+        if module == "adagrpo":
+            continue
+        for target in imports_of(path, module):
+            if target.startswith("adagrpo."):
+                assert level[room_of(target)] >= level[room_of(module)], f"{module} must not import {target}"
+
+
+def test_kernels_know_torch_only() -> None:
+    for path in (ROOT / "kernels" / "adagrpo_kernels").rglob("*.py"):
+        for target in imports_of(path, f"adagrpo_kernels.{path.stem}"):
+            top = target.split(".")[0]
+            assert top in sys.stdlib_module_names or top in {"torch", "triton", "adagrpo_kernels"}, f"{path}: {target}"
+
+
+def test_kernels_is_a_plain_folder() -> None:
+    """`kernels/__init__.py` would shadow the Hub's `kernels` package, which diffusers and transformers import."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_importing_is_light() -> None:
+    code = (
+        "import sys, adagrpo; heavy = {'triton', 'torchao', 'flash_attn', 'pynvml', 'diffusers', 'transformers'}; "
+        "sys.exit(', '.join(heavy & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def snippets() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+
+
+def test_readme_snippet_adds_curriculum_and_fusion_to_a_foreign_loop() -> None:
+    import torch
+
+    snippet = next(s for s in snippets() if "CapabilityCurriculum" in s)
+    assert len(snippet.strip().splitlines()) <= 15
+    trained: list[tuple[str, torch.Tensor]] = []
+    prompts = [f"p{i}" for i in range(6)]
+    quality = {prompt: 0.1 * i for i, prompt in enumerate(prompts)}
+    steps = iter(range(2))
+
+    def sample(prompt: str, count: int) -> list[str]:
+        return [prompt] * count
+
+    def score(images: list[str], prompt: str) -> torch.Tensor:
+        return quality[prompt] + 0.01 * torch.arange(float(len(images)))
+
+    scope = {
+        "batches": (prompts for _ in steps),
+        "sample": sample,
+        "score": score,
+        "update": lambda prompt, images, advantage: trained.append((prompt, advantage)),
+    }
+    exec(snippet, scope)
+    # The EMA's mean is 0.25 in both iterations; p2 (0.2) comes before p3 (0.3), equally close.
+    assert [prompt for prompt, _ in trained] == ["p2", "p2"] or [prompt for prompt, _ in trained] == ["p3", "p3"]
+    for _, advantage in trained:
+        assert advantage.shape == (12,) and abs(float(advantage.sum())) < 1e-4 and float(advantage.abs().max()) > 1
+
+
+@pytest.mark.parametrize("file", ["README.md", "CONTRIBUTING.md"])
+def test_links_and_commands_of_the_documents_exist(file: str) -> None:
+    text = (ROOT / file).read_text("utf-8")
+    for target in re.findall(r"\]\((?!http|#)([^)]+)\)", text):
+        assert (ROOT / target).exists(), target
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    for target in re.findall(r"`make ([a-z]+)", text):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
