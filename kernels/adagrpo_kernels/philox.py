@@ -14,9 +14,13 @@ from __future__ import annotations
 
 import enum
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from ._dispatch import device_word, use_triton
+from .rounding import STORAGE_DTYPES, round_to_storage
 
 MAX_STEP = 1 << 16
 _WORD = 0xFFFFFFFF
@@ -47,6 +51,29 @@ class Stream(enum.IntEnum):
     SELECT = 7
 
 
+class Draw(NamedTuple):
+    """Which noise: everything a value depends on but its position in the row.
+
+    Attributes:
+        seed: 64-bit seed, number or 0-dim int64 tensor.
+        rows: int64 [R], global row numbers, below 2**32.
+        iteration: below 2**32; number or 0-dim int64 tensor.
+        stream: a ``Stream``.
+        step: below 2**16; number, 0-dim int64 tensor, or int64 [R].
+    """
+
+    seed: int | Tensor
+    rows: Tensor
+    iteration: int | Tensor
+    stream: int
+    step: int | Tensor = 0
+
+    def on_device(self) -> Draw:
+        """The same draw with all numbers as int64 tensors on the device of ``rows``, without a host round trip."""
+        seed, iteration, step = (device_word(value, self.rows) for value in (self.seed, self.iteration, self.step))
+        return Draw(seed, self.rows, iteration, self.stream, step)
+
+
 def philox4x32_reference(key: tuple[Tensor, Tensor], counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> list[Tensor]:
     """Philox-4x32 with ten rounds.
 
@@ -71,16 +98,45 @@ def philox_words_reference(
     seed: int | Tensor, rows: Tensor, blocks: int, iteration: int | Tensor, stream: int, step: int | Tensor = 0
 ) -> list[Tensor]:
     """The four words of every counter block: int64 [R, blocks] each; arguments as in ``philox_normal_reference``."""
-    as_word = lambda value: torch.as_tensor(value, device=rows.device, dtype=torch.int64)  # noqa: E731
-    seed_word = as_word(seed)
+    seed_word = device_word(seed, rows)
     key = (seed_word & _WORD, (seed_word >> 32) & _WORD)
     element = torch.arange(blocks, device=rows.device).unsqueeze(0)
-    tag = (stream << 16) | as_word(step).reshape(-1, 1)
-    return philox4x32_reference(key, (element, rows.unsqueeze(1) & _WORD, as_word(iteration) & _WORD, tag))
+    tag = (int(stream) << 16) | device_word(step, rows).reshape(-1, 1)
+    return philox4x32_reference(key, (element, rows.unsqueeze(1) & _WORD, device_word(iteration, rows) & _WORD, tag))
+
+
+def philox_normal(
+    seed: int | Tensor,
+    rows: Tensor,
+    numel: int,
+    iteration: int | Tensor,
+    stream: int,
+    step: int | Tensor = 0,
+    dtype: torch.dtype = torch.float32,
+    impl: str | None = None,
+) -> Tensor:
+    """``philox_normal_reference`` by the chosen implementation, bit for bit the same.
+
+    Args:
+        impl: see ``adagrpo_kernels._dispatch``. The kernel writes float32, bfloat16 and float16.
+    """
+    words = [t for t in (seed, rows, iteration, step) if isinstance(t, Tensor)]
+    if not use_triton("philox_normal", impl, words, None if dtype in STORAGE_DTYPES[1:] else f"it does not write {dtype}"):
+        return philox_normal_reference(seed, rows, numel, iteration, stream, step, dtype)
+    from ._triton import philox
+
+    draw = Draw(seed, rows, iteration, stream, step).on_device()
+    return philox.philox_normal(draw, numel, dtype)
 
 
 def philox_normal_reference(
-    seed: int | Tensor, rows: Tensor, numel: int, iteration: int | Tensor, stream: int, step: int | Tensor = 0
+    seed: int | Tensor,
+    rows: Tensor,
+    numel: int,
+    iteration: int | Tensor,
+    stream: int,
+    step: int | Tensor = 0,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Standard normal noise.
 
@@ -91,13 +147,15 @@ def philox_normal_reference(
         iteration: below 2**32; number or 0-dim tensor.
         stream: a ``Stream``.
         step: below 2**16; one number, or int64 [R].
+        dtype: of the result: float32 noise, rounded.
 
     Returns:
-        float32 [R, numel].
+        [R, numel] in ``dtype``.
     """
     words = philox_words_reference(seed, rows, math.ceil(numel / 4), iteration, stream, step)
     pairs = [_box_muller(words[0], words[1]), _box_muller(words[2], words[3])]
-    return torch.stack([value for pair in pairs for value in pair], -1).flatten(1)[:, :numel]
+    noise = torch.stack([value for pair in pairs for value in pair], -1).flatten(1)[:, :numel]
+    return noise.to(dtype) if dtype is torch.float64 else round_to_storage(noise, dtype).to(dtype)
 
 
 def philox_uniform_reference(
@@ -131,7 +189,8 @@ def _log(u: Tensor) -> Tensor:
 
 def _box_muller(radius_word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tensor]:
     u = (radius_word >> 8).float() * 2.0**-24 + 2.0**-25
-    radius = (-2.0 * _log(u)).sqrt()
+    # float32 sqrt of PyTorch on a CPU is not correctly rounded (MKL); through float64 it is, exactly as on a GPU.
+    radius = (-2.0 * _log(u)).double().sqrt().float()
     turn = angle_word >> 8
     quadrant = turn >> 22
     # Offset from the quadrant's middle, in [-pi/4, pi/4]; the angle is quadrant*pi/2 + pi/4 + t.

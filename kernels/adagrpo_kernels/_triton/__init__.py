@@ -1,0 +1,1 @@
+"""The Triton kernels, one module per operator; imported only when a kernel is about to run."""
