@@ -6,10 +6,34 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from ._dispatch import use_triton
+from .rounding import STORAGE_DTYPES
 from .sde_step import affine_mean
 from .step_table import StepTable
+
+
+def group_log_prob(
+    x: Tensor, v: Tensor, successors: Tensor, table: StepTable, index: Tensor, impl: str | None = None
+) -> Tensor:
+    """``group_log_prob_reference`` by the chosen implementation.
+
+    Args:
+        impl: see ``adagrpo_kernels._dispatch``. The kernel takes float32, bfloat16 and float16 latents, and its gradient
+            flows into ``v`` only, computed in float32, once.
+    """
+    problem = None
+    if x.dtype not in STORAGE_DTYPES[1:]:
+        problem = f"it does not take {x.dtype} latents"
+    elif torch.is_grad_enabled() and (x.requires_grad or successors.requires_grad):
+        problem = "its gradient flows into v only, and x or successors require one"
+    if not use_triton("group_log_prob", impl, [x, v, successors, index], problem):
+        return group_log_prob_reference(x, v, successors, table, index)
+    from ._triton import group_log_prob as kernel
+
+    return kernel.group_log_prob(x, v, successors, table, index)
 
 
 def group_log_prob_reference(x: Tensor, v: Tensor, successors: Tensor, table: StepTable, index: Tensor) -> Tensor:
