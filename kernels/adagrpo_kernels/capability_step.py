@@ -7,10 +7,121 @@ Python branch.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from ._dispatch import use_triton
+from .philox import Draw, philox_uniform_reference
+
 STRATEGIES = ("random", "easiest", "hardest", "medium", "closest")
+MIN_VAR = 1e-8
+NO_CANDIDATE, NO_UPDATE = 1, 2
+
+
+class CapabilityStep(NamedTuple):
+    """Result of ``capability_step``; nothing is read on the host.
+
+    Attributes:
+        mean, var: [M], the EMA with this iteration folded in.
+        count: int64 [M].
+        picks: int64 [P], the candidate of each slot; -1 where none has a finite score.
+        distance: [P], of the pick from the EMA, as ``closest`` measures it; NaN where there is no pick.
+        status: int64 0-dim, 0 if all is well; bit ``NO_CANDIDATE``: some slot has no pick, bit ``NO_UPDATE``: some reward
+            had no finite score, so its EMA did not move.
+    """
+
+    mean: Tensor
+    var: Tensor
+    count: Tensor
+    picks: Tensor
+    distance: Tensor
+    status: Tensor
+
+
+def capability_step(
+    scores: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    count: Tensor,
+    alpha: float,
+    strategy: str = "closest",
+    reward_weights: Tensor | None = None,
+    draw: Draw | None = None,
+    impl: str | None = None,
+) -> CapabilityStep:
+    """``capability_step_reference`` by the chosen implementation; the kernel is one launch.
+
+    Args:
+        impl: see ``adagrpo_kernels._dispatch``. The kernel adds in another order than the reference, so candidates whose
+            distances differ by rounding only may be told apart differently; equal scores never are.
+    """
+    _check(scores, strategy, reward_weights, draw)
+    tensors = [scores, mean, var, count, reward_weights, draw.rows if draw else None]
+    problem = None if mean.dtype in (torch.float32, torch.float64) else f"it does not keep the EMA in {mean.dtype}"
+    if not use_triton("capability_step", impl, tensors, problem):
+        return capability_step_reference(scores, mean, var, count, alpha, strategy, reward_weights, draw)
+    from ._triton import capability_step as kernel
+
+    return CapabilityStep(*kernel.capability_step(scores, mean, var, count, alpha, strategy, reward_weights, draw))
+
+
+def capability_step_reference(
+    scores: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    count: Tensor,
+    alpha: float,
+    strategy: str = "closest",
+    reward_weights: Tensor | None = None,
+    draw: Draw | None = None,
+) -> CapabilityStep:
+    """Fold an iteration's scores into the EMA, then pick one candidate per slot.
+
+    Args:
+        scores: [M, P, B] for M rewards, P slots and B candidates; computed in the dtype of ``mean``.
+        mean, var, count: [M], the EMA before; ``capability_update_reference``.
+        alpha: memory of the EMA, in [0, 1).
+        strategy: ``select_reference``.
+        reward_weights: [M]; None for a single reward.
+        draw: one row per slot; needed by ``random`` only.
+
+    Returns:
+        ``CapabilityStep``.
+
+    Raises:
+        ValueError: unknown strategy, ``random`` without a draw, several rewards without weights.
+    """
+    _check(scores, strategy, reward_weights, draw)
+    scores = scores.to(mean.dtype)
+    new_mean, new_var, new_count = capability_update_reference(mean, var, count, scores, alpha)
+    std = new_var.clamp_min(MIN_VAR).sqrt()
+    uniform = None
+    if strategy == "random":
+        assert draw is not None
+        uniform = philox_uniform_reference(*draw)
+    if reward_weights is None:
+        picks = select_reference(scores[0], new_mean[0], std[0], strategy, None, uniform)
+        distances = (scores[0] - new_mean[0]).abs()
+    else:
+        picks = select_reference(scores, new_mean, std, strategy, reward_weights, uniform)
+        each = (scores - new_mean.reshape(-1, 1, 1)) / std.reshape(-1, 1, 1)
+        distances = (reward_weights.reshape(-1, 1, 1) * each.abs()).sum(0)
+    distance = distances.gather(1, picks.clamp_min(0).unsqueeze(1)).squeeze(1)
+    status = NO_CANDIDATE * (picks < 0).any().long() + NO_UPDATE * (new_count == count).any().long()
+    return CapabilityStep(
+        new_mean, new_var, new_count, picks, distance.masked_fill(picks < 0, torch.nan).to(mean.dtype), status
+    )
+
+
+def _check(scores: Tensor, strategy: str, reward_weights: Tensor | None, draw: Draw | None) -> None:
+    if strategy not in STRATEGIES:
+        raise ValueError(f"unknown selection strategy {strategy!r}: one of {', '.join(STRATEGIES)}")
+    if strategy == "random" and draw is None:
+        raise ValueError("strategy 'random' needs a draw")
+    if reward_weights is None and scores.shape[0] != 1:
+        raise ValueError(f"{scores.shape[0]} rewards need reward_weights")
 
 
 def capability_update_reference(

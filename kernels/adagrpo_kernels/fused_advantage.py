@@ -14,13 +14,32 @@ fewer than two valid (finite, unmasked) rewards, and every invalid reward.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+from ._dispatch import use_triton
 
 CALIBRATIONS = ("mass", "zscore", "zscore_centred", "none")
 EPS = 1e-8
 EQUAL_TOLERANCE = 1e-6
 MIN_MASS = 1e-6
+STATISTICS = (
+    "mean_abs", "false_positive", "false_negative", "turned", "equal_groups", "failed", "reward_mean", "group_std",
+)  # fmt: skip
+
+
+class MultiRewardAdvantage(NamedTuple):
+    """Result of ``multi_reward_advantage``.
+
+    Attributes:
+        advantage: [..., G] in the dtype of the rewards.
+        statistics: [M, 8], the columns ``STATISTICS`` of each reward; meaning: ``advantage_statistics_reference``.
+    """
+
+    advantage: Tensor
+    statistics: Tensor
 
 
 def valid_rewards(rewards: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -76,8 +95,7 @@ def global_advantage_reference(
     Returns:
         [..., G] in the dtype of ``rewards``.
     """
-    if calibration not in CALIBRATIONS:
-        raise ValueError(f"unknown calibration {calibration!r}: one of {', '.join(CALIBRATIONS)}")
+    _check_calibration(calibration)
     valid = valid_rewards(rewards, mask)
     difference = (rewards - mean).masked_fill(~valid, 0)
     z = difference if calibration == "none" else difference / (std + EPS)
@@ -86,6 +104,132 @@ def global_advantage_reference(
         z = centred if calibration == "zscore_centred" else _mass_calibrated(z, centred)
     advantage = z.clamp(-clip, clip)
     return advantage.masked_fill(~(valid & has_signal(rewards, valid)), 0)
+
+
+def fused_advantage(
+    rewards: Tensor,
+    mean: Tensor | float,
+    std: Tensor | float,
+    clip: float = 5.0,
+    weight: float = 1.0,
+    calibration: str = "mass",
+    mask: Tensor | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """``fused_advantage_reference`` by the chosen implementation.
+
+    Args:
+        impl: see ``adagrpo_kernels._dispatch``. The kernel takes one mean and one std for all rewards.
+    """
+    _check_calibration(calibration)
+    levels = [t for t in (mean, std) if isinstance(t, Tensor)]
+    problem = _kernel_problem(rewards) or (None if all(t.numel() == 1 for t in levels) else "it takes one mean and one std")
+    if not use_triton("fused_advantage", impl, [rewards, *levels, mask], problem):
+        return fused_advantage_reference(rewards, mean, std, clip, weight, calibration, mask)
+    from ._triton import fused_advantage as kernel
+
+    one = rewards.unsqueeze(0)
+    level = [_vector(t, rewards) for t in (mean, std)]
+    return kernel.fused_advantage(one, *level, None, None, clip, weight, calibration, mask, False)[0]
+
+
+def multi_reward_advantage(
+    rewards: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    count: Tensor,
+    reward_weights: Tensor,
+    clip: float = 5.0,
+    weight: float = 1.0,
+    calibration: str = "mass",
+    mask: Tensor | None = None,
+    impl: str | None = None,
+) -> MultiRewardAdvantage:
+    """``multi_reward_advantage_reference`` by the chosen implementation; the kernel is one launch.
+
+    Args:
+        impl: see ``adagrpo_kernels._dispatch``. The kernel takes float32 and float64 rewards, computes in their dtype, and
+            adds in another order than the reference.
+    """
+    _check_calibration(calibration)
+    tensors = [rewards, mean, std, count, reward_weights, mask]
+    if not use_triton("fused_advantage", impl, tensors, _kernel_problem(rewards)):
+        return multi_reward_advantage_reference(
+            rewards, mean, std, count, reward_weights, clip, weight, calibration, mask
+        )
+    from ._triton import fused_advantage as kernel
+
+    return MultiRewardAdvantage(
+        *kernel.fused_advantage(rewards, mean, std, count, reward_weights, clip, weight, calibration, mask, True)
+    )
+
+
+def multi_reward_advantage_reference(
+    rewards: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    count: Tensor,
+    reward_weights: Tensor,
+    clip: float = 5.0,
+    weight: float = 1.0,
+    calibration: str = "mass",
+    mask: Tensor | None = None,
+) -> MultiRewardAdvantage:
+    """Each reward normalised inside its group and against its own EMA, then summed with ``reward_weights``.
+
+    Args:
+        rewards: [M, ..., G], e.g. [M rewards, P slots, S steps, G].
+        mean, std, count: [M], capability EMA of each reward; count 0 means that it is empty.
+        reward_weights: [M].
+        clip, weight, calibration: as in ``fused_advantage``. With weight 0 the EMA is not used.
+        mask: optional bool [..., G], False for samples to ignore in the advantages.
+
+    Returns:
+        ``MultiRewardAdvantage``; the advantage is 0 where a sample is masked or any of its rewards is not finite.
+    """
+    valid = rewards.isfinite().all(0)
+    valid = (valid if mask is None else valid & mask).expand_as(rewards)
+    per_reward = [-1] + [1] * (rewards.ndim - 1)
+    if weight == 0:
+        parts = local_advantage_reference(rewards, clip, valid)
+    else:
+        level, spread = (t.to(rewards.dtype).reshape(per_reward) for t in (mean, std))
+        parts = fused_advantage_reference(rewards, level, spread, clip, weight, calibration, valid)
+    advantage = (reward_weights.to(parts.dtype).reshape(per_reward) * parts).sum(0)
+    found = [
+        advantage_statistics_reference(r, advantage, m, c) for r, m, c in zip(rewards, mean, count, strict=True)
+    ]
+    columns = [torch.stack([each[name].to(rewards.dtype) for name in STATISTICS]) for each in found]
+    return MultiRewardAdvantage(advantage, torch.stack(columns))
+
+
+def advantage_statistics_reference(rewards: Tensor, advantage: Tensor, mean: Tensor, count: Tensor) -> dict[str, Tensor]:
+    """What fusion did to one reward's groups, as 0-dim tensors.
+
+    ``false_positive``: better than the group but below the policy's level, ``false_negative``: the reverse (AdaGRPO
+    section 3; 0 while the EMA is empty); ``turned``: share of samples whose sign the fusion changed. These are shares of
+    the valid samples. ``mean_abs``: of the advantage; ``equal_groups``: share of groups without signal; ``failed``: share
+    of invalid samples; ``reward_mean``: of all samples but NaN; ``group_std`` (ddof 1): mean over groups where finite.
+
+    Args:
+        rewards, advantage: [..., G].
+        mean, count: 0-dim, capability EMA of this reward.
+    """
+    valid = valid_rewards(rewards)
+    local = local_advantage_reference(rewards, torch.inf)
+    below = rewards < mean.to(rewards.dtype)
+    share = lambda condition: (condition & valid).sum() / valid.sum().clamp_min(1)  # noqa: E731
+    known = count > 0
+    return {
+        "mean_abs": advantage.abs().mean(),
+        "false_positive": share((local > 0) & below & known),
+        "false_negative": share((local < 0) & ~below & known),
+        "turned": share(local.sign() * advantage.sign() < 0),
+        "equal_groups": (~has_signal(rewards, valid)).to(rewards.dtype).mean(),
+        "failed": (~valid).to(rewards.dtype).mean(),
+        "reward_mean": rewards.nanmean(),
+        "group_std": rewards.std(-1).nanmean(),
+    }
 
 
 def fused_advantage_reference(
@@ -100,6 +244,21 @@ def fused_advantage_reference(
     """``local + weight * global`` on rewards [..., G]; arguments as in the two parts."""
     local = local_advantage_reference(rewards, clip, mask)
     return local + weight * global_advantage_reference(rewards, mean, std, clip, calibration, mask)
+
+
+def _check_calibration(calibration: str) -> None:
+    if calibration not in CALIBRATIONS:
+        raise ValueError(f"unknown calibration {calibration!r}: one of {', '.join(CALIBRATIONS)}")
+
+
+def _kernel_problem(rewards: Tensor) -> str | None:
+    return None if rewards.dtype in (torch.float32, torch.float64) else f"it does not take {rewards.dtype} rewards"
+
+
+def _vector(value: Tensor | float, like: Tensor) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.reshape(1)
+    return torch.full((1,), value, dtype=torch.float64, device=like.device)
 
 
 def _mean(values: Tensor, valid: Tensor) -> Tensor:

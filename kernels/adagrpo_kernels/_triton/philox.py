@@ -24,7 +24,7 @@ def log_unit(u):
     exponent = (bits - SQRT_HALF) >> 23
     f = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
     e = exponent.to(tl.float32)
-    p = ((((((((L8 * f + L7) * f + L6) * f + L5) * f + L4) * f + L3) * f + L2) * f + L1) * f) + L0
+    p = ((((((((f * L8 + L7) * f + L6) * f + L5) * f + L4) * f + L3) * f + L2) * f + L1) * f) + L0
     return (e * LN2_LO + f * f * p) + f + e * LN2_HI
 
 
@@ -37,8 +37,8 @@ def box_muller(radius_word, angle_word):
     quadrant = turn >> 22
     t = ((turn & 0x3FFFFF).to(tl.float32) + -2097151.5) * 3.745070282923929e-07
     y = t * t
-    sin = t + t * y * ((S2 * y + S1) * y + S0)
-    cos = 1.0 - 0.5 * y + y * y * ((C2 * y + C1) * y + C0)
+    sin = t + t * y * ((y * S2 + S1) * y + S0)
+    cos = 1.0 - 0.5 * y + y * y * ((y * C2 + C1) * y + C0)
     scaled = radius * 0.7071067811865476
     first = scaled * (cos - sin)
     second = scaled * (cos + sin)
