@@ -17,6 +17,7 @@ __all__ = [
     "advantage_statistics",
     "fused_advantage",
     "global_advantage",
+    "groups_with_signal",
     "local_advantage",
     "multi_reward_advantage",
 ]
@@ -48,6 +49,11 @@ def multi_reward_advantage(
         mean, std = (t.to(rewards.dtype).reshape(-1, 1, 1) for t in (state.mean, state.std))
         parts = fused_advantage(rewards, mean, std, clip, weight, calibration, mask)
     return (reward_weights.to(parts.dtype).reshape(-1, 1, 1) * parts).sum(0)
+
+
+def groups_with_signal(rewards: Tensor) -> Tensor:
+    """bool [groups] for rewards [M, groups, G]: some reward differs inside the group."""
+    return has_signal(rewards, valid_rewards(rewards)).squeeze(-1).any(0)
 
 
 def advantage_statistics(rewards: Tensor, advantage: Tensor, state: CapabilityState) -> dict[str, Tensor]:
