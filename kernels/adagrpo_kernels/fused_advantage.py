@@ -79,6 +79,7 @@ def global_advantage_reference(
     if calibration not in CALIBRATIONS:
         raise ValueError(f"unknown calibration {calibration!r}: one of {', '.join(CALIBRATIONS)}")
     valid = valid_rewards(rewards, mask)
+    mean, std = (t.to(rewards.dtype) if isinstance(t, Tensor) else t for t in (mean, std))
     difference = (rewards - mean).masked_fill(~valid, 0)
     z = difference if calibration == "none" else difference / (std + EPS)
     if calibration in ("mass", "zscore_centred"):

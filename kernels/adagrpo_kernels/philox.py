@@ -71,9 +71,10 @@ def philox_words_reference(
     seed: int | Tensor, rows: Tensor, blocks: int, iteration: int | Tensor, stream: int, step: int | Tensor = 0
 ) -> list[Tensor]:
     """The four words of every counter block: int64 [R, blocks] each; arguments as in ``philox_normal_reference``."""
+    if isinstance(step, int) and not 0 <= step < MAX_STEP:
+        raise ValueError(f"step {step} does not fit the counter: 0 … {MAX_STEP - 1}")
     as_word = lambda value: torch.as_tensor(value, device=rows.device, dtype=torch.int64)  # noqa: E731
-    seed_word = as_word(seed)
-    key = (seed_word & _WORD, (seed_word >> 32) & _WORD)
+    key = (as_word(seed & _WORD), as_word((seed >> 32) & _WORD))
     element = torch.arange(blocks, device=rows.device).unsqueeze(0)
     tag = (stream << 16) | as_word(step).reshape(-1, 1)
     return philox4x32_reference(key, (element, rows.unsqueeze(1) & _WORD, as_word(iteration) & _WORD, tag))
@@ -94,6 +95,9 @@ def philox_normal_reference(
 
     Returns:
         float32 [R, numel].
+
+    Raises:
+        ValueError: a step that does not fit the counter.
     """
     words = philox_words_reference(seed, rows, math.ceil(numel / 4), iteration, stream, step)
     pairs = [_box_muller(words[0], words[1]), _box_muller(words[2], words[3])]

@@ -53,7 +53,8 @@ def sde_step_reference(x: Tensor, v: Tensor, table: StepTable, index: Tensor, no
         v: velocities [R, L, C], any float dtype.
         table: step table on the device of ``x``.
         index: int64 [R], the table row of each latent.
-        noise: standard normal [R, L, C] in the compute dtype, or None when every row is deterministic.
+        noise: standard normal [R, L, C] in the compute dtype, or None when every row is deterministic (which is not
+            checked: the table lives on the device).
 
     Returns:
         ``SdeStep(next, mean, logp)``.
@@ -64,4 +65,5 @@ def sde_step_reference(x: Tensor, v: Tensor, table: StepTable, index: Tensor, no
     rounded = round_to_storage(sample, x.dtype)
     square = (rounded - mean).square().flatten(1).mean(1)
     logp = rows.logp_const.to(mean.dtype) - rows.logp_scale.to(mean.dtype) * square
+    logp = torch.where(rows.logp_scale > 0, logp, torch.zeros_like(logp))
     return SdeStep(rounded.to(x.dtype), mean, logp)
