@@ -27,11 +27,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (InputError, RunError) as error:
         if debug:
             raise
-        print(f"adagrpo: {error}", file=sys.stderr)
+        print(f"adagrpo: {_one_line(str(error))}", file=sys.stderr)
         return EXIT_INPUT if isinstance(error, InputError) else EXIT_FAILED
     except KeyboardInterrupt:
         print("adagrpo: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def _one_line(message: str) -> str:
+    """The message on one line, control characters (of file names, keys, model output) made visible."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
 
 
 def _dispatch(argv: list[str]) -> int:

@@ -13,13 +13,14 @@ from .build import build_trainer, check_model, choose_device, load_data, load_pl
 from .config import Config
 from .engine.plans import branch_plan, probe_plan, trajectory_plan
 from .errors import InputError
-from .evaluation import sample_latents
+from .evaluation import sample_images
 from .fit import Fit
 from .recipe import load_recipe
 from .rewards import check_reward
 from .run.checkpoint import INDEX
 from .run.folder import RunFolder, next_free
 from .run.grid import to_pil
+from .run.report import write_report
 from .train import Trainer
 
 
@@ -57,8 +58,6 @@ def dry_run(config: Config, out: Path | None = None) -> int:
 
 def report(folders: Sequence[Path], out: Path | None) -> int:
     """Write report.html: into the run folder, or for several runs into the current folder."""
-    from .run.report import write_report
-
     path = write_report(folders, out or (folders[0] if len(folders) == 1 else Path()) / "report.html")
     print(path)
     return 0
@@ -91,8 +90,7 @@ def sample(source: str, prompts: Sequence[str], count: int, seed: int | None, ou
         raise InputError(f"--count {count}: must be at least 1")
     trainer = load_trained(source, seed)
     out.mkdir(parents=True, exist_ok=True)
-    latents = sample_latents(trainer.executor, prompts, count, Stream.SAMPLE)
-    for i, image in enumerate(trainer.model.decode(latents)):
+    for i, image in enumerate(sample_images(trainer.executor, prompts, count, Stream.SAMPLE)):
         path = out / f"{i // count:03d}-{i % count:03d}.png"
         to_pil(image).save(path)
         print(path)

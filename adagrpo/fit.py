@@ -17,7 +17,7 @@ from tqdm import tqdm
 from .algorithm.sde import Stream
 from .config import Config
 from .errors import RunError
-from .evaluation import PairedGain, evaluate, paired_gain, sample_latents
+from .evaluation import PairedGain, evaluate, paired_gain, sample_images
 from .prompts import prompt_category
 from .rewards import PromptRows
 from .run.checkpoint import Retention, load_state, require_space, save_checkpoint
@@ -25,6 +25,7 @@ from .run.folder import RunFolder
 from .run.grid import save_grid
 from .run.guards import Guards, Trip
 from .run.loggers import open_loggers
+from .run.report import write_report
 from .run.signals import StopRequest
 from .train import Trainer
 
@@ -208,8 +209,9 @@ class Fit:
 
     def _scores(self, prompts: Sequence[str], noises: int, stream: Stream) -> Tensor:
         with self.trainer.optimizer.averaged_weights():
-            scores = evaluate(self.trainer.executor, self.trainer.score, prompts, noises, stream)
-        self.trainer.phase.read()
+            trainer = self.trainer
+            scores = trainer.with_memory(lambda: evaluate(trainer.executor, trainer.score, prompts, noises, stream))
+        trainer.phase.read()
         return scores
 
     def _evaluate(self, record: dict[str, Any]) -> dict[str, float]:
@@ -256,15 +258,12 @@ class Fit:
         if not self.config.output.grid_every:
             return
         with trainer.optimizer.averaged_weights():
-            latents = sample_latents(trainer.executor, prompts, 1, Stream.SAMPLE)
-            images = torch.cat([trainer.model.decode(latents[part]) for part in trainer.executor.chunks(len(prompts))])
+            images = trainer.with_memory(lambda: sample_images(trainer.executor, prompts, 1, Stream.SAMPLE))
         rewards = trainer.rewards[0](images, PromptRows(prompts, torch.arange(len(prompts), device=images.device)))
         save_grid(self.run.samples / f"step-{iteration:06d}.png", images, prompts, rewards.tolist())
 
     def _report(self) -> None:
         """Rewrite the live report; a failure there is told, and ends nothing."""
-        from .run.report import write_report
-
         try:
             write_report([self.run.path], self.run.path / "report.html")
         except Exception as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from .rewards import PromptRows, Reward
 from .run.timing import PhaseTimer
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+T = TypeVar("T")
 Select = Callable[[Tensor, CapabilityState], Tensor]
 Fuse = Callable[[Tensor, CapabilityState, Tensor], Tensor]
 
@@ -104,19 +105,29 @@ class Trainer:
         return statistics | policy | self.selection_metrics(draw)
 
     def draw(self, slots: int) -> Draw:
-        """Draw groups for ``slots`` prompts; once out of memory, again in batches of half the size."""
+        """Draw groups for ``slots`` prompts."""
         prompts = self.stream.take(slots * self.config.selection.candidates)
         capability = self.capability
-        try:
-            return self._draw(prompts, slots)
-        except torch.OutOfMemoryError as error:
-            self.capability = capability
-            self.executor.halve_rows(error)
-        torch.cuda.empty_cache()
-        self.say(f"out of memory while sampling: continuing with engine.max_rows = {self.executor.max_rows}")
-        return self._draw(prompts, slots)
+        draw = self.with_memory(lambda: self._draw(prompts, slots, capability))
+        self.draws += 1
+        return draw
 
-    def _draw(self, prompts: Sequence[str], slots: int) -> Draw:
+    def with_memory(self, sampling: Callable[[], T]) -> T:
+        """What ``sampling`` returns; if memory runs out, once more in batches of half the size.
+
+        Raises:
+            RunError: out of memory again.
+        """
+        while True:
+            try:
+                return sampling()
+            except torch.OutOfMemoryError as error:
+                self.executor.halve_rows(error)
+            torch.cuda.empty_cache()
+            self.say(f"out of memory while sampling: continuing with engine.max_rows = {self.executor.max_rows}")
+
+    def _draw(self, prompts: Sequence[str], slots: int, capability: CapabilityState) -> Draw:
+        self.capability = capability
         candidates = self.model.encode(prompts)
         anchors = self.probe(candidates, slots)
         scores = self.probe_scores(anchors, prompts, slots)
@@ -125,7 +136,6 @@ class Trainer:
         samples = self.rollout(anchors, chosen, conditioning)
         picked = PromptRows(prompts, chosen)
         rewards = self.group_rewards(samples, picked, picks)
-        self.draws += 1
         return Draw(picked, conditioning, scores, picks, samples, rewards)
 
     def probe(self, candidates: Conditioning, slots: int) -> Rollout | None:
