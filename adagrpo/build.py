@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from .config import Config, ModelConfig, check
+from .config import Config, ModelConfig
 from .errors import InputError
 from .models.base import FlowModel
+from .plugins import is_import_path, load_callable
 from .prompts import load_prompts
+from .recipe import check
 from .rewards import build_reward
 from .tiny import tiny_flux_path
-from .train import DTYPES, Trainer
+from .train import DTYPES, Fuse, Select, Trainer
 
 BUILT_IN_MODEL = "tiny-flux"
 
@@ -32,10 +34,23 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def check_model(config: ModelConfig) -> None:
+    """Refuse a model that cannot be loaded, without loading it."""
+    if is_import_path(config.family):
+        load_callable(config.family, "model.family", 5, config.kwargs)
+    elif config.path not in (BUILT_IN_MODEL, "random:flux1-dev"):
+        from .models.flux import check_pipeline_path
+
+        check_pipeline_path(config.path)
+
+
 def build_model(config: ModelConfig) -> FlowModel:
     """Load the policy and mark what is trained."""
     from .models.flux import add_lora, load_flux
 
+    if is_import_path(config.family):
+        adapter = load_callable(config.family, "model.family", 5, config.kwargs)
+        return adapter(config.path, DTYPES[config.dtype], choose_device(config.device), config.height, config.width)
     torch.manual_seed(0)  # initial LoRA weights are part of the recipe
     model = load_flux(
         str(tiny_flux_path()) if config.path == BUILT_IN_MODEL else config.path,
@@ -61,6 +76,26 @@ def build_trainer(config: Config) -> tuple[Trainer, list[str]]:
         InputError: anything wrong with the recipe or what it names.
     """
     check(config)
-    prompts, held_out = load_prompts(config.data.prompts), load_prompts(config.data.held_out)
-    rewards = [build_reward(r.name, r.kwargs) for r in config.rewards]
-    return Trainer(config, build_model(config.model), rewards, prompts), held_out
+    prompts, held_out = load_data(config)
+    select, fuse = load_plugins(config)
+    rewards = [build_reward(r.name, r.kwargs, f"rewards.{i}") for i, r in enumerate(config.rewards)]
+    return Trainer(config, build_model(config.model), rewards, prompts, select, fuse), held_out
+
+
+def load_data(config: Config) -> tuple[list[str], list[str]]:
+    """Training and held-out prompts."""
+    data = config.data
+    return (
+        load_prompts(data.prompts, "data.prompts", data.allow_duplicates, data.kwargs),
+        load_prompts(data.held_out, "data.held_out", data.allow_duplicates, data.kwargs),
+    )
+
+
+def load_plugins(config: Config) -> tuple[Select | None, Fuse | None]:
+    """The selection strategy and advantage function named by import path; None for built-in ones."""
+    select = fuse = None
+    if is_import_path(config.selection.strategy):
+        select = load_callable(config.selection.strategy, "selection.strategy", 2, config.selection.kwargs)
+    if is_import_path(config.advantage.function):
+        fuse = load_callable(config.advantage.function, "advantage.function", 3, config.advantage.kwargs)
+    return select, fuse

@@ -7,26 +7,36 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .config import Config, check, load_recipe, recipe_names, to_toml
-from .errors import InputError
+from .config import Config
+from .errors import InputError, RunError
+from .recipe import check, load_recipe, recipe_names, to_toml
 
-EXIT_INPUT = 2
+EXIT_FAILED, EXIT_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 2 bad input, 130 interrupted."""
+    """Run one command; returns the exit code.
+
+    0 done, 1 the run cannot go on, 2 bad input, 3 stopped by a guard, 130 left by a second Ctrl-C; stopped by a signal
+    after saving: 130 SIGINT, 143 SIGTERM, 138 SIGUSR1.
+    """
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
     try:
         return _dispatch([a for a in args if a != "--debug"])
-    except InputError as error:
+    except (InputError, RunError) as error:
         if debug:
             raise
-        print(f"adagrpo: {error}", file=sys.stderr)
-        return EXIT_INPUT
+        print(f"adagrpo: {_one_line(str(error))}", file=sys.stderr)
+        return EXIT_INPUT if isinstance(error, InputError) else EXIT_FAILED
     except KeyboardInterrupt:
         print("adagrpo: interrupted", file=sys.stderr)
-        return 130
+        return EXIT_INTERRUPTED
+
+
+def _one_line(message: str) -> str:
+    """The message on one line, control characters (of file names, keys, model output) made visible."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -38,6 +48,7 @@ def _dispatch(argv: list[str]) -> int:
     _add_train(commands)
     _add_sample(commands)
     _add_export(commands)
+    _add_report(commands)
     _add_tiny(commands)
     commands.add_parser("doctor", help="what this machine has, and what that means").set_defaults(run=_doctor)
     args, rest = parser.parse_known_args(argv)
@@ -76,7 +87,7 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> int:
     from .commands import dry_run, train
 
     if args.dry_run:
-        return dry_run(config)
+        return dry_run(config, args.out)
     return train(config, args.out, args.resume)
 
 
@@ -116,6 +127,19 @@ def _export(args: argparse.Namespace) -> int:
     from .commands import export
 
     return export(args.source, args.out)
+
+
+def _add_report(commands: argparse._SubParsersAction) -> None:
+    report = commands.add_parser("report", help="one self-contained report.html of one or several runs")
+    report.add_argument("folders", type=Path, nargs="+", metavar="RUN", help="run folders")
+    report.add_argument("--out", type=Path, help="file to write (default: RUN/report.html)")
+    report.set_defaults(run=_report)
+
+
+def _report(args: argparse.Namespace) -> int:
+    from .commands import report
+
+    return report(args.folders, args.out)
 
 
 def _add_tiny(commands: argparse._SubParsersAction) -> None:

@@ -9,16 +9,18 @@ from pathlib import Path
 from tqdm import tqdm
 
 from .algorithm.sde import Stream
-from .build import build_trainer, choose_device
-from .config import Config, load_recipe
+from .build import build_trainer, check_model, choose_device, load_data, load_plugins
+from .config import Config
 from .engine.plans import branch_plan, probe_plan, trajectory_plan
 from .errors import InputError
-from .evaluation import sample_latents
+from .evaluation import sample_images
 from .fit import Fit
-from .prompts import load_prompts
+from .recipe import load_recipe
+from .rewards import check_reward
 from .run.checkpoint import INDEX
 from .run.folder import RunFolder, next_free
 from .run.grid import to_pil
+from .run.report import write_report
 from .train import Trainer
 
 
@@ -29,22 +31,35 @@ def train(config: Config, out: Path | None, resume: str | None) -> int:
     if not (run.path / "manifest.json").exists():
         run.write_start(config, trainer.model.device, {"latent_shape": list(trainer.model.latent_shape)})
     tqdm.write(f"{config.name}: {config.train.iterations} iterations on {trainer.model.device}, run folder {run.path}")
-    fit = Fit(trainer, run, held_out, say=tqdm.write)
+    fit = Fit(trainer, run, held_out)
     if checkpoint is not None:
         fit.resume(checkpoint)
-    gain = fit()
-    if gain is not None:
-        print(gain)
-    return 0
+    outcome = fit()
+    if outcome.gain is not None:
+        print(outcome.gain)
+    return outcome.exit_code
 
 
-def dry_run(config: Config) -> int:
+def dry_run(config: Config, out: Path | None = None) -> int:
     """Check what can be checked without loading the model, and print what an iteration would cost."""
     choose_device(config.model.device)
-    prompts, held_out = load_prompts(config.data.prompts), load_prompts(config.data.held_out)
+    check_model(config.model)
+    prompts, held_out = load_data(config)
+    load_plugins(config)
+    for i, reward in enumerate(config.rewards):
+        check_reward(reward.name, reward.kwargs, f"rewards.{i}")
+    if out is not None:
+        RunFolder.check_fresh(out)
     counts = planned_evaluations(config)
     print(f"{config.name}: {len(prompts)} training prompts, {len(held_out)} held-out prompts")
     print("evaluations per iteration: " + ", ".join(f"{phase} {n}" for phase, n in counts.items()))
+    return 0
+
+
+def report(folders: Sequence[Path], out: Path | None) -> int:
+    """Write report.html: into the run folder, or for several runs into the current folder."""
+    path = write_report(folders, out or (folders[0] if len(folders) == 1 else Path()) / "report.html")
+    print(path)
     return 0
 
 
@@ -75,8 +90,7 @@ def sample(source: str, prompts: Sequence[str], count: int, seed: int | None, ou
         raise InputError(f"--count {count}: must be at least 1")
     trainer = load_trained(source, seed)
     out.mkdir(parents=True, exist_ok=True)
-    latents = sample_latents(trainer.executor, prompts, count, Stream.SAMPLE)
-    for i, image in enumerate(trainer.model.decode(latents)):
+    for i, image in enumerate(sample_images(trainer.executor, prompts, count, Stream.SAMPLE)):
         path = out / f"{i // count:03d}-{i % count:03d}.png"
         to_pil(image).save(path)
         print(path)

@@ -1,25 +1,9 @@
-"""Recipes: frozen dataclasses, filled from TOML, overridden on the command line.
-
-Every key acts or is an error. ``load_recipe`` merges a recipe file over the defaults below; ``check`` refuses values that
-cannot work together, before any long work starts.
-"""
+"""The keys of a recipe and their defaults, as frozen dataclasses; ``adagrpo.recipe`` reads and checks them."""
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import tomllib
-import types
-import typing
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib import resources
-from pathlib import Path
-from typing import Any, Literal
-
-import tomli_w
-
-from .errors import InputError
+from typing import Literal
 
 KwargValue = bool | int | float | str
 
@@ -28,8 +12,11 @@ KwargValue = bool | int | float | str
 class ModelConfig:
     """The policy: a diffusers pipeline folder or Hub id, and how it is trained."""
 
-    family: Literal["flux"] = "flux"
-    """Adapter: flux (any diffusers FLUX pipeline, guidance-distilled or not)."""
+    family: str = "flux"
+    """Adapter: flux (any diffusers FLUX pipeline, guidance-distilled or not), or package.module:attribute of a callable
+    (path, dtype, device, height, width, **kwargs) -> FlowModel."""
+    kwargs: dict[str, KwargValue] = field(default_factory=dict)
+    """Arguments of an adapter named by import path."""
     path: str = "tiny-flux"
     """Pipeline folder or Hub id; `tiny-flux` is the model that ships with AdaGRPO."""
     dtype: Literal["bf16", "fp32", "fp64"] = "fp32"
@@ -98,7 +85,11 @@ class SelectionConfig:
 
     candidates: int = 10
     """Candidate prompts B per slot; 1 turns the filter off."""
-    strategy: Literal["closest", "random", "easiest", "hardest", "medium"] = "closest"
+    strategy: str = "closest"
+    """closest, random, easiest, hardest, medium, or package.module:attribute of a callable
+    (scores [M, P, B], capability, **kwargs) -> index [P]."""
+    kwargs: dict[str, KwargValue] = field(default_factory=dict)
+    """Arguments of a strategy named by import path."""
     alpha: float = 0.8
     """Memory of the capability EMA."""
 
@@ -107,10 +98,18 @@ class SelectionConfig:
 class AdvantageConfig:
     """Cross-level advantage fusion."""
 
+    function: str = "fused"
+    """fused, or package.module:attribute of a callable (rewards [M, groups, G], capability, reward weights [M], **kwargs)
+    -> advantages [groups, G]."""
+    kwargs: dict[str, KwargValue] = field(default_factory=dict)
+    """Arguments of a function named by import path."""
     weight: float = 1.0
     """Weight of the advantage against the capability EMA; 0 leaves plain group-relative advantages."""
     calibration: Literal["mass", "zscore", "zscore_centred", "none"] = "mass"
     clip: float = 5.0
+    equal_groups: Literal["keep", "skip", "refill"] = "keep"
+    """Groups whose rewards are all equal carry no signal. keep: they count in the loss average; skip: they do not; refill:
+    slots without any spread are drawn once more from new prompts."""
 
 
 @dataclass(frozen=True)
@@ -172,10 +171,15 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Prompts. Sources: `tiny:even`, `tiny:wide`, `tiny:held_out`, or a UTF-8 text file with one prompt per line."""
+    """Prompts. Sources: `tiny:even`, `tiny:wide`, `tiny:held_out`, a UTF-8 text file with one prompt per line, or
+    package.module:attribute of a callable (**kwargs) -> sequence of prompts."""
 
     prompts: str = "tiny:wide"
     held_out: str = "tiny:held_out"
+    allow_duplicates: bool = False
+    """Accept repeated lines in prompt files."""
+    kwargs: dict[str, KwargValue] = field(default_factory=dict)
+    """Arguments of prompt sources named by import path."""
 
 
 @dataclass(frozen=True)
@@ -200,6 +204,44 @@ class OutputConfig:
     grid_prompts: int = 10
     checkpoint_every: int = 50
     keep_last: int = 2
+    keep_every: int = 0
+    """Checkpoints at multiples of this iteration number are never removed; 0 is none."""
+    keep_best: bool = False
+    """Keep the checkpoint with the highest held-out reward."""
+    loggers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Also send the metrics there; needs `adagrpo[log]`."""
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """One guard: trips when its value exceeds `limit` in `patience` observations in a row; limit 0 is off."""
+
+    limit: float = 0.0
+    action: Literal["warn", "stop", "rollback"] = "warn"
+    patience: int = 1
+
+
+@dataclass(frozen=True)
+class GuardsConfig:
+    """Guards that act: warn, stop with exit code 3, or roll back to the last good checkpoint and go on with new prompts
+    and noise."""
+
+    reward_hacking: GuardConfig = GuardConfig(limit=0.05, patience=2)
+    """Fall of the held-out reward below its best so far, while the trained reward is above its value at that time."""
+    kl: GuardConfig = GuardConfig()
+    """KL divergence to the initial policy; needs loss.kl_weight."""
+    grad_norm: GuardConfig = GuardConfig()
+    """Gradient norm before clipping."""
+    ratio: GuardConfig = GuardConfig(limit=1e-3)
+    """Largest deviation of the on-policy ratio from 1."""
+    failed_rewards: GuardConfig = GuardConfig(limit=0.5, patience=3)
+    """Share of samples without a finite reward."""
+    equal_groups: GuardConfig = GuardConfig(limit=0.9, patience=5)
+    """Share of groups whose rewards are all equal: the policy's samples no longer differ."""
+    non_finite: GuardConfig = GuardConfig(limit=0.5, action="stop")
+    """1 when loss or gradient norm is not finite; the weights of such an iteration are never saved."""
+    max_rollbacks: int = 3
+    """After this many rollbacks the next one stops the run."""
 
 
 @dataclass(frozen=True)
@@ -227,202 +269,5 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
+    guards: GuardsConfig = field(default_factory=GuardsConfig)
     rewards: tuple[RewardConfig, ...] = (RewardConfig(),)
-
-
-def recipe_names() -> list[str]:
-    """Names of the recipes that ship with the package."""
-    folder = resources.files("adagrpo") / "recipes"
-    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
-
-
-def load_recipe(recipe: str | Path) -> Config:
-    """Read a shipped recipe by name, or a TOML file by path.
-
-    Raises:
-        InputError: unknown recipe, unreadable file, unknown key or wrong type.
-    """
-    names = recipe_names()
-    if str(recipe) in names:
-        text, source = (
-            (resources.files("adagrpo") / "recipes" / f"{recipe}.toml").read_text("utf-8"),
-            f"recipe {recipe}",
-        )
-    else:
-        path = Path(recipe)
-        if not path.is_file():
-            raise InputError(
-                f"no recipe {str(recipe)!r}{_hint(str(recipe), names)}: name one of {', '.join(names)}, or a TOML file"
-            )
-        try:
-            text, source = path.read_text("utf-8"), str(path)
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: cannot be read as UTF-8 text: {error}") from error
-    try:
-        return _build(Config, tomllib.loads(text), source, "")
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"{source}: not valid TOML: {error}") from error
-
-
-def to_toml(config: Config) -> str:
-    """The resolved recipe as TOML; ``load_recipe`` reads it back to an equal Config."""
-    return tomli_w.dumps(_plain(dataclasses.asdict(config)))
-
-
-def check(config: Config) -> None:
-    """Refuse values that are out of range or cannot work together.
-
-    Raises:
-        InputError: naming the key, the value and what is allowed.
-    """
-    for rule in (_check_ranges, _check_rollout, _check_training, _check_rewards):
-        for key, value, remedy in rule(config):
-            raise InputError(f"{key} = {value}: {remedy}")
-
-
-Problem = tuple[str, Any, str]
-
-
-def _check_ranges(c: Config) -> typing.Iterator[Problem]:
-    at_least: dict[str, float] = {
-        "model.height": 8, "model.width": 8, "model.max_text_tokens": 1, "model.lora_rank": 1, "model.prompt_cache": 1,
-        "rollout.steps": 1, "rollout.eta": 0, "rollout.group_size": 2, "rollout.window_size": 1,
-        "rollout.window_stride": 0, "rollout.window_every": 1, "selection.candidates": 1, "loss.clip_range": 0,
-        "loss.kl_weight": 0, "train.iterations": 1, "train.seed": 0, "train.slots": 1, "train.accumulation": 1,
-        "train.steps_per_iteration": 1, "optimizer.lr": 0, "optimizer.eps": 0, "optimizer.weight_decay": 0,
-        "optimizer.warmup_steps": 0, "engine.max_rows": 0, "evaluation.every": 0, "evaluation.prompts": 1,
-        "evaluation.noises": 1, "evaluation.final_prompts": 0, "evaluation.final_noises": 1, "output.grid_every": 0,
-        "output.grid_prompts": 1, "output.checkpoint_every": 0, "output.keep_last": 1,
-    }  # fmt: skip
-    above_zero = ("rollout.shift", "advantage.clip", "optimizer.max_grad_norm", "model.lora_alpha")
-    below_one = ("selection.alpha", "optimizer.ema_decay", "optimizer.betas.0", "optimizer.betas.1")
-    for key, low in at_least.items():
-        if not low <= (value := _lookup(c, key)) < float("inf"):
-            yield key, value, f"must be at least {low}"
-    for key in above_zero:
-        if not 0 < (value := _lookup(c, key)) < float("inf"):
-            yield key, value, "must be above 0"
-    for key in below_one:
-        if not 0 <= (value := _lookup(c, key)) < 1:
-            yield key, value, "must lie in [0, 1)"
-    if not 0 <= c.optimizer.final_share <= 1:
-        yield "optimizer.final_share", c.optimizer.final_share, "must lie in [0, 1]"
-    if not 0 < c.rollout.trained_share <= 1:
-        yield "rollout.trained_share", c.rollout.trained_share, "must lie in (0, 1]"
-
-
-def _check_rollout(c: Config) -> typing.Iterator[Problem]:
-    r = c.rollout
-    if r.scheme == "cps" and r.eta > 1:
-        yield "rollout.eta", r.eta, "must lie in [0, 1] for scheme cps"
-    if r.eta == 0:
-        yield "rollout.eta", r.eta, "must be above 0: without noise there is nothing to reinforce"
-    if r.plan == "window":
-        if r.window_size > r.steps - 1:
-            yield "rollout.window_size", r.window_size, f"must be at most rollout.steps - 1 = {r.steps - 1}"
-    else:
-        if not r.sde_steps or list(r.sde_steps) != sorted(set(r.sde_steps)):
-            yield "rollout.sde_steps", list(r.sde_steps), "must name at least one step, rising, without repeats"
-        if r.sde_steps and not 0 <= min(r.sde_steps) <= max(r.sde_steps) < r.steps - 1:
-            yield (
-                "rollout.sde_steps",
-                list(r.sde_steps),
-                f"must lie in 0 … {r.steps - 2} (rollout.steps = {r.steps}; the last step has no useful noise)",
-            )
-    if r.fork_velocity == "probe" and r.plan != "fork":
-        yield "rollout.fork_velocity", r.fork_velocity, "needs rollout.plan = fork"
-    if r.shared_noise and r.plan == "fork":
-        yield (
-            "rollout.shared_noise",
-            r.shared_noise,
-            "acts on plans trajectory and window; forks share their anchor anyway",
-        )
-    if (c.model.dtype == "fp64") != (r.storage == "fp64"):
-        yield "rollout.storage", r.storage, "fp64 latents go with model.dtype = fp64, and only with it"
-
-
-def _check_training(c: Config) -> typing.Iterator[Problem]:
-    trained = c.rollout.window_size if c.rollout.plan == "window" else len(c.rollout.sde_steps)
-    trained = max(1, round(trained * c.rollout.trained_share))
-    if trained % c.train.steps_per_iteration:
-        yield (
-            "train.steps_per_iteration",
-            c.train.steps_per_iteration,
-            f"must divide the {trained} trained steps of an iteration",
-        )
-    if c.loss.old_logp == "rollout" and (c.rollout.plan != "fork" or c.rollout.fork_velocity != "fresh"):
-        yield (
-            "loss.old_logp",
-            c.loss.old_logp,
-            "log-probabilities stored by this plan come from another batch geometry than the update's, so the ratio would "
-            "not start at 1: use recompute (or rollout.plan = fork with fork_velocity = fresh)",
-        )
-    if c.selection.candidates == 1 and c.selection.strategy not in ("closest", "random"):
-        yield "selection.candidates", 1, f"strategy {c.selection.strategy} needs at least two candidates"
-
-
-def _check_rewards(c: Config) -> typing.Iterator[Problem]:
-    if not c.rewards:
-        yield "rewards", "[]", "name at least one reward"
-    for i, reward in enumerate(c.rewards):
-        if not 0 < reward.weight < float("inf"):
-            yield f"rewards.{i}.weight", reward.weight, "must be above 0"
-
-
-def _lookup(config: Any, key: str) -> Any:
-    for part in key.split("."):
-        config = config[int(part)] if part.isdigit() else getattr(config, part)
-    return config
-
-
-def _build(cls: Any, data: dict[str, Any], source: str, prefix: str) -> Any:
-    hints = typing.get_type_hints(cls)
-    for key in data:
-        if key not in hints:
-            raise InputError(f"{source}: unknown key {prefix}{key}{_hint(key, list(hints))}")
-    values = {key: _convert(hints[key], value, source, prefix + key) for key, value in data.items()}
-    return cls(**values)
-
-
-def _convert(hint: Any, value: Any, source: str, key: str) -> Any:
-    def wrong(expected: str) -> InputError:
-        return InputError(f"{source}: {key} = {value!r}: expected {expected}")
-
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        if not isinstance(value, dict):
-            raise wrong("a table")
-        return _build(hint, value, source, f"{key}.")
-    if origin is Literal:
-        if value not in args:
-            raise InputError(f"{source}: {key} = {value!r}{_hint(str(value), list(args))}: one of {', '.join(args)}")
-        return value
-    if origin is tuple:
-        fixed = len(args) if args[-1] is not Ellipsis else None
-        if not isinstance(value, list) or (fixed and len(value) != fixed):
-            raise wrong(f"a list of {fixed} values" if fixed else "a list")
-        return tuple(_convert(args[0], item, source, f"{key}.{i}") for i, item in enumerate(value))
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise wrong("a table")
-        return {k: _convert(args[1], v, source, f"{key}.{k}") for k, v in value.items()}
-    if origin is types.UnionType:
-        if not isinstance(value, args):
-            raise wrong("a string, a number, true or false")
-        return value
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise wrong({int: "a whole number", float: "a number", bool: "true or false", str: "a string"}[hint])
-    return value
-
-
-def _hint(word: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f" (did you mean {close[0]}?)" if close else ""
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value

@@ -35,15 +35,19 @@ class PairedGain:
         )
 
 
-def sample_latents(
-    executor: RolloutExecutor, prompts: Sequence[str], noises: int, stream: Stream, first_row: int = 0
-) -> Tensor:
+def sample_latents(executor: RolloutExecutor, prompts: Sequence[str], noises: int, stream: Stream) -> Tensor:
     """Clean latents [N·noises, L, C], ordered (prompt, noise), of the deterministic sampler with fixed noise."""
     conditioning = executor.model.encode(prompts)
     rows = torch.arange(len(prompts)).repeat_interleave(noises)
     plan = probe_plan(rows.tolist(), executor.num_steps)
-    x = executor.initial_noise(plan.noise_row + first_row, 0, stream)
+    x = executor.initial_noise(plan.noise_row, 0, stream)
     return executor.run(plan, x, conditioning, 0, "evaluation").final
+
+
+def sample_images(executor: RolloutExecutor, prompts: Sequence[str], noises: int, stream: Stream) -> Tensor:
+    """The pictures of ``sample_latents``: [N·noises, 3, H, W] in [0, 1]."""
+    latents = sample_latents(executor, prompts, noises, stream)
+    return torch.cat([executor.model.decode(latents[part]) for part in executor.chunks(latents.shape[0])])
 
 
 def evaluate(executor: RolloutExecutor, score: Scorer, prompts: Sequence[str], noises: int, stream: Stream) -> Tensor:

@@ -1,9 +1,11 @@
-"""A whole run around the training loop: evaluate, log, draw, save, resume, compare."""
+"""A whole run around the training loop: evaluate, guard, log, draw, save, resume, compare."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,14 +16,29 @@ from tqdm import tqdm
 
 from .algorithm.sde import Stream
 from .config import Config
-from .evaluation import PairedGain, evaluate, paired_gain, sample_latents
+from .errors import RunError
+from .evaluation import PairedGain, evaluate, paired_gain, sample_images
+from .prompts import prompt_category
 from .rewards import PromptRows
-from .run.checkpoint import load_state, save_checkpoint
+from .run.checkpoint import Retention, load_state, require_space, save_checkpoint
 from .run.folder import RunFolder
 from .run.grid import save_grid
+from .run.guards import Guards, Trip
+from .run.loggers import open_loggers
+from .run.report import write_report
+from .run.signals import StopRequest
 from .train import Trainer
 
 BASELINE = "baseline.json"
+EXIT_GUARD = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a run ended: exit code (0 finished, 3 stopped by a guard, 128 + signal), and the comparison if it finished."""
+
+    exit_code: int
+    gain: PairedGain | None = None
 
 
 class Fit:
@@ -34,67 +51,156 @@ class Fit:
         say: receives lines for the user.
     """
 
-    def __init__(self, trainer: Trainer, run: RunFolder, held_out: Sequence[str], say: Callable[[str], None] = print) -> None:
+    def __init__(
+        self, trainer: Trainer, run: RunFolder, held_out: Sequence[str], say: Callable[[str], None] = tqdm.write
+    ) -> None:
         self.trainer, self.run, self.say = trainer, run, say
         self.config: Config = trainer.config
         e = self.config.evaluation
         self.held_out, self.final_prompts = list(held_out)[: e.prompts], list(held_out)[: e.final_prompts]
+        self.guards = Guards(self.config.guards)
+        self.category = prompt_category(self.config.data.prompts)
+        self.rollbacks = 0
+        self.best = -math.inf
+        trainer.say = lambda message: self._event("memory", message)
         if self.config.loss.kl_weight:
             trainer.model.keep_reference()
 
     def resume(self, checkpoint: Path) -> None:
         """Continue from ``checkpoint``; later lines of ``metrics.jsonl`` are dropped."""
-        self.trainer.load_state_dict(load_state(checkpoint, self.trainer.model.device))
+        self._restore(checkpoint)
         self.run.truncate_metrics(self.trainer.iterations_done)
-        self.say(f"resumed from {checkpoint} after iteration {self.trainer.iterations_done}")
+        self._event("resume", f"resumed from {checkpoint} after iteration {self.trainer.iterations_done}")
 
-    def __call__(self) -> PairedGain | None:
-        """Train to the last iteration; returns the paired comparison with the initial policy, if the recipe wants one."""
+    def __call__(self) -> Outcome:
+        """Train to the last iteration, a guard's stop or a signal.
+
+        Raises:
+            RunError: the run cannot go on; the last complete checkpoint is intact.
+        """
+        require_space(self.run.checkpoints, self._checkpoint_bytes(), self.config.output.keep_last)
+        self._try_rewards()
+        loggers = open_loggers(self.config.output.loggers, self.run.path.name, self.run.path, dataclasses.asdict(self.config))
         before = self._before()
         total = self.config.train.iterations
         bar = tqdm(total=total, initial=self.trainer.iterations_done, disable=None, unit="it", dynamic_ncols=True)
-        with bar:
+        with StopRequest(self.say).listening() as stop, bar:
             if self.trainer.iterations_done == 0:
                 self._show(0)
             while self.trainer.iterations_done < total:
-                record = self._one_iteration()
+                record, trips = self._one_iteration()
+                for logger in loggers:
+                    logger.log({k: v for k, v in record.items() if isinstance(v, float | int)}, record["iteration"])
                 bar.set_postfix_str(f"reward {record['reward/train']:.3f}, {_slowest(record)}")
-                bar.update()
-        return self._compare(before)
+                bar.update(self.trainer.iterations_done - bar.n)
+                if any(trip.action == "stop" for trip in trips):
+                    return Outcome(EXIT_GUARD)
+                if stop.signal:
+                    saved = self.run.latest_checkpoint() if self._saved_now else self.save()
+                    self._event("signal", f"stopped by {stop.signal.name}; saved {saved}")
+                    return Outcome(stop.exit_code)
+        for logger in loggers:
+            logger.close()
+        gain = self._compare(before)
+        self._report()
+        return Outcome(0, gain)
 
-    def _one_iteration(self) -> dict[str, Any]:
+    def _one_iteration(self) -> tuple[dict[str, Any], list[Trip]]:
+        """Train, evaluate, judge, then (only if it is sound) save."""
         started = time.perf_counter()
         metrics = self.trainer.iteration()
-        record: dict[str, Any] = {"iteration": self.trainer.iterations_done, **read_metrics(metrics)}
-        record |= self._performance(time.perf_counter() - started)
+        picked = metrics.pop("selection/picked")
         done, output = self.trainer.iterations_done, self.config.output
+        record: dict[str, Any] = {"iteration": done, **read_metrics(metrics)}
+        record |= self._performance(time.perf_counter() - started)
+        if self.category is not None:
+            record["selection/categories"] = dict(Counter(map(self.category, picked)))
         last = done == self.config.train.iterations
-        if _due(done, self.config.evaluation.every) or (last and self.config.evaluation.every):
-            record["reward/held_out"] = self._held_out()
-            tqdm.write(
-                f"iteration {done}: reward train {record['reward/train']:.3f}, held-out {record['reward/held_out']:.3f}, "
-                f"{record['perf/seconds']:.2f} s"
-            )
+        evaluated = _due(done, self.config.evaluation.every) or (last and self.config.evaluation.every > 0)
+        if evaluated:
+            record |= self._evaluate(record)
+        self.run.log(record)
+        self._saved_now = False
+        trips = self._judge(record)
+        if any(trip.action != "warn" for trip in trips) or not _finite(record):
+            return record, trips
         if _due(done, output.grid_every) or (last and output.grid_every):
             self._show(done)
-        self.run.log(record)
-        if _due(done, output.checkpoint_every) or last:
-            self.save()
-        return record
+        improved = output.keep_best and record.get("reward/held_out", -math.inf) > self.best
+        self.best = max(self.best, record.get("reward/held_out", -math.inf))
+        if _due(done, output.checkpoint_every) or last or improved:
+            self.save(record.get("reward/held_out"))
+        if evaluated:
+            self._report()
+        return record, trips
 
-    def save(self) -> Path:
-        """Write a checkpoint; its portable part holds the weight EMA where one is kept."""
+    def save(self, held_out: float | None = None) -> Path:
+        """Write a checkpoint; its portable part holds the weight EMA where one is kept.
+
+        Raises:
+            RunError: it cannot be written; earlier checkpoints are intact.
+        """
 
         def portable(folder: Path) -> None:
             with self.trainer.optimizer.averaged_weights():
                 self.trainer.model.save_portable(folder)
 
-        trainer, keep = self.trainer, self.config.output.keep_last
-        return save_checkpoint(self.run.checkpoints, trainer.iterations_done, trainer.state_dict(), portable, keep)
+        o = self.config.output
+        state = {
+            "trainer": self.trainer.state_dict(),
+            "guards": self.guards.state_dict(),
+            "rollbacks": self.rollbacks,
+            "best": self.best,
+        }
+        retention = Retention(o.keep_last, o.keep_every, o.keep_best)
+        done = self.trainer.iterations_done
+        try:
+            path = save_checkpoint(self.run.checkpoints, done, state, portable, retention, held_out)
+        except (OSError, RuntimeError) as error:
+            kept = self.run.latest_checkpoint()
+            raise RunError(
+                f"checkpoint of iteration {done} could not be written to {self.run.checkpoints}: {error}; free disk space or "
+                f"lower output.keep_last, then continue with --resume latest (last complete checkpoint: {kept or 'none'})"
+            ) from error
+        self._saved_now = True
+        return path
+
+    def _judge(self, record: dict[str, Any]) -> list[Trip]:
+        """Let the guards act; a rollback that is not possible becomes a stop."""
+        trips = self.guards.observe(record)
+        decided: list[Trip] = []
+        for trip in trips:
+            if trip.action == "rollback" and not any(t.action == "rollback" for t in decided):
+                trip = self._roll_back(trip)
+            kind = {"warn": "warning"}.get(trip.action, trip.action)
+            self._event(kind, trip.message, record["iteration"])
+            decided.append(trip)
+        return decided
+
+    def _roll_back(self, trip: Trip) -> Trip:
+        """Restore the last checkpoint, but go on with prompts and noise not used yet."""
+        checkpoint = self.run.latest_checkpoint()
+        if checkpoint is None or self.rollbacks >= self.config.guards.max_rollbacks:
+            reason = "no checkpoint yet" if checkpoint is None else f"{self.rollbacks} rollbacks already"
+            return dataclasses.replace(trip, action="stop", message=f"{trip.message}; stopping: {reason}")
+        draws, position, rollbacks = self.trainer.draws, self.trainer.stream.position, self.rollbacks + 1
+        self._restore(checkpoint)
+        self.trainer.draws, self.trainer.stream.position, self.rollbacks = draws, position, rollbacks
+        self.run.truncate_metrics(self.trainer.iterations_done)
+        message = f"{trip.message}; back to iteration {self.trainer.iterations_done}, with new prompts and noise"
+        return dataclasses.replace(trip, message=message)
+
+    def _restore(self, checkpoint: Path) -> None:
+        state = load_state(checkpoint, self.trainer.model.device)
+        self.trainer.load_state_dict(state["trainer"])
+        self.guards.load_state_dict(state["guards"])
+        self.rollbacks, self.best = state["rollbacks"], state["best"]
 
     def _performance(self, seconds: float) -> dict[str, float]:
+        phases = self.trainer.phase.read()
         record = {"perf/seconds": seconds}
-        record |= {f"perf/{phase}_seconds": spent for phase, spent in self.trainer.phase.read().items()}
+        record |= {f"perf/{phase}_seconds": spent for phase, spent in phases.items()}
+        record["perf/other_seconds"] = max(0.0, seconds - sum(phases.values()))
         for phase, count in self.trainer.executor.counts.items():
             record |= {f"perf/{phase}_evaluations": count.evaluations, f"perf/{phase}_calls": count.calls}
         if self.trainer.model.device.type == "cuda":
@@ -103,12 +209,29 @@ class Fit:
 
     def _scores(self, prompts: Sequence[str], noises: int, stream: Stream) -> Tensor:
         with self.trainer.optimizer.averaged_weights():
-            scores = evaluate(self.trainer.executor, self.trainer.score, prompts, noises, stream)
-        self.trainer.phase.read()
+            trainer = self.trainer
+            scores = trainer.with_memory(lambda: evaluate(trainer.executor, trainer.score, prompts, noises, stream))
+        trainer.phase.read()
         return scores
 
-    def _held_out(self) -> float:
-        return float(self._scores(self.held_out, self.config.evaluation.noises, Stream.HELD_OUT)[0].nanmean())
+    def _evaluate(self, record: dict[str, Any]) -> dict[str, float]:
+        scores = self._scores(self.held_out, self.config.evaluation.noises, Stream.HELD_OUT)
+        found = {"reward/held_out": float(scores[0].nanmean())}
+        found["reward/held_out_std"] = float(scores[0].nanmean(1).std()) if len(self.held_out) > 1 else 0.0
+        for m, reward in list(enumerate(self.config.rewards))[1:]:
+            found[f"reward/held_out_{reward.name}"] = float(scores[m].nanmean())
+        self.say(
+            f"iteration {record['iteration']}: reward train {record['reward/train']:.3f}, "
+            f"held-out {found['reward/held_out']:.3f}, {record['perf/seconds']:.2f} s"
+        )
+        return found
+
+    def _try_rewards(self) -> None:
+        """Score two pictures of noise: a broken reward ends the run here, not after the first rollout."""
+        prompts = (self.held_out * 2)[:2]
+        x = self.trainer.executor.initial_noise(torch.arange(2), 0, Stream.SAMPLE)
+        self.trainer.score(x, PromptRows(prompts, torch.arange(2, device=x.device)))
+        self.trainer.phase.read()
 
     def _before(self) -> Tensor | None:
         """Scores of the initial policy on the final comparison's prompts; kept in the run folder for a resumed run."""
@@ -135,16 +258,38 @@ class Fit:
         if not self.config.output.grid_every:
             return
         with trainer.optimizer.averaged_weights():
-            latents = sample_latents(trainer.executor, prompts, 1, Stream.SAMPLE)
-            images = torch.cat([trainer.model.decode(latents[part]) for part in trainer.executor.chunks(len(prompts))])
+            images = trainer.with_memory(lambda: sample_images(trainer.executor, prompts, 1, Stream.SAMPLE))
         rewards = trainer.rewards[0](images, PromptRows(prompts, torch.arange(len(prompts), device=images.device)))
         save_grid(self.run.samples / f"step-{iteration:06d}.png", images, prompts, rewards.tolist())
 
+    def _report(self) -> None:
+        """Rewrite the live report; a failure there is told, and ends nothing."""
+        try:
+            write_report([self.run.path], self.run.path / "report.html")
+        except Exception as error:
+            self._event("warning", f"report.html could not be written: {type(error).__name__}: {error}")
 
-def read_metrics(metrics: dict[str, Tensor]) -> dict[str, float]:
-    """All metrics as numbers, in one copy to the host."""
-    values = torch.stack([value.detach().to(torch.float64, non_blocking=True).reshape(()) for value in metrics.values()])
-    return dict(zip(metrics, values.tolist(), strict=True))
+    def _event(self, kind: str, message: str, iteration: int | None = None) -> None:
+        self.run.event(self.trainer.iterations_done if iteration is None else iteration, kind, message)
+        self.say(message)
+
+    def _checkpoint_bytes(self) -> int:
+        """Size of one checkpoint: portable weights, masters, two moments, weight EMA."""
+        optimizer = self.trainer.optimizer
+        masters = sum(m.numel() * m.element_size() for m in optimizer.masters)
+        portable = sum(p.numel() * p.element_size() for p in optimizer.parameters)
+        return portable + masters * (4 if optimizer.averages else 3)
+
+
+def read_metrics(metrics: dict[str, Any]) -> dict[str, float]:
+    """The metrics that are tensors, as numbers, in one copy to the host."""
+    tensors = {name: value for name, value in metrics.items() if isinstance(value, Tensor)}
+    values = torch.stack([value.detach().to(torch.float64, non_blocking=True).reshape(()) for value in tensors.values()])
+    return dict(zip(tensors, values.tolist(), strict=True))
+
+
+def _finite(record: dict[str, Any]) -> bool:
+    return math.isfinite(record["policy/loss"]) and math.isfinite(record["policy/grad_norm"])
 
 
 def _due(iteration: int, every: int) -> bool:

@@ -2,44 +2,89 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from .errors import InputError
+from .plugins import check_call, is_import_path, load_attribute
+
+MAX_CHARACTERS = 4096
 
 
-def load_prompts(source: str) -> list[str]:
+def load_prompts(
+    source: str, key: str = "data.prompts", allow_duplicates: bool = False, kwargs: Mapping[str, Any] | None = None
+) -> list[str]:
     """Prompts of a source, in order.
 
     Args:
-        source: ``tiny:even``, ``tiny:wide``, ``tiny:held_out``, or a UTF-8 text file with one prompt per line; blank lines
-            are ignored.
+        source: ``tiny:even``, ``tiny:wide``, ``tiny:held_out``, a UTF-8 text file with one prompt per line (blank lines
+            are ignored), or ``package.module:attribute`` of a callable that returns them.
+        key: the recipe's key, for messages.
+        allow_duplicates: accept repeated lines in a file.
+        kwargs: arguments of a source named by import path.
 
     Raises:
-        InputError: unknown source; file missing, empty or not UTF-8.
+        InputError: unknown source; file missing, empty, not UTF-8, or with over-long or repeated lines.
     """
     if source.startswith("tiny:"):
         from .tiny.prompts import held_out_prompts, training_prompts
 
         mix = source.removeprefix("tiny:")
         if mix not in ("even", "wide", "held_out"):
-            raise InputError(f"data: unknown prompt source {source!r}: tiny:even, tiny:wide or tiny:held_out")
+            raise InputError(f"{key} = {source}: unknown prompt source: tiny:even, tiny:wide or tiny:held_out")
         return held_out_prompts() if mix == "held_out" else training_prompts(mix)
-    path = Path(source)
+    if is_import_path(source):
+        return _from_plugin(source, key, kwargs or {})
+    return _from_file(Path(source), key, allow_duplicates)
+
+
+def prompt_category(source: str) -> Callable[[str], str] | None:
+    """The function that names a prompt's category, for sources that have categories."""
+    if not source.startswith("tiny:"):
+        return None
+    from .tiny.prompts import category
+
+    return category
+
+
+def _from_plugin(source: str, key: str, kwargs: Mapping[str, Any]) -> list[str]:
+    function = load_attribute(source, key)
+    check_call(function, key, source, 0, kwargs)
+    prompts = list(function(**kwargs))
+    if not prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
+        raise InputError(f"{key} = {source}: must return at least one prompt, and only non-empty strings")
+    return prompts
+
+
+def _from_file(path: Path, key: str, allow_duplicates: bool) -> list[str]:
     try:
         lines = path.read_text("utf-8").splitlines()
     except FileNotFoundError as error:
-        raise InputError(f"data: prompt file {source} does not exist") from error
+        raise InputError(f"{key} = {path}: this file does not exist; name a text file with one prompt per line") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"data: prompt file {source} is not UTF-8 text (byte {error.start}); convert it") from error
+        raise InputError(f"{key} = {path}: not UTF-8 text (byte {error.start}); convert it") from error
     except OSError as error:
-        raise InputError(f"data: prompt file {source} cannot be read: {error.strerror}") from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise InputError(f"data: prompt file {source} holds no prompt; write one per line")
-    return prompts
+        raise InputError(f"{key} = {path}: cannot be read: {error.strerror}") from error
+    prompts: dict[str, int] = {}
+    kept = []
+    for number, line in enumerate(lines, 1):
+        prompt = line.strip()
+        if not prompt:
+            continue
+        if len(prompt) > MAX_CHARACTERS:
+            raise InputError(f"{key} = {path}: line {number} is longer than {MAX_CHARACTERS} characters; shorten it")
+        first = prompts.setdefault(prompt, number)
+        if first != number and not allow_duplicates:
+            raise InputError(
+                f"{key} = {path}: line {number} repeats line {first}; remove it or set data.allow_duplicates = true"
+            )
+        kept.append(prompt)
+    if not kept:
+        raise InputError(f"{key} = {path}: holds no prompt; write one per line")
+    return kept
 
 
 class PromptStream:

@@ -1,4 +1,4 @@
-"""The training loop: probe → select → rollout → reward → advantage → update → log and save.
+"""The training loop: probe → select → rollout → reward → advantage → update.
 
 ``Trainer.iteration`` is one iteration of AdaGRPO (section 3) over all prompt slots. Every other algorithm this trainer
 speaks is the same iteration under another recipe. Shape letters: P slots, B candidates per slot, M rewards, G group size,
@@ -7,27 +7,53 @@ R rollout rows; one latent is [L, C].
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from .algorithm.advantages import advantage_statistics, multi_reward_advantage
+from .algorithm.advantages import advantage_statistics, groups_with_signal, multi_reward_advantage
 from .algorithm.sde import StepTable, Stream, philox_uniform, sigma_schedule, step_table
 from .algorithm.selection import CapabilityState, select_prompt, update_capability
 from .config import Config
 from .engine.executor import Rollout, RolloutExecutor
 from .engine.optimizer import PolicyOptimizer
 from .engine.plans import probe_plan, window_steps
-from .engine.sampling import Samples, sample_forks, sample_trajectories
+from .engine.sampling import Samples, merge_slots, sample_forks, sample_trajectories
 from .engine.update import update_policy
+from .errors import RunError
 from .models.base import Conditioning, FlowModel
 from .prompts import PromptStream
 from .rewards import PromptRows, Reward
 from .run.timing import PhaseTimer
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+T = TypeVar("T")
+Select = Callable[[Tensor, CapabilityState], Tensor]
+Fuse = Callable[[Tensor, CapabilityState, Tensor], Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Draw:
+    """Groups drawn for some slots, and what they were drawn from.
+
+    Attributes:
+        prompts: the candidates' texts and the row picked for each slot.
+        conditioning: of the picked prompts, [P].
+        scores: of the probes, [M, P, B]; None where nothing reads them.
+        picks: int64 [P]; -1 where every probe of a slot failed.
+        samples: final latents and stored transitions.
+        rewards: [M, groups, G]; NaN where a sample failed.
+    """
+
+    prompts: PromptRows
+    conditioning: Conditioning
+    scores: Tensor | None
+    picks: Tensor
+    samples: Samples
+    rewards: Tensor
 
 
 class Trainer:
@@ -38,163 +64,267 @@ class Trainer:
         model: the policy.
         rewards: one per entry of ``config.rewards``.
         prompts: the training prompts.
+        select, fuse: replacements of ``select_prompt`` and ``multi_reward_advantage``; None for the recipe's own.
+        say: receives notices for the user.
     """
 
-    def __init__(self, config: Config, model: FlowModel, rewards: Sequence[Reward], prompts: Sequence[str]) -> None:
-        self.config, self.model, self.rewards = config, model, list(rewards)
+    def __init__(
+        self,
+        config: Config,
+        model: FlowModel,
+        rewards: Sequence[Reward],
+        prompts: Sequence[str],
+        select: Select | None = None,
+        fuse: Fuse | None = None,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self.config, self.model, self.rewards, self.say = config, model, list(rewards), say
+        self._select, self._fuse = select, fuse
         r, train = config.rollout, config.train
         self.slots = train.slots * train.accumulation
         sigmas = sigma_schedule(r.steps, r.shift)
         table = StepTable.concat([step_table("ode", sigmas), step_table(r.scheme, sigmas, r.eta)])
-        self.executor = RolloutExecutor(model, table, train.seed, DTYPES[r.storage], config.engine.max_rows)
+        self.phase = PhaseTimer(model.device)
+        self.executor = RolloutExecutor(model, table, train.seed, DTYPES[r.storage], config.engine.max_rows, self.phase)
         self.optimizer = _optimizer(config, model)
         self.stream = PromptStream(prompts, train.seed)
         self.capability = CapabilityState.for_rewards(len(rewards), model.device)
         self.reward_weights = torch.tensor([reward.weight for reward in config.rewards], device=model.device)
-        self.phase = PhaseTimer(model.device)
         self.iterations_done = 0
+        self.draws = 0
 
-    def iteration(self) -> dict[str, Tensor]:
-        """One iteration; its metrics stay on the device."""
+    def iteration(self) -> dict[str, Any]:
+        """One iteration; its metrics stay on the device. ``selection/picked`` holds the picked prompts."""
         self.executor.reset_counts()
-        prompts = self.stream.take(self.slots * self.config.selection.candidates)
+        draw = self.draw(self.slots)
+        if self.config.advantage.equal_groups == "refill":
+            draw = self.refill(draw)
+        advantage, statistics = self.fuse(draw.rewards)
+        policy = self.update(draw, advantage)
+        self.iterations_done += 1
+        return statistics | policy | self.selection_metrics(draw)
+
+    def draw(self, slots: int) -> Draw:
+        """Draw groups for ``slots`` prompts."""
+        prompts = self.stream.take(slots * self.config.selection.candidates)
+        capability = self.capability
+        draw = self.with_memory(lambda: self._draw(prompts, slots, capability))
+        self.draws += 1
+        return draw
+
+    def with_memory(self, sampling: Callable[[], T]) -> T:
+        """What ``sampling`` returns; if memory runs out, once more in batches of half the size.
+
+        Raises:
+            RunError: out of memory again.
+        """
+        while True:
+            try:
+                return sampling()
+            except torch.OutOfMemoryError as error:
+                self.executor.halve_rows(error)
+            torch.cuda.empty_cache()
+            self.say(f"out of memory while sampling: continuing with engine.max_rows = {self.executor.max_rows}")
+
+    def _draw(self, prompts: Sequence[str], slots: int, capability: CapabilityState) -> Draw:
+        self.capability = capability
         candidates = self.model.encode(prompts)
-        anchors = self.probe(candidates)
-        scores = self.probe_scores(anchors, prompts)
-        picks = self.select(scores)
+        anchors = self.probe(candidates, slots)
+        scores = self.probe_scores(anchors, prompts, slots)
+        picks = self.select(scores, slots)
         chosen, conditioning = self.gather(candidates, picks)
         samples = self.rollout(anchors, chosen, conditioning)
-        rewards = self.rewards_of(samples, prompts, chosen, picks)
-        advantage, statistics = self.fuse(rewards)
-        policy = self.update(samples, advantage, rewards, conditioning)
-        self.iterations_done += 1
-        return statistics | policy | self.selection_metrics(scores, picks)
+        picked = PromptRows(prompts, chosen)
+        rewards = self.group_rewards(samples, picked, picks)
+        return Draw(picked, conditioning, scores, picks, samples, rewards)
 
-    def probe(self, candidates: Conditioning) -> Rollout | None:
+    def probe(self, candidates: Conditioning, slots: int) -> Rollout | None:
         """Sample all P·B candidates by the deterministic ODE; forks start from these trajectories."""
         r = self.config.rollout
         if r.plan != "fork" and not self._scores_needed:
             return None
-        rows = self.slots * self.config.selection.candidates
+        rows = slots * self.config.selection.candidates
         plan = probe_plan(range(rows), r.steps, keep=r.sde_steps if r.plan == "fork" else ())
         with self.phase("probe"):
-            x = self.executor.initial_noise(plan.noise_row, self.iterations_done, Stream.PROBE_INIT)
-            return self.executor.run(plan, x, candidates, self.iterations_done, "probe")
+            x = self.executor.initial_noise(plan.noise_row, self.draws, Stream.PROBE_INIT)
+            return self.executor.run(plan, x, candidates, self.draws, "probe")
 
-    def probe_scores(self, anchors: Rollout | None, prompts: Sequence[str]) -> Tensor | None:
+    def probe_scores(self, anchors: Rollout | None, prompts: Sequence[str], slots: int) -> Tensor | None:
         """Scores [M, P, B] of the probes; None where nothing would read them."""
         if anchors is None or not self._scores_needed:
             return None
         everyone = torch.arange(len(prompts), device=self.model.device)
-        return self.score(anchors.final, PromptRows(prompts, everyone)).unflatten(1, (self.slots, -1))
+        return self.score(anchors.final, PromptRows(prompts, everyone)).unflatten(1, (slots, -1))
 
-    def select(self, scores: Tensor | None) -> Tensor:
+    def select(self, scores: Tensor | None, slots: int) -> Tensor:
         """Fold the scores into the capability EMA, then pick one candidate per slot: [P]; -1 where none has a score."""
         s = self.config.selection
         with self.phase("select"):
             if scores is not None:
                 self.capability = update_capability(self.capability, scores, s.alpha)
             if s.candidates == 1:
-                return torch.zeros(self.slots, dtype=torch.int64, device=self.model.device)
-            slots = torch.arange(self.slots, device=self.model.device)
-            uniform = philox_uniform(self.executor.seed, slots, self.iterations_done, Stream.SELECT)
+                return torch.zeros(slots, dtype=torch.int64, device=self.model.device)
+            rows = torch.arange(slots, device=self.model.device)
+            uniform = philox_uniform(self.executor.seed, rows, self.draws, Stream.SELECT)
             if scores is None:
                 return (uniform * s.candidates).long()
+            if self._select is not None:
+                return self._select(scores, self.capability)
             if len(self.rewards) == 1:
                 return select_prompt(scores[0], self.capability[0], s.strategy, uniform=uniform)
             return select_prompt(scores, self.capability, s.strategy, self.reward_weights, uniform)
 
     def gather(self, candidates: Conditioning, picks: Tensor) -> tuple[Tensor, Conditioning]:
         """Rows of the picked candidates [P] and their conditioning, without leaving the device."""
-        first = torch.arange(self.slots, device=picks.device) * self.config.selection.candidates
+        first = torch.arange(picks.shape[0], device=picks.device) * self.config.selection.candidates
         chosen = first + picks.clamp_min(0)
         return chosen, candidates.rows(chosen)
 
     def rollout(self, anchors: Rollout | None, chosen: Tensor, conditioning: Conditioning) -> Samples:
         """Draw the groups by the recipe's plan."""
-        r, train, it = self.config.rollout, self.config.train, self.iterations_done
-        shared = {"optimizer_steps": train.steps_per_iteration, "slots_per_batch": train.slots}
+        r, train = self.config.rollout, self.config.train
         stochastic = self._stochastic_steps()
-        with self.phase("rollout"):
-            if r.plan == "fork":
-                assert anchors is not None
-                fresh = r.fork_velocity == "fresh"
-                steps = self._trained_steps(stochastic)
-                return sample_forks(self.executor, anchors, chosen, conditioning, it, steps, r.group_size, fresh, **shared)
-            trained = self._trained_steps(stochastic)
-            return sample_trajectories(
-                self.executor, conditioning, self.slots, it, stochastic, trained, r.group_size, r.shared_noise, **shared
-            )
+        shared: dict[str, Any] = {
+            "executor": self.executor,
+            "conditioning": conditioning,
+            "iteration": self.draws,
+            "group_size": r.group_size,
+            "optimizer_steps": train.steps_per_iteration,
+            "slots_per_batch": train.slots,
+        }
+        if r.plan == "fork":
+            assert anchors is not None
+            steps = self._trained_steps(stochastic)
+            return sample_forks(anchors, chosen, steps=steps, fresh_velocity=r.fork_velocity == "fresh", **shared)
+        trained = self._trained_steps(stochastic)
+        return sample_trajectories(chosen.shape[0], stochastic, trained, shared_noise=r.shared_noise, **shared)
 
     def score(self, latents: Tensor, prompts: PromptRows) -> Tensor:
-        """Decode and score: [M, R]. Images leave memory chunk by chunk and never leave the device."""
+        """Decode and score: [M, R]. Images leave memory chunk by chunk and never leave the device.
+
+        Raises:
+            RunError: a reward fails, or does not return one number per image.
+        """
         parts = []
         for part in self.executor.chunks(latents.shape[0]):
             with self.phase("decode"):
                 images = self.model.decode(latents[part])
             with self.phase("reward"):
-                scores = [reward(images, prompts[part]) for reward in self.rewards]
-                parts.append(torch.stack([s.to(torch.float64) for s in scores]))
+                parts.append(torch.stack([self._reward(m, images, prompts[part]) for m in range(len(self.rewards))]))
         return torch.cat(parts, 1)
 
-    def rewards_of(self, samples: Samples, prompts: Sequence[str], chosen: Tensor, picks: Tensor) -> Tensor:
+    def _reward(self, number: int, images: Tensor, prompts: PromptRows) -> Tensor:
+        name = f"rewards.{number} ({self.config.rewards[number].name})"
+        try:
+            scores = self.rewards[number](images, prompts)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            raise RunError(f"{name} failed: {type(error).__name__}: {error}") from error
+        if not isinstance(scores, Tensor) or scores.shape != (images.shape[0],):
+            got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            raise RunError(f"{name} returned {got}; it must return a tensor of shape ({images.shape[0]},), a score per image")
+        return scores.to(images.device, torch.float64)
+
+    def group_rewards(self, samples: Samples, picked: PromptRows, picks: Tensor) -> Tensor:
         """Rewards [M, groups, G] of the rollout; NaN for slots whose probes all failed."""
-        rows = samples.final.shape[0]
-        slot = torch.arange(self.slots, device=picks.device).repeat_interleave(rows // self.slots)
-        rewards = self.score(samples.final, PromptRows(prompts, chosen[slot]))
+        per_slot = samples.final.shape[0] // picks.shape[0]
+        slot = torch.arange(picks.shape[0], device=picks.device).repeat_interleave(per_slot)
+        rewards = self.score(samples.final, PromptRows(picked.texts, picked.text_index[slot]))
         return torch.where(picks[slot] >= 0, rewards, torch.nan).unflatten(1, (samples.groups, -1))
+
+    def refill(self, draw: Draw) -> Draw:
+        """Draw the slots whose groups all lack spread once more, from new prompts; reads one flag per slot."""
+        signal = groups_with_signal(draw.rewards).reshape(self.slots, -1).any(1)
+        empty = torch.nonzero(~signal).flatten()
+        if empty.numel() == 0:
+            return draw
+        other = self.draw(empty.numel())
+        texts = [*draw.prompts.texts, *other.prompts.texts]
+        shifted = other.prompts.text_index + len(draw.prompts.texts)
+        rewards = draw.rewards.unflatten(1, (self.slots, -1))
+        fresh = other.rewards.unflatten(1, (empty.numel(), -1))
+        return Draw(
+            prompts=PromptRows(texts, draw.prompts.text_index.index_copy(0, empty, shifted)),
+            conditioning=draw.conditioning.replaced(empty, other.conditioning),
+            scores=draw.scores,
+            picks=draw.picks.index_copy(0, empty, other.picks),
+            samples=merge_slots(draw.samples, other.samples, empty, self.slots),
+            rewards=rewards.index_copy(1, empty, fresh).flatten(1, 2),
+        )
 
     def fuse(self, rewards: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Advantages [groups, G] and what to log about rewards and fusion."""
         a = self.config.advantage
         with self.phase("advantage"):
-            advantage = multi_reward_advantage(rewards, self.capability, self.reward_weights, a.clip, a.weight, a.calibration)
+            if self._fuse is not None:
+                advantage = self._fuse(rewards, self.capability, self.reward_weights)
+            else:
+                advantage = multi_reward_advantage(
+                    rewards, self.capability, self.reward_weights, a.clip, a.weight, a.calibration
+                )
             statistics = {"reward/train": rewards[0].nanmean(), "reward/group_std": rewards[0].std(-1).nanmean()}
             for m, reward in enumerate(self.config.rewards):
                 prefix = f"advantage/{reward.name}_" if m else "advantage/"
                 found = advantage_statistics(rewards[m], advantage, self.capability[m])
                 statistics |= {prefix + name: value for name, value in found.items()}
             if self.config.train.shuffle_advantages:
-                generator = torch.Generator().manual_seed(self.config.train.seed * 1_000_003 + self.iterations_done)
+                generator = torch.Generator().manual_seed(self.config.train.seed * 1_000_003 + self.draws)
                 order = torch.rand(advantage.shape, generator=generator).argsort(-1).to(advantage.device)
                 advantage = advantage.gather(-1, order)
         return advantage, statistics
 
-    def update(self, samples: Samples, advantage: Tensor, rewards: Tensor, conditioning: Conditioning) -> dict[str, Tensor]:
-        """Policy-gradient step(s)."""
+    def update(self, draw: Draw, advantage: Tensor) -> dict[str, Tensor]:
+        """Policy-gradient step(s).
+
+        Raises:
+            RunError: out of memory.
+        """
         loss = self.config.loss
-        with self.phase("update"):
-            policy = update_policy(
-                self.executor,
-                self.optimizer,
-                samples,
-                advantage.flatten(),
-                rewards.isfinite().all(0).flatten(),
-                conditioning,
-                old_logp=loss.old_logp,
-                clip_range=loss.clip_range or None,
-                kl_weight=loss.kl_weight,
-                kl_variance=loss.kl_variance,
-                step_weighting=loss.step_weights,
-            )
+        valid = draw.rewards.isfinite().all(0)
+        if self.config.advantage.equal_groups != "keep":
+            valid = valid & groups_with_signal(draw.rewards).unsqueeze(-1)
+        try:
+            with self.phase("update"):
+                policy = update_policy(
+                    self.executor,
+                    self.optimizer,
+                    draw.samples,
+                    advantage.flatten(),
+                    valid.flatten(),
+                    draw.conditioning,
+                    old_logp="recompute" if draw.samples.merged and loss.old_logp == "rollout" else loss.old_logp,
+                    clip_range=loss.clip_range or None,
+                    kl_weight=loss.kl_weight,
+                    kl_variance=loss.kl_variance,
+                    step_weighting=loss.step_weights,
+                    skip_empty=self.config.advantage.equal_groups != "keep",
+                )
+        except torch.OutOfMemoryError as error:
+            raise RunError(
+                "out of memory in the update: lower train.slots (raise train.accumulation instead), set engine.max_rows, "
+                "model.gradient_checkpointing = true or model.tuning = lora"
+            ) from error
         return {f"policy/{name}": value for name, value in policy.items()}
 
-    def selection_metrics(self, scores: Tensor | None, picks: Tensor) -> dict[str, Tensor]:
-        """The EMA, and how far from it the picked prompts are."""
-        if scores is None:
-            return {}
-        picked = scores[0].gather(1, picks.clamp_min(0).unsqueeze(1))
-        return {
-            "selection/ema_mean": self.capability.mean[0],
-            "selection/ema_std": self.capability.std[0],
-            "selection/probe_mean": scores[0].nanmean(),
-            "selection/distance": (picked - self.capability.mean[0]).abs().nanmean(),
-        }
+    def selection_metrics(self, draw: Draw) -> dict[str, Any]:
+        """The EMA, how far from it the picked prompts are, and which they are."""
+        metrics: dict[str, Any] = {"selection/picked": draw.prompts}
+        if draw.scores is not None:
+            picked = draw.scores[0].gather(1, draw.picks.clamp_min(0).unsqueeze(1))
+            metrics |= {
+                "selection/ema_mean": self.capability.mean[0],
+                "selection/ema_std": self.capability.std[0],
+                "selection/probe_mean": draw.scores[0].nanmean(),
+                "selection/distance": (picked - self.capability.mean[0]).abs().nanmean(),
+            }
+        return metrics
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that makes the next iteration what it would have been; noise needs no state."""
+        """Everything that makes the next iteration what it would have been; noise needs no state but the count of draws."""
         return {
             "iterations_done": self.iterations_done,
+            "draws": self.draws,
             "stream_position": self.stream.position,
             "capability": self.capability.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -202,7 +332,7 @@ class Trainer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of ``state_dict``."""
-        self.iterations_done = state["iterations_done"]
+        self.iterations_done, self.draws = state["iterations_done"], state["draws"]
         self.stream.position = state["stream_position"]
         self.capability = CapabilityState.from_state_dict(state["capability"]).to(self.model.device)
         self.optimizer.load_state_dict(state["optimizer"])

@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 
-from adagrpo.config import Config, check, load_recipe, recipe_names, to_toml
+from adagrpo.config import Config
 from adagrpo.errors import InputError
+from adagrpo.recipe import check, load_recipe, recipe_names, to_toml
 
 
 @pytest.mark.parametrize("name", recipe_names())

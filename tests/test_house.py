@@ -15,9 +15,12 @@ LAYERS = [
     {"commands", "doctor"},
     {"fit", "build"},
     {"train", "evaluation"},
-    {"engine", "rewards", "run", "tiny", "config", "prompts"},
+    {"engine", "rewards", "run", "tiny", "prompts"},
+    {"recipe"},
+    {"config"},
     {"models"},
-    {"algorithm", "errors", "version"},
+    {"algorithm"},
+    {"errors", "version", "plugins"},
 ]
 
 

@@ -31,7 +31,14 @@ def test_file_is_read_line_by_line(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "word"), [(None, "does not exist"), (b"\n \n", "holds no prompt"), (b"ok\n\xff\xfe", "not UTF-8")]
+    ("content", "word"),
+    [
+        (None, "does not exist"),
+        (b"\n \n", "holds no prompt"),
+        (b"ok\n\xff\xfe", "not UTF-8"),
+        (b"a\n\nb\n a \n", "line 4 repeats line 1; remove it or set data.allow_duplicates"),
+        (b"a\n" + b"x" * 5000, "line 2 is longer than 4096"),
+    ],
 )
 def test_bad_files(content: bytes | None, word: str, tmp_path) -> None:
     file = tmp_path / "p.txt"
@@ -39,7 +46,13 @@ def test_bad_files(content: bytes | None, word: str, tmp_path) -> None:
         file.write_bytes(content)
     with pytest.raises(InputError, match=word) as error:
         load_prompts(str(file))
-    assert str(file) in str(error.value)
+    assert str(file) in str(error.value) and "data.prompts" in str(error.value)
+
+
+def test_duplicates_can_be_allowed(tmp_path) -> None:
+    file = tmp_path / "p.txt"
+    file.write_text("a\nb\na\n", "utf-8")
+    assert load_prompts(str(file), allow_duplicates=True) == ["a", "b", "a"]
 
 
 def test_unknown_source() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from adagrpo.config import (
     AdvantageConfig,
     Config,
+    DataConfig,
     EvaluationConfig,
     LossConfig,
     ModelConfig,
@@ -102,6 +103,7 @@ def toy_config(**sections) -> Config:
     """A small AdaGRPO recipe; keyword ``rollout={...}`` and so on change single keys."""
     defaults = {
         "model": (ModelConfig, {}),
+        "data": (DataConfig, {"prompts": "toy.txt", "held_out": "toy.txt"}),
         "rollout": (RolloutConfig, {"steps": 6, "sde_steps": (0, 2), "group_size": 4, "eta": 0.7}),
         "selection": (SelectionConfig, {"candidates": 3}),
         "advantage": (AdvantageConfig, {}),

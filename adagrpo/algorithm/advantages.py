@@ -17,6 +17,7 @@ __all__ = [
     "advantage_statistics",
     "fused_advantage",
     "global_advantage",
+    "groups_with_signal",
     "local_advantage",
     "multi_reward_advantage",
 ]
@@ -50,11 +51,17 @@ def multi_reward_advantage(
     return (reward_weights.to(parts.dtype).reshape(-1, 1, 1) * parts).sum(0)
 
 
+def groups_with_signal(rewards: Tensor) -> Tensor:
+    """bool [groups] for rewards [M, groups, G]: some reward differs inside the group."""
+    return has_signal(rewards, valid_rewards(rewards)).squeeze(-1).any(0)
+
+
 def advantage_statistics(rewards: Tensor, advantage: Tensor, state: CapabilityState) -> dict[str, Tensor]:
     """What fusion did to one reward's groups, as 0-dim tensors.
 
-    ``false_positive``: better than the group but below the policy's level, ``false_negative``: the reverse (AdaGRPO
-    section 3); ``turned``: share of samples whose sign the fusion changed. All are shares of the valid samples.
+    Shares of the valid samples: ``false_positive``, better than the group but below the policy's level, ``false_negative``,
+    the reverse (AdaGRPO section 3), ``turned``, whose sign the fusion changed. Share of all samples: ``failed``. Share of
+    the groups: ``equal_groups``. ``mean_abs`` is the mean magnitude of the advantages.
 
     Args:
         rewards, advantage: [groups, G].
@@ -62,14 +69,14 @@ def advantage_statistics(rewards: Tensor, advantage: Tensor, state: CapabilitySt
     """
     valid = valid_rewards(rewards)
     local = local_advantage(rewards, torch.inf)
-    below = rewards < state.mean.to(rewards.dtype)
+    level = state.mean.to(rewards.dtype)
     share = lambda condition: (condition & valid).sum() / valid.sum().clamp_min(1)  # noqa: E731
     known = state.count > 0
     return {
         "mean_abs": advantage.abs().mean(),
-        "false_positive": share((local > 0) & below & known),
-        "false_negative": share((local < 0) & ~below & known),
-        "turned": share(local.sign() * advantage.sign() < 0),
+        "false_positive": share((local > 0) & (rewards < level) & known),
+        "false_negative": share((local < 0) & (rewards > level) & known),
+        "turned": share(local.sign() != advantage.sign()),
         "equal_groups": (~has_signal(rewards, valid)).to(rewards.dtype).mean(),
         "failed": (~valid).to(rewards.dtype).mean(),
     }

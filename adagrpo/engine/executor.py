@@ -11,7 +11,9 @@ from adagrpo_kernels.sde_step import compute_dtype
 from torch import Tensor
 
 from ..algorithm.sde import StepTable, Stream, affine_mean, group_log_prob, philox_normal, round_to_storage, sde_step
+from ..errors import RunError
 from ..models.base import Conditioning, FlowModel
+from ..run.timing import PhaseTimer
 from .plans import Plan
 
 
@@ -80,10 +82,21 @@ class RolloutExecutor:
         seed: of the counter-based noise.
         storage: dtype in which latents are kept between steps.
         max_rows: largest batch of one transformer call; 0 is unlimited.
+        phase: timer of the trainer's phases.
     """
 
-    def __init__(self, model: FlowModel, table: StepTable, seed: int, storage: torch.dtype, max_rows: int = 0) -> None:
+    def __init__(
+        self,
+        model: FlowModel,
+        table: StepTable,
+        seed: int,
+        storage: torch.dtype,
+        max_rows: int = 0,
+        phase: PhaseTimer | None = None,
+    ) -> None:
         self.model, self.seed, self.storage, self.max_rows = model, seed, storage, max_rows
+        self.phase = phase or PhaseTimer(model.device)
+        self._largest, self._halved = 0, False
         self.num_steps = len(table) // 2
         wide = torch.float64 if storage is torch.float64 else torch.float32
         self.table = table.to(model.device, wide)
@@ -96,7 +109,21 @@ class RolloutExecutor:
     def chunks(self, rows: int) -> list[slice]:
         """Slices of at most ``max_rows`` rows."""
         size = self.max_rows or max(rows, 1)
+        self._largest = max(self._largest, min(size, rows))
         return [slice(first, min(first + size, rows)) for first in range(0, rows, size)]
+
+    def halve_rows(self, error: Exception) -> None:
+        """After an out-of-memory error: halve the largest batch, once per executor.
+
+        Raises:
+            RunError: it was halved before, or is one row already.
+        """
+        if self._halved or self._largest < 2:
+            raise RunError(
+                f"out of memory while sampling, also in batches of {self._largest}: set engine.max_rows lower, use a smaller "
+                "resolution, or free device memory (model.prompt_cache, model.tuning = lora)"
+            ) from error
+        self._halved, self.max_rows, self._largest = True, self._largest // 2, 0
 
     def initial_noise(self, noise_row: Tensor, iteration: int, stream: Stream) -> Tensor:
         """Starting latents [R, L, C] in the storage dtype for global rows ``noise_row``."""

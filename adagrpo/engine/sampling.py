@@ -23,18 +23,21 @@ class Samples:
         groups: number of reward groups; R = groups * group size.
         transitions: the stored stochastic steps.
         batches: micro-batches of each optimizer step, see ``update_batches``.
+        merged: some slots come from a second draw, whose fork velocities had another batch geometry.
     """
 
     final: Tensor
     groups: int
     transitions: Transitions
     batches: list[list[Tensor]]
+    merged: bool = False
 
 
 def sample_forks(
-    executor: RolloutExecutor,
     anchors: Rollout,
     anchor_row: Tensor,
+    *,
+    executor: RolloutExecutor,
     conditioning: Conditioning,
     iteration: int,
     steps: Sequence[int],
@@ -63,25 +66,27 @@ def sample_forks(
     batches = update_batches(slots, 1, forks, optimizer_steps, slots_per_batch, executor.max_rows)
     if fresh_velocity:
         v = torch.empty(latent.shape, dtype=executor.model.dtype, device=device)
-        with torch.no_grad():
+        with torch.no_grad(), executor.phase("prefix"):
             for rows in (batch.to(device) for step in batches for batch in step):
                 v[rows] = executor.velocity(latent[rows], index[rows], conditioning, slot[rows], "prefix")
     else:
         v = flat(anchors.velocities)
     plan = branch_plan(slots, steps, group_size, executor.num_steps, first_slot)
     noise_row = plan.noise_row.reshape(slots * forks, group_size).to(device)
-    transitions = executor.fork(latent, v, index, slot, noise_row, iteration)
-    rollout = executor.run(plan, transitions.successors.flatten(0, 1), conditioning, iteration, "rollout")
+    with executor.phase("rollout"):
+        transitions = executor.fork(latent, v, index, slot, noise_row, iteration)
+        rollout = executor.run(plan, transitions.successors.flatten(0, 1), conditioning, iteration, "rollout")
     return Samples(rollout.final, slots * forks, transitions, batches)
 
 
 def sample_trajectories(
-    executor: RolloutExecutor,
-    conditioning: Conditioning,
     slots: int,
-    iteration: int,
     stochastic: Sequence[int],
     trained: Sequence[int],
+    *,
+    executor: RolloutExecutor,
+    conditioning: Conditioning,
+    iteration: int,
     group_size: int,
     shared_noise: bool = False,
     optimizer_steps: int = 1,
@@ -92,7 +97,25 @@ def sample_trajectories(
     plan = trajectory_plan(slots, group_size, executor.num_steps, stochastic, trained, first_slot)
     start_row = plan.noise_row // group_size if shared_noise else plan.noise_row
     x = executor.initial_noise(start_row, iteration, Stream.TRAJECTORY_INIT)
-    rollout = executor.run(plan, x, conditioning, iteration, "rollout")
+    with executor.phase("rollout"):
+        rollout = executor.run(plan, x, conditioning, iteration, "rollout")
     assert rollout.transitions is not None
     batches = update_batches(slots, group_size, len(trained), optimizer_steps, slots_per_batch, executor.max_rows)
     return Samples(rollout.final, slots, rollout.transitions, batches)
+
+
+def merge_slots(samples: Samples, other: Samples, slots: Tensor, number: int) -> Samples:
+    """``samples`` of ``number`` slots with the slots ``slots`` (int64 vector) taken from ``other``, in order."""
+    per_slot = samples.transitions.latent.shape[0] // number
+    rows_per_slot = samples.final.shape[0] // number
+    moved = slots.repeat_interleave(per_slot)
+    home = torch.arange(slots.shape[0], device=slots.device).repeat_interleave(per_slot)
+    fresh = dataclasses.replace(
+        other.transitions, slot=moved, sample=other.transitions.sample + ((moved - home) * rows_per_slot).unsqueeze(1)
+    )
+    target = (slots.unsqueeze(1) * per_slot + torch.arange(per_slot, device=slots.device)).flatten()
+    rows = (slots.unsqueeze(1) * rows_per_slot + torch.arange(rows_per_slot, device=slots.device)).flatten()
+    fields = (f.name for f in dataclasses.fields(Transitions))
+    merged = {name: getattr(samples.transitions, name).index_copy(0, target, getattr(fresh, name)) for name in fields}
+    final = samples.final.index_copy(0, rows, other.final)
+    return dataclasses.replace(samples, final=final, transitions=Transitions(**merged), merged=True)

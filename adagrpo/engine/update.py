@@ -25,6 +25,7 @@ def update_policy(
     kl_weight: float = 0.0,
     kl_variance: str = "step",
     step_weighting: str = "uniform",
+    skip_empty: bool = False,
 ) -> dict[str, Tensor]:
     """One pass over the transitions: one optimizer step per entry of ``samples.batches``.
 
@@ -34,6 +35,7 @@ def update_policy(
     Args:
         advantage, valid: [R], per final latent.
         old_logp: ``rollout`` (stored while sampling), ``recompute`` or ``detached``.
+        skip_empty: average over the transitions with a valid sample only, instead of over all.
 
     Returns:
         0-dim tensors ``loss, ratio_deviation`` (max |ratio - 1| of the first optimizer step), ``ratio_mean, clip_share,
@@ -47,7 +49,7 @@ def update_policy(
     weight = step_weights(executor.table, transitions.index, step_weighting)
     tally = _Tally(device)
     for number, step in enumerate(batches):
-        share = 1 / sum(batch.numel() for batch in step)
+        share = _share(valid, transitions, torch.cat(step), skip_empty)
         for batch in step:
             part = transitions.rows(batch)
             v = executor.update_velocity(part, conditioning, "update")
@@ -62,6 +64,13 @@ def update_policy(
             tally.add(loss, kl, surrogate.ratio, surrogate.clipped, mask, first=number == 0)
         tally.grad_norm(optimizer.step())
     return {**tally.read(sum(len(b) for step in batches for b in step), len(batches)), "lr": torch.tensor(optimizer.lr)}
+
+
+def _share(valid: Tensor, transitions: Transitions, rows: Tensor, skip_empty: bool) -> Tensor | float:
+    """Weight of one transition in the average over an optimizer step."""
+    if not skip_empty:
+        return 1 / rows.numel()
+    return 1 / valid[transitions.sample[rows]].any(1).sum().clamp_min(1)
 
 
 def _kl(executor: RolloutExecutor, part: Transitions, v: Tensor, conditioning: Conditioning, variance: str) -> Tensor:

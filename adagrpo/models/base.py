@@ -22,6 +22,10 @@ class Conditioning:
         """The prompts ``index`` (int64 vector on the same device), gathered on the device."""
         return Conditioning({name: t.index_select(0, index) for name, t in self.tensors.items()})
 
+    def replaced(self, index: Tensor, other: Conditioning) -> Conditioning:
+        """A copy whose prompts ``index`` (int64 vector) are those of ``other``."""
+        return Conditioning({name: t.index_copy(0, index, other.tensors[name]) for name, t in self.tensors.items()})
+
 
 class PromptEncoder(Protocol):
     """Text to embeddings."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -256,15 +257,34 @@ def load_flux(
     return FluxModel(pipeline.transformer, pipeline.vae, encoder, height, width, guidance, pipeline)
 
 
+def check_pipeline_path(path: str) -> None:
+    """Refuse what cannot be a FLUX pipeline, without loading anything.
+
+    Raises:
+        InputError: no such folder, not a pipeline, or another family's; Hub ids are only checked for their form.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        if path.startswith((".", "/", "~")) or path.count("/") != 1:
+            raise InputError(f"model.path = {path}: no such folder, and not a Hub id of the form owner/name")
+        return
+    try:
+        name = json.loads((folder / "model_index.json").read_text("utf-8"))["_class_name"]
+    except FileNotFoundError as error:
+        message = "this folder holds no model_index.json; name a diffusers pipeline folder"
+        raise InputError(f"model.path = {path}: {message}") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"model.path = {path}: model_index.json cannot be read; download the model again") from error
+    if name != "FluxPipeline":
+        raise InputError(f"model.path = {path}: a {name}; model.family = flux needs a FluxPipeline")
+
+
 def load_pipeline(path: str, dtype: torch.dtype) -> Any:
     """``FluxPipeline.from_pretrained`` with one readable error instead of a traceback."""
     from diffusers import FluxPipeline
 
+    check_pipeline_path(path)
     folder = Path(path)
-    if folder.is_dir() and not (folder / "model_index.json").is_file():
-        raise InputError(f"model.path = {path}: this folder holds no model_index.json; name a diffusers pipeline folder")
-    if not folder.is_dir() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
-        raise InputError(f"model.path = {path}: no such folder, and not a Hub id of the form owner/name")
     try:
         return FluxPipeline.from_pretrained(folder if folder.is_dir() else path, torch_dtype=dtype)
     except (OSError, ValueError, RuntimeError, AttributeError) as error:

@@ -14,8 +14,8 @@ from .flux import FluxModel
 TEXT_WIDTH, POOLED_WIDTH = 4096, 768
 TRANSFORMER = {
     "patch_size": 1, "in_channels": 64, "num_layers": 19, "num_single_layers": 38, "attention_head_dim": 128,
-    "num_attention_heads": 24, "joint_attention_dim": TEXT_WIDTH, "pooled_projection_dim": POOLED_WIDTH, "guidance_embeds": True,
-    "axes_dims_rope": (16, 56, 56),
+    "num_attention_heads": 24, "joint_attention_dim": TEXT_WIDTH, "pooled_projection_dim": POOLED_WIDTH,
+    "guidance_embeds": True, "axes_dims_rope": (16, 56, 56),
 }  # fmt: skip
 VAE = {
     "in_channels": 3, "out_channels": 3, "latent_channels": 16, "block_out_channels": (128, 256, 512, 512),

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..errors import InputError
+from ..plugins import check_call, is_import_path, load_attribute
 from .base import PromptRows, Reward
 
-__all__ = ["PromptRows", "Reward", "build_reward"]
+__all__ = ["BUILT_IN", "PromptRows", "Reward", "build_reward", "check_reward", "reward_target"]
 
 BUILT_IN = {
     "tiny": "adagrpo.tiny.reward:TinyReward",
@@ -19,21 +19,35 @@ BUILT_IN = {
 }
 
 
-def build_reward(name: str, kwargs: Mapping[str, Any]) -> Reward:
-    """A built-in reward by name, or ``package.module:attribute`` called with ``kwargs``.
+def reward_target(name: str, key: str = "rewards") -> str:
+    """The import path behind a built-in name or an import path.
+
+    Raises:
+        InputError: neither.
+    """
+    target = BUILT_IN.get(name, name)
+    if not is_import_path(target):
+        raise InputError(f"{key}: unknown reward {name!r}: one of {', '.join(BUILT_IN)}, or package.module:attribute")
+    return target
+
+
+def check_reward(name: str, kwargs: Mapping[str, Any], key: str = "rewards") -> Callable[..., Any]:
+    """The class or factory of a reward, after checking that it takes ``kwargs``; nothing is loaded.
 
     Raises:
         InputError: unknown name, import failure, or arguments it does not take.
     """
-    target = BUILT_IN.get(name, name)
-    module, _, attribute = target.partition(":")
-    if not attribute:
-        raise InputError(f"rewards: unknown reward {name!r}: one of {', '.join(BUILT_IN)}, or package.module:attribute")
-    try:
-        factory = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"rewards: {name!r} cannot be imported: {error}") from error
-    try:
-        return factory(**kwargs)
-    except TypeError as error:
-        raise InputError(f"rewards: {name!r} does not take kwargs {dict(kwargs)}: {error}") from error
+    factory = load_attribute(reward_target(name, key), key)
+    check_call(factory, key, name, 0, kwargs)
+    return factory
+
+
+def build_reward(name: str, kwargs: Mapping[str, Any], key: str = "rewards") -> Reward:
+    """A built-in reward by name, or ``package.module:attribute``; a class or factory called with ``kwargs``.
+
+    Raises:
+        InputError: unknown name, import failure, arguments it does not take, or a result that is not a reward.
+    """
+    reward = check_reward(name, kwargs, key)(**kwargs)
+    check_call(reward, key, f"{name}(...)", 2, {})
+    return reward

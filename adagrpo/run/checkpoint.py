@@ -7,11 +7,12 @@ its place, flushed to disk and renamed.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,38 @@ INDEX = "checkpoint.json"
 STATE = Path("state") / "state.pt"
 
 
+@dataclasses.dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay: the newest ``last``, multiples of ``every`` (0 is none), and the ``best`` held-out reward."""
+
+    last: int
+    every: int = 0
+    best: bool = False
+
+    def removable(self, found: Sequence[Path]) -> list[Path]:
+        """Those of ``found`` (oldest first) that need not stay."""
+        kept = set(found[-self.last :])
+        if self.every:
+            kept |= {path for path in found if _index(path)["iteration"] % self.every == 0}
+        scored = [path for path in found if _index(path).get("held_out") is not None]
+        if self.best and scored:
+            kept.add(max(scored, key=lambda path: _index(path)["held_out"]))
+        return [path for path in found if path not in kept]
+
+
 def save_checkpoint(
-    folder: Path, iteration: int, state: dict[str, Any], save_portable: Callable[[Path], None], keep_last: int
+    folder: Path,
+    iteration: int,
+    state: dict[str, Any],
+    save_portable: Callable[[Path], None],
+    retention: Retention,
+    held_out: float | None = None,
 ) -> Path:
-    """Write ``folder/step-<iteration>`` atomically, then remove all but the newest ``keep_last``."""
+    """Write ``folder/step-<iteration>`` atomically, then remove what ``retention`` does not keep.
+
+    Args:
+        held_out: held-out reward of these weights, if it was measured now.
+    """
     target = folder / f"step-{iteration:06d}"
     draft = folder / f".{target.name}.partial"
     shutil.rmtree(draft, ignore_errors=True)
@@ -36,7 +65,7 @@ def save_checkpoint(
         torch.save(state, draft / STATE)
         files = sorted(p for p in draft.rglob("*") if p.is_file())
         index = {str(p.relative_to(draft)): {"bytes": p.stat().st_size, "sha256": _digest(p)} for p in files}
-        (draft / INDEX).write_text(json.dumps({"iteration": iteration, "files": index}, indent=1))
+        (draft / INDEX).write_text(json.dumps({"iteration": iteration, "held_out": held_out, "files": index}, indent=1))
         for path in [*files, draft / INDEX, *{p.parent for p in files}, draft]:
             _flush(path)
         shutil.rmtree(target, ignore_errors=True)
@@ -45,9 +74,24 @@ def save_checkpoint(
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
-    for old in checkpoints(folder)[:-keep_last]:
+    for old in retention.removable(checkpoints(folder)):
         shutil.rmtree(old)
     return target
+
+
+def require_space(folder: Path, checkpoint_bytes: int, keep_last: int) -> None:
+    """Refuse to start where the checkpoints would not fit: ``keep_last`` of them and the one being written.
+
+    Raises:
+        InputError: naming the folder, what is needed and what is free.
+    """
+    needed, free = checkpoint_bytes * (keep_last + 1), shutil.disk_usage(folder).free
+    present = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+    if needed - present > free:
+        raise InputError(
+            f"{folder}: {keep_last + 1} checkpoints of {checkpoint_bytes / 1e9:.1f} GB need {(needed - present) / 1e9:.1f} GB, "
+            f"{free / 1e9:.1f} GB are free; name another --out or lower output.keep_last"
+        )
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -61,15 +105,20 @@ def load_state(checkpoint: Path, device: torch.device | str = "cpu") -> dict[str
     Raises:
         InputError: missing, truncated or altered files.
     """
-    try:
-        files = json.loads((checkpoint / INDEX).read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{checkpoint}: not a complete checkpoint ({INDEX} is missing or damaged)") from error
+    files = _index(checkpoint)["files"]
     for name, expected in files.items():
         path = checkpoint / name
         if not path.is_file() or path.stat().st_size != expected["bytes"] or _digest(path) != expected["sha256"]:
             raise InputError(f"{path}: missing, truncated or altered; resume from an older checkpoint with --resume PATH")
     return torch.load(checkpoint / STATE, map_location=device, weights_only=True)
+
+
+def _index(checkpoint: Path) -> dict[str, Any]:
+    try:
+        index = json.loads((checkpoint / INDEX).read_text())
+        return {"files": index["files"], "iteration": index["iteration"], "held_out": index.get("held_out")}
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{checkpoint}: not a complete checkpoint ({INDEX} is missing or damaged)") from error
 
 
 def _digest(path: Path) -> str:

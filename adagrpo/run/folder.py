@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 import subprocess
 from importlib import metadata
@@ -12,8 +13,9 @@ from typing import Any
 
 import torch
 
-from ..config import Config, load_recipe, to_toml
+from ..config import Config
 from ..errors import InputError
+from ..recipe import load_recipe, to_toml
 from .checkpoint import checkpoints
 
 PACKAGES = ("adagrpo", "torch", "triton", "diffusers", "transformers", "peft", "torchao", "safetensors", "numpy")
@@ -22,7 +24,8 @@ PACKAGES = ("adagrpo", "torch", "triton", "diffusers", "transformers", "peft", "
 class RunFolder:
     """Paths and records of one run.
 
-    Layout: ``config.toml``, ``manifest.json``, ``metrics.jsonl``, ``samples/``, ``checkpoints/``, ``result.json``.
+    Layout: ``config.toml``, ``manifest.json``, ``metrics.jsonl``, ``events.jsonl``, ``samples/``, ``checkpoints/``,
+    ``result.json``, ``report.html``.
     """
 
     def __init__(self, path: Path) -> None:
@@ -38,13 +41,21 @@ class RunFolder:
         Raises:
             InputError: it holds a run already, or something else, or cannot be written.
         """
+        cls.check_fresh(path)
         run = cls(path)
+        run._make()
+        return run
+
+    @staticmethod
+    def check_fresh(path: Path) -> None:
+        """Raise what ``fresh`` would raise, without creating anything."""
         if (path / "config.toml").exists():
             raise InputError(f"--out {path}: holds a run already; continue it with --resume latest, or name another folder")
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise InputError(f"--out {path}: not an empty folder; name another one")
-        run._make()
-        return run
+        parent = next(p for p in [path, *path.absolute().parents] if p.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise InputError(f"--out {path}: cannot be created: {parent} is not a writable folder")
 
     @classmethod
     def existing(cls, path: Path, config: Config) -> RunFolder:
@@ -91,6 +102,11 @@ class RunFolder:
         with self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(clean, ensure_ascii=False) + "\n")
 
+    def event(self, iteration: int, kind: str, message: str) -> None:
+        """Append one line to ``events.jsonl``."""
+        with (self.path / "events.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"iteration": iteration, "kind": kind, "message": message}, ensure_ascii=False) + "\n")
+
     def truncate_metrics(self, iteration: int) -> None:
         """Drop the lines of iterations after ``iteration``: the resumed run will write them again."""
         if not self.metrics_file.exists():
@@ -123,7 +139,8 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = None
-    described: dict[str, Any] = {"versions": versions, "python": platform.python_version(), "device": str(device), "commit": _commit()}
+    described: dict[str, Any] = {"versions": versions, "python": platform.python_version()}
+    described |= {"device": str(device), "commit": _commit()}
     if device.type == "cuda":
         described["gpu"] = torch.cuda.get_device_name(device)
         described["cuda"] = torch.version.cuda

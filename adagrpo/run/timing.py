@@ -28,6 +28,7 @@ class PhaseTimer:
         with torch.profiler.record_function(phase):
             yield
         end = self._mark()
+        self.current = ""
         if self._cuda:
             self._events.append((phase, start, end))
         else:

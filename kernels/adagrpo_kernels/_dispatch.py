@@ -91,10 +91,11 @@ def reset_counts() -> None:
 
 
 def device_word(value: int | Tensor, like: Tensor) -> Tensor:
-    """An int64 tensor on the device of ``like``, made by a fill: a copy from the host would synchronise."""
+    """A 64-bit word as int64 tensor on the device of ``like``, made by a fill: a copy from the host would synchronise."""
     if isinstance(value, Tensor):
         return value.to(device=like.device, dtype=torch.int64)
-    return torch.full((), value, dtype=torch.int64, device=like.device)
+    signed = (value + (1 << 63)) % (1 << 64) - (1 << 63)
+    return torch.full((), signed, dtype=torch.int64, device=like.device)
 
 
 def _device_problem(devices: set[str]) -> str | None:

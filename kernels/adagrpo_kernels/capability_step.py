@@ -137,7 +137,12 @@ def capability_update_reference(
 
     Returns:
         The new ``mean, var, count``. Without a finite score the state is returned unchanged.
+
+    Raises:
+        ValueError: ``scores`` are not those of M rewards.
     """
+    if mean.ndim and scores.shape[0] != mean.shape[0]:
+        raise ValueError(f"scores of {scores.shape[0]} rewards for an EMA of {mean.shape[0]}")
     flat = scores.to(mean.dtype).reshape(*mean.shape, -1)
     valid = flat.isfinite()
     number = valid.sum(-1)
@@ -145,7 +150,7 @@ def capability_update_reference(
     batch_mean = flat.masked_fill(~valid, 0).sum(-1) / number.clamp_min(1)
     deviation = (flat - batch_mean.unsqueeze(-1)).masked_fill(~valid, 0)
     batch_var = deviation.square().sum(-1) / number.clamp_min(1)
-    memory = torch.where(count > 0, alpha, 0.0).to(mean.dtype)
+    memory = torch.full_like(mean, alpha).masked_fill(count == 0, 0)
     new_mean = torch.where(some, memory * mean + (1 - memory) * batch_mean, mean)
     new_var = torch.where(some, memory * var + (1 - memory) * batch_var, var)
     return new_mean, new_var, count + some.to(count.dtype)

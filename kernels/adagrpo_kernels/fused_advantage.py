@@ -97,6 +97,7 @@ def global_advantage_reference(
     """
     _check_calibration(calibration)
     valid = valid_rewards(rewards, mask)
+    mean, std = (t.to(rewards.dtype) if isinstance(t, Tensor) else t for t in (mean, std))
     difference = (rewards - mean).masked_fill(~valid, 0)
     z = difference if calibration == "none" else difference / (std + EPS)
     if calibration in ("mass", "zscore_centred"):
@@ -206,10 +207,10 @@ def multi_reward_advantage_reference(
 def advantage_statistics_reference(rewards: Tensor, advantage: Tensor, mean: Tensor, count: Tensor) -> dict[str, Tensor]:
     """What fusion did to one reward's groups, as 0-dim tensors.
 
-    ``false_positive``: better than the group but below the policy's level, ``false_negative``: the reverse (AdaGRPO
-    section 3; 0 while the EMA is empty); ``turned``: share of samples whose sign the fusion changed. These are shares of
-    the valid samples. ``mean_abs``: of the advantage; ``equal_groups``: share of groups without signal; ``failed``: share
-    of invalid samples; ``reward_mean``: of all samples but NaN; ``group_std`` (ddof 1): mean over groups where finite.
+    Shares of the valid samples: ``false_positive``, better than the group but below the policy's level, ``false_negative``,
+    the reverse (AdaGRPO section 3; 0 while the EMA is empty), ``turned``, whose sign the fusion changed. Share of all
+    samples: ``failed``. Share of the groups: ``equal_groups``. ``mean_abs`` is the mean magnitude of the advantages,
+    ``reward_mean`` that of all rewards but NaN, ``group_std`` (ddof 1) that of the groups where it is finite.
 
     Args:
         rewards, advantage: [..., G].
@@ -217,14 +218,14 @@ def advantage_statistics_reference(rewards: Tensor, advantage: Tensor, mean: Ten
     """
     valid = valid_rewards(rewards)
     local = local_advantage_reference(rewards, torch.inf)
-    below = rewards < mean.to(rewards.dtype)
+    level = mean.to(rewards.dtype)
     share = lambda condition: (condition & valid).sum() / valid.sum().clamp_min(1)  # noqa: E731
     known = count > 0
     return {
         "mean_abs": advantage.abs().mean(),
-        "false_positive": share((local > 0) & below & known),
-        "false_negative": share((local < 0) & ~below & known),
-        "turned": share(local.sign() * advantage.sign() < 0),
+        "false_positive": share((local > 0) & (rewards < level) & known),
+        "false_negative": share((local < 0) & (rewards > level) & known),
+        "turned": share(local.sign() != advantage.sign()),
         "equal_groups": (~has_signal(rewards, valid)).to(rewards.dtype).mean(),
         "failed": (~valid).to(rewards.dtype).mean(),
         "reward_mean": rewards.nanmean(),

@@ -42,7 +42,8 @@ def group_log_prob_reference(x: Tensor, v: Tensor, successors: Tensor, table: St
     Args:
         x: latents [N, L, C] in their storage dtype.
         v: velocities [N, L, C], any float dtype; gradients flow into it.
-        successors: stored next latents [N, G, L, C]; G = 1 replays a full trajectory.
+        successors: stored next latents [N, G, L, C]; G = 1 replays a full trajectory. Elements that are not finite are
+            left out: they belong to failed samples, which the loss masks.
         table: step table on the same device.
         index: int64 [N], table row of each latent.
 
@@ -51,6 +52,9 @@ def group_log_prob_reference(x: Tensor, v: Tensor, successors: Tensor, table: St
     """
     rows = table.rows(index)
     mean = affine_mean(x, v, table, index)
-    square = (successors.to(mean.dtype) - mean.unsqueeze(1)).square().flatten(2).mean(2)
+    successors = successors.to(mean.dtype)
+    # A failed sample may hold NaN, and masking its log-probability later would still give 0 * NaN in the backward pass.
+    successors = torch.where(successors.isfinite(), successors, mean.detach().unsqueeze(1))
+    square = (successors - mean.unsqueeze(1)).square().flatten(2).mean(2)
     scale, const = rows.logp_scale.to(mean.dtype), rows.logp_const.to(mean.dtype)
     return const.unsqueeze(1) - scale.unsqueeze(1) * square

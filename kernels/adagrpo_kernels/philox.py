@@ -98,6 +98,8 @@ def philox_words_reference(
     seed: int | Tensor, rows: Tensor, blocks: int, iteration: int | Tensor, stream: int, step: int | Tensor = 0
 ) -> list[Tensor]:
     """The four words of every counter block: int64 [R, blocks] each; arguments as in ``philox_normal_reference``."""
+    if isinstance(step, int) and not 0 <= step < MAX_STEP:
+        raise ValueError(f"step {step} does not fit the counter: 0 … {MAX_STEP - 1}")
     seed_word = device_word(seed, rows)
     key = (seed_word & _WORD, (seed_word >> 32) & _WORD)
     element = torch.arange(blocks, device=rows.device).unsqueeze(0)
@@ -151,6 +153,9 @@ def philox_normal_reference(
 
     Returns:
         [R, numel] in ``dtype``.
+
+    Raises:
+        ValueError: a step that does not fit the counter.
     """
     words = philox_words_reference(seed, rows, math.ceil(numel / 4), iteration, stream, step)
     pairs = [_box_muller(words[0], words[1]), _box_muller(words[2], words[3])]

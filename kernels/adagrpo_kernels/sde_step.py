@@ -135,7 +135,7 @@ def sde_step_reference(
         table: step table on the device of ``x``.
         index: int64 [R], the table row of each latent; -1 for finished rows.
         noise: standard normal [R, L, C] in the compute dtype; or the ``Draw`` to make it from; or None when every row is
-            deterministic.
+            deterministic (which is not checked: the table lives on the device).
         source: int64 [R], the row of ``x`` and ``v`` each result starts from: forks of one latent.
         guidance: classifier-free guidance; ``v`` is then the conditional velocity.
         history: second-order term.
@@ -163,7 +163,7 @@ def sde_step_reference(
     rounded = round_to_storage(sample, x.dtype)
     square = (rounded - mean).square().flatten(1).mean(1)
     logp = rows.logp_const.to(mean.dtype) - rows.logp_scale.to(mean.dtype) * square
-    logp = logp.masked_fill(finished.flatten(), 0)
+    logp = logp.masked_fill(finished.flatten() | (rows.logp_scale <= 0), 0)
     clean = None
     if with_clean:
         clean = torch.where(finished, mean, x.to(dtype) - per_row(rows.sigma, x) * v.to(dtype))

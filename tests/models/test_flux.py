@@ -10,11 +10,11 @@ from PIL import Image
 from adagrpo.algorithm.sde import Stream
 from adagrpo.build import build_model, build_trainer
 from adagrpo.cli import main
-from adagrpo.config import load_recipe
 from adagrpo.engine.plans import probe_plan
 from adagrpo.errors import InputError
 from adagrpo.fit import Fit
 from adagrpo.models.flux import add_lora, load_flux
+from adagrpo.recipe import load_recipe
 from adagrpo.run.folder import RunFolder
 from adagrpo.tiny import tiny_flux_path
 

@@ -13,7 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from adagrpo.build import build_model
-from adagrpo.config import load_recipe
+from adagrpo.recipe import load_recipe
 from adagrpo.rewards import build_reward
 from adagrpo.train import Trainer
 

@@ -148,11 +148,10 @@ def reward_statistics(
         valid = inside & finite(rewards)
         mean, count, signal = group_facts(rewards, valid)
         local = tl.where(valid & signal, local_part(rewards, valid, mean, count), 0.0)
-        below = rewards < level
         size_abs += tl.sum(tl.abs(advantage), 1)
-        fp += tl.sum(((local > 0) & below & known).to(dtype), 1)
-        fn += tl.sum(((local < 0) & (rewards >= level) & known).to(dtype), 1)
-        turned += tl.sum((sign(local) * sign(advantage) < 0).to(dtype), 1)
+        fp += tl.sum(((local > 0) & (rewards < level) & known).to(dtype), 1)
+        fn += tl.sum(((local < 0) & (rewards > level) & known).to(dtype), 1)
+        turned += tl.sum((valid & (sign(local) != sign(advantage))).to(dtype), 1)
         real = (first + tl.arange(0, GROUPS)) < groups
         equal += tl.where(real & (tl.sum(signal.to(tl.int32), 1) == 0), 1.0, 0.0).to(dtype)
         valid_sum += tl.sum(valid.to(dtype), 1)

@@ -24,6 +24,13 @@ def mean_block(x_ptr, v_ptr, a_ptr, b_ptr, k, x_at, v_at, mask):
 
 
 @triton.jit
+def gap_block(ptr, mean, mask):
+    """float32 ``successor - mean``; elements of failed samples, which are not finite, are left out."""
+    successor = tl.load(ptr, mask=mask, other=0).to(tl.float32)
+    return tl.where(tl.abs(successor) < float("inf"), successor, mean) - mean
+
+
+@triton.jit
 def group_log_prob_kernel(
     x_ptr, v_ptr, successor_ptr, index_ptr, a_ptr, b_ptr, scale_ptr, const_ptr, logp_ptr, partial_ptr, arrived_ptr,
     group, numel, splits, x_stride, v_stride, latent_stride, member_stride, GROUP: tl.constexpr, BLOCK: tl.constexpr,
@@ -38,7 +45,7 @@ def group_log_prob_kernel(
     const = tl.load(const_ptr + k).to(tl.float32)
     for g in range(group):
         at = n * latent_stride + g * member_stride + d
-        gap = tl.where(mask, tl.load(successor_ptr + at, mask=mask, other=0).to(tl.float32) - mean, 0.0)
+        gap = tl.where(mask, gap_block(successor_ptr + at, mean, mask), 0.0)
         square = tl.sum(gap * gap)
         if partial_ptr is None:
             tl.store(logp_ptr + n * group + g, const - scale * (square / numel))
@@ -68,8 +75,7 @@ def group_log_prob_backward_kernel(
     total = tl.zeros([BLOCK], tl.float32)
     for g in range(group):
         at = n * latent_stride + g * member_stride + d
-        successor = tl.load(successor_ptr + at, mask=mask, other=0).to(tl.float32)
-        total += tl.load(upstream_ptr + n * upstream_stride + g).to(tl.float32) * (successor - mean)
+        total += tl.load(upstream_ptr + n * upstream_stride + g).to(tl.float32) * gap_block(successor_ptr + at, mean, mask)
     factor = 2.0 * tl.load(b_ptr + k).to(tl.float32) * tl.load(scale_ptr + k).to(tl.float32) / numel
     tl.store(grad_ptr + n * numel + d, factor * total, mask=mask)
 

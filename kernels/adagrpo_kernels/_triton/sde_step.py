@@ -82,8 +82,9 @@ def sde_step_kernel(
         tl.store(clean_ptr + out, clean, mask=mask)
     square = tl.where(mask, (rounded - mean) * (rounded - mean), 0.0)
     if partial_ptr is None:
-        logp = column(const_ptr, k, inside) - column(scale_ptr, k, inside) * (tl.sum(square, 1) / numel)[:, None]
-        tl.store(logp_ptr + r[:, None], tl.where(finished, 0.0, logp), mask=inside[:, None])
+        scale = column(scale_ptr, k, inside)
+        logp = column(const_ptr, k, inside) - scale * (tl.sum(square, 1) / numel)[:, None]
+        tl.store(logp_ptr + r[:, None], tl.where(finished | (scale <= 0), 0.0, logp), mask=inside[:, None])
     else:
         # Split rows have one row per program. The last program to arrive adds the sums in index order.
         one = tl.program_id(0)
@@ -93,8 +94,9 @@ def sde_step_kernel(
             at = tl.load(index_ptr + one)
             step = tl.maximum(at, 0)
             mean_square = ordered_sum(partial_ptr, one, splits) / numel
-            logp = tl.load(const_ptr + step).to(tl.float32) - tl.load(scale_ptr + step).to(tl.float32) * mean_square
-            tl.store(logp_ptr + one, tl.where(at < 0, 0.0, logp))
+            scale = tl.load(scale_ptr + step).to(tl.float32)
+            logp = tl.load(const_ptr + step).to(tl.float32) - scale * mean_square
+            tl.store(logp_ptr + one, tl.where((at < 0) | (scale <= 0), 0.0, logp))
 
 
 NO_DRAW = {"seed_ptr": None, "row_ptr": None, "iteration_ptr": None, "step_ptr": None, "step_stride": 0, "stream": 0}

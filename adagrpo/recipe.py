@@ -1,0 +1,245 @@
+"""Recipes: TOML merged over the defaults of ``adagrpo.config``, strict and readable when refused.
+
+Every key acts or is an error. ``check`` refuses values that cannot work together, before any long work starts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+import types
+import typing
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+
+from .algorithm.selection import STRATEGIES
+from .config import Config, GuardConfig, GuardsConfig
+from .errors import InputError
+from .plugins import is_import_path
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that ship with the package."""
+    folder = resources.files("adagrpo") / "recipes"
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def load_recipe(recipe: str | Path) -> Config:
+    """Read a shipped recipe by name, or a TOML file by path.
+
+    Raises:
+        InputError: unknown recipe, unreadable file, unknown key or wrong type.
+    """
+    names = recipe_names()
+    if str(recipe) in names:
+        text, source = (
+            (resources.files("adagrpo") / "recipes" / f"{recipe}.toml").read_text("utf-8"),
+            f"recipe {recipe}",
+        )
+    else:
+        path = Path(recipe)
+        if not path.is_file():
+            raise InputError(
+                f"no recipe {str(recipe)!r}{_hint(str(recipe), names)}: name one of {', '.join(names)}, or a TOML file"
+            )
+        try:
+            text, source = path.read_text("utf-8"), str(path)
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: cannot be read as UTF-8 text: {error}") from error
+    try:
+        return _build(Config, tomllib.loads(text), source, "")
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{source}: not valid TOML: {error}") from error
+
+
+def to_toml(config: Config) -> str:
+    """The resolved recipe as TOML; ``load_recipe`` reads it back to an equal Config."""
+    return tomli_w.dumps(_plain(dataclasses.asdict(config)))
+
+
+def check(config: Config) -> None:
+    """Refuse values that are out of range or cannot work together.
+
+    Raises:
+        InputError: naming the key, the value and what is allowed.
+    """
+    for rule in (_check_ranges, _check_plugins, _check_rollout, _check_training, _check_rewards):
+        for key, value, remedy in rule(config):
+            raise InputError(f"{key} = {value}: {remedy}")
+
+
+Problem = tuple[str, Any, str]
+
+
+def _check_ranges(c: Config) -> typing.Iterator[Problem]:
+    at_least: dict[str, float] = {
+        "model.height": 8, "model.width": 8, "model.max_text_tokens": 1, "model.lora_rank": 1, "model.prompt_cache": 1,
+        "rollout.steps": 1, "rollout.eta": 0, "rollout.group_size": 2, "rollout.window_size": 1,
+        "rollout.window_stride": 0, "rollout.window_every": 1, "selection.candidates": 1, "loss.clip_range": 0,
+        "loss.kl_weight": 0, "train.iterations": 1, "train.seed": 0, "train.slots": 1, "train.accumulation": 1,
+        "train.steps_per_iteration": 1, "optimizer.lr": 0, "optimizer.eps": 0, "optimizer.weight_decay": 0,
+        "optimizer.warmup_steps": 0, "engine.max_rows": 0, "evaluation.every": 0, "evaluation.prompts": 1,
+        "evaluation.noises": 1, "evaluation.final_prompts": 0, "evaluation.final_noises": 1, "output.grid_every": 0,
+        "output.grid_prompts": 1, "output.checkpoint_every": 0, "output.keep_last": 1, "output.keep_every": 0,
+        "guards.max_rollbacks": 0,
+    }  # fmt: skip
+    above_zero = ("rollout.shift", "advantage.clip", "optimizer.max_grad_norm", "model.lora_alpha")
+    below_one = ("selection.alpha", "optimizer.ema_decay", "optimizer.betas.0", "optimizer.betas.1")
+    for key, low in at_least.items():
+        if not low <= (value := _lookup(c, key)) < float("inf"):
+            yield key, value, f"must be at least {low}"
+    for key in above_zero:
+        if not 0 < (value := _lookup(c, key)) < float("inf"):
+            yield key, value, "must be above 0"
+    for key in below_one:
+        if not 0 <= (value := _lookup(c, key)) < 1:
+            yield key, value, "must lie in [0, 1)"
+    for guard in dataclasses.fields(GuardsConfig):
+        if isinstance(value := getattr(c.guards, guard.name), GuardConfig):
+            if not 0 <= value.limit < float("inf"):
+                yield f"guards.{guard.name}.limit", value.limit, "must be at least 0 (0 is off)"
+            if value.patience < 1:
+                yield f"guards.{guard.name}.patience", value.patience, "must be at least 1"
+    if not 0 <= c.optimizer.final_share <= 1:
+        yield "optimizer.final_share", c.optimizer.final_share, "must lie in [0, 1]"
+    if not 0 < c.rollout.trained_share <= 1:
+        yield "rollout.trained_share", c.rollout.trained_share, "must lie in (0, 1]"
+
+
+def _check_rollout(c: Config) -> typing.Iterator[Problem]:
+    r = c.rollout
+    if r.scheme == "cps" and r.eta > 1:
+        yield "rollout.eta", r.eta, "must lie in [0, 1] for scheme cps"
+    if r.eta == 0:
+        yield "rollout.eta", r.eta, "must be above 0: without noise there is nothing to reinforce"
+    if r.plan == "window":
+        if r.window_size > r.steps - 1:
+            yield "rollout.window_size", r.window_size, f"must be at most rollout.steps - 1 = {r.steps - 1}"
+    else:
+        if not r.sde_steps or list(r.sde_steps) != sorted(set(r.sde_steps)):
+            yield "rollout.sde_steps", list(r.sde_steps), "must name at least one step, rising, without repeats"
+        if r.sde_steps and not 0 <= min(r.sde_steps) <= max(r.sde_steps) < r.steps - 1:
+            yield (
+                "rollout.sde_steps",
+                list(r.sde_steps),
+                f"must lie in 0 … {r.steps - 2} (rollout.steps = {r.steps}; the last step has no useful noise)",
+            )
+    if r.fork_velocity == "probe" and r.plan != "fork":
+        yield "rollout.fork_velocity", r.fork_velocity, "needs rollout.plan = fork"
+    if r.shared_noise and r.plan == "fork":
+        yield (
+            "rollout.shared_noise",
+            r.shared_noise,
+            "acts on plans trajectory and window; forks share their anchor anyway",
+        )
+    if (c.model.dtype == "fp64") != (r.storage == "fp64"):
+        yield "rollout.storage", r.storage, "fp64 latents go with model.dtype = fp64, and only with it"
+
+
+def _check_training(c: Config) -> typing.Iterator[Problem]:
+    trained = c.rollout.window_size if c.rollout.plan == "window" else len(c.rollout.sde_steps)
+    trained = max(1, round(trained * c.rollout.trained_share))
+    if trained % c.train.steps_per_iteration:
+        yield (
+            "train.steps_per_iteration",
+            c.train.steps_per_iteration,
+            f"must divide the {trained} trained steps of an iteration",
+        )
+    if c.loss.old_logp == "rollout" and (c.rollout.plan != "fork" or c.rollout.fork_velocity != "fresh"):
+        yield (
+            "loss.old_logp",
+            c.loss.old_logp,
+            "log-probabilities stored by this plan come from another batch geometry than the update's, so the ratio would "
+            "not start at 1: use recompute (or rollout.plan = fork with fork_velocity = fresh)",
+        )
+    if c.guards.kl.limit and not c.loss.kl_weight:
+        yield "guards.kl.limit", c.guards.kl.limit, "needs loss.kl_weight above 0: without it the divergence is not computed"
+    if c.output.keep_best and not c.evaluation.every:
+        yield "output.keep_best", True, "needs evaluation.every above 0"
+    if c.selection.candidates == 1 and c.selection.strategy not in ("closest", "random"):
+        yield "selection.candidates", 1, f"strategy {c.selection.strategy} needs at least two candidates"
+
+
+def _check_plugins(c: Config) -> typing.Iterator[Problem]:
+    for key, names, section in (
+        ("model.family", ("flux",), c.model),
+        ("selection.strategy", STRATEGIES, c.selection),
+        ("advantage.function", ("fused",), c.advantage),
+    ):
+        name = _lookup(c, key)
+        if name not in names and not is_import_path(name):
+            yield key, name, f"must be one of {', '.join(names)}, or package.module:attribute{_hint(name, names)}"
+        if name in names and section.kwargs:
+            yield f"{key.split('.')[0]}.kwargs", section.kwargs, f"acts only when {key} is an import path"
+
+
+def _check_rewards(c: Config) -> typing.Iterator[Problem]:
+    if not c.rewards:
+        yield "rewards", "[]", "name at least one reward"
+    for i, reward in enumerate(c.rewards):
+        if not 0 < reward.weight < float("inf"):
+            yield f"rewards.{i}.weight", reward.weight, "must be above 0"
+
+
+def _lookup(config: Any, key: str) -> Any:
+    for part in key.split("."):
+        config = config[int(part)] if part.isdigit() else getattr(config, part)
+    return config
+
+
+def _build(cls: Any, data: dict[str, Any], source: str, prefix: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    for key in data:
+        if key not in hints:
+            raise InputError(f"{source}: unknown key {prefix}{key}{_hint(key, list(hints))}")
+    values = {key: _convert(hints[key], value, source, prefix + key) for key, value in data.items()}
+    return cls(**values)
+
+
+def _convert(hint: Any, value: Any, source: str, key: str) -> Any:
+    def wrong(expected: str) -> InputError:
+        return InputError(f"{source}: {key} = {value!r}: expected {expected}")
+
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise wrong("a table")
+        return _build(hint, value, source, f"{key}.")
+    if origin is Literal:
+        if value not in args:
+            raise InputError(f"{source}: {key} = {value!r}{_hint(str(value), list(args))}: one of {', '.join(args)}")
+        return value
+    if origin is tuple:
+        fixed = len(args) if args[-1] is not Ellipsis else None
+        if not isinstance(value, list) or (fixed and len(value) != fixed):
+            raise wrong(f"a list of {fixed} values" if fixed else "a list")
+        return tuple(_convert(args[0], item, source, f"{key}.{i}") for i, item in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise wrong("a table")
+        return {k: _convert(args[1], v, source, f"{key}.{k}") for k, v in value.items()}
+    if origin is types.UnionType:
+        if not isinstance(value, args):
+            raise wrong("a string, a number, true or false")
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise wrong({int: "a whole number", float: "a number", bool: "true or false", str: "a string"}[hint])
+    return value
+
+
+def _hint(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
