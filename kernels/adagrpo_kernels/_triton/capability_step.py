@@ -52,7 +52,7 @@ def fold(score_ptr, mean_ptr, var_ptr, count_ptr, new_mean_ptr, new_var_ptr, new
     tl.store(new_mean_ptr, tl.where(moved, memory * mean + (1 - memory) * batch_mean, mean))
     tl.store(new_var_ptr, tl.where(moved, memory * var + (1 - memory) * batch_var, var))
     tl.store(new_count_ptr, count + moved.to(tl.int64))
-    return moved.to(tl.int64)
+    return moved.to(tl.int32)
 
 
 @triton.jit
@@ -67,8 +67,7 @@ def levels(score_ptr, mean_ptr, var_ptr, weight_ptr, at, mask, number, stride):
         distance = level
         for m in range(number):
             score = tl.load(score_ptr + m * stride + at, mask=mask, other=float("inf")).to(dtype)
-            std = tl.sqrt(tl.maximum(tl.load(var_ptr + m), FLOOR))
-            z = (score - tl.load(mean_ptr + m)) / std
+            z = (score - tl.load(mean_ptr + m)) * (1.0 / tl.sqrt(tl.maximum(tl.load(var_ptr + m), FLOOR)))
             weight = tl.load(weight_ptr + m).to(dtype)
             level += weight * z
             distance += weight * tl.abs(z)

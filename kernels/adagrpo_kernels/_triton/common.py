@@ -16,12 +16,13 @@ MIN_BLOCK = 16
 def round_to(x, dtype: tl.constexpr):
     """``adagrpo_kernels.rounding.round_to_storage`` of a float32 block; returns float32."""
     if dtype == tl.float32:
-        return x
-    bits = x.to(tl.int32, bitcast=True)
-    if dtype == tl.bfloat16:
+        rounded = x
+    elif dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
         rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
     else:
         tl.static_assert(dtype == tl.float16, "storage is float32, bfloat16 or float16")
+        bits = x.to(tl.int32, bitcast=True)
         sign = bits & -0x80000000
         rounded = ((bits + 0xFFF + ((bits >> 13) & 1)) & -0x2000).to(tl.float32, bitcast=True)
         infinite = (sign | 0x7F800000).to(tl.float32, bitcast=True)

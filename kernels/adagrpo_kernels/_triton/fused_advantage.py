@@ -16,7 +16,7 @@ from .._dispatch import launch
 from ..fused_advantage import EPS, EQUAL_TOLERANCE, MIN_MASS, STATISTICS
 from .common import MIN_BLOCK
 
-TILE = 1024
+TILE = 256
 WARPS = 4
 TINY, TOLERANCE, MASS = tl.constexpr(EPS), tl.constexpr(EQUAL_TOLERANCE), tl.constexpr(MIN_MASS)
 COLUMNS = tl.constexpr(len(STATISTICS))
