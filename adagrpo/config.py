@@ -167,6 +167,9 @@ class EngineConfig:
 
     max_rows: int = 0
     """Largest batch of the transformer and the decoder, in images; 0 is unlimited."""
+    kernels: Literal["auto", "triton", "reference"] = "auto"
+    """Implementation of the algorithm's operators: auto (the environment variable ADAGRPO_IMPL, else Triton on CUDA), triton
+    (or an error), reference (plain PyTorch). The manifest records what ran."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from adagrpo_kernels import implementations
 from torch import Tensor
 from tqdm import tqdm
 
@@ -61,6 +62,7 @@ class Fit:
         self.guards = Guards(self.config.guards)
         self.category = prompt_category(self.config.data.prompts)
         self.rollbacks = 0
+        self._kernels_recorded = False
         self.best = -math.inf
         trainer.say = lambda message: self._event("memory", message)
         if self.config.loss.kl_weight:
@@ -109,6 +111,7 @@ class Fit:
         """Train, evaluate, judge, then (only if it is sound) save."""
         started = time.perf_counter()
         metrics = self.trainer.iteration()
+        self._record_kernels()
         picked = metrics.pop("selection/picked")
         done, output = self.trainer.iterations_done, self.config.output
         record: dict[str, Any] = {"iteration": done, **read_metrics(metrics)}
@@ -133,6 +136,13 @@ class Fit:
         if evaluated:
             self._report()
         return record, trips
+
+    def _record_kernels(self) -> None:
+        """Once per process: what ran for each operator of the algorithm, in the manifest."""
+        manifest = self.run.read_json("manifest.json")
+        if manifest is not None and not self._kernels_recorded:
+            self.run.write_json("manifest.json", manifest | {"kernels": implementations()})
+        self._kernels_recorded = True
 
     def save(self, held_out: float | None = None) -> Path:
         """Write a checkpoint; its portable part holds the weight EMA where one is kept.

@@ -14,9 +14,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .algorithm.advantages import advantage_statistics, groups_with_signal, multi_reward_advantage
+from .algorithm.advantages import advantage_statistics, groups_with_signal, reward_advantage, reward_statistics
+from .algorithm.sde import Draw as NoiseDraw
 from .algorithm.sde import StepTable, Stream, philox_uniform, sigma_schedule, step_table
-from .algorithm.selection import CapabilityState, select_prompt, update_capability
+from .algorithm.selection import STRATEGIES, CapabilityState, capability_step
 from .config import Config
 from .engine.executor import Rollout, RolloutExecutor
 from .engine.optimizer import PolicyOptimizer
@@ -85,11 +86,15 @@ class Trainer:
         sigmas = sigma_schedule(r.steps, r.shift)
         table = StepTable.concat([step_table("ode", sigmas), step_table(r.scheme, sigmas, r.eta)])
         self.phase = PhaseTimer(model.device)
-        self.executor = RolloutExecutor(model, table, train.seed, DTYPES[r.storage], config.engine.max_rows, self.phase)
+        self.impl = None if config.engine.kernels == "auto" else config.engine.kernels
+        self.executor = RolloutExecutor(
+            model, table, train.seed, DTYPES[r.storage], config.engine.max_rows, self.phase, self.impl
+        )
         self.optimizer = _optimizer(config, model)
         self.stream = PromptStream(prompts, train.seed)
         self.capability = CapabilityState.for_rewards(len(rewards), model.device)
         self.reward_weights = torch.tensor([reward.weight for reward in config.rewards], device=model.device)
+        self.status = torch.zeros((), dtype=torch.int64, device=model.device)
         self.iterations_done = 0
         self.draws = 0
 
@@ -160,19 +165,18 @@ class Trainer:
         """Fold the scores into the capability EMA, then pick one candidate per slot: [P]; -1 where none has a score."""
         s = self.config.selection
         with self.phase("select"):
-            if scores is not None:
-                self.capability = update_capability(self.capability, scores, s.alpha)
-            if s.candidates == 1:
-                return torch.zeros(slots, dtype=torch.int64, device=self.model.device)
             rows = torch.arange(slots, device=self.model.device)
-            uniform = philox_uniform(self.executor.seed, rows, self.draws, Stream.SELECT)
+            draw = NoiseDraw(self.executor.seed, rows, self.draws, Stream.SELECT)
+            if scores is not None:
+                strategy = s.strategy if s.strategy in STRATEGIES else "closest"
+                weights = self.reward_weights if len(self.rewards) > 1 else None
+                found = capability_step(self.capability, scores, s.alpha, strategy, weights, draw, self.impl)
+                self.capability, self.status = found.state, found.status
+            if s.candidates == 1:
+                return torch.zeros_like(rows)
             if scores is None:
-                return (uniform * s.candidates).long()
-            if self._select is not None:
-                return self._select(scores, self.capability)
-            if len(self.rewards) == 1:
-                return select_prompt(scores[0], self.capability[0], s.strategy, uniform=uniform)
-            return select_prompt(scores, self.capability, s.strategy, self.reward_weights, uniform)
+                return (philox_uniform(*draw) * s.candidates).long()
+            return found.picks if self._select is None else self._select(scores, self.capability)
 
     def gather(self, candidates: Conditioning, picks: Tensor) -> tuple[Tensor, Conditioning]:
         """Rows of the picked candidates [P] and their conditioning, without leaving the device."""
@@ -257,17 +261,19 @@ class Trainer:
         """Advantages [groups, G] and what to log about rewards and fusion."""
         a = self.config.advantage
         with self.phase("advantage"):
+            state, weights = self.capability, self.reward_weights
             if self._fuse is not None:
-                advantage = self._fuse(rewards, self.capability, self.reward_weights)
+                advantage = self._fuse(rewards, state, weights)
+                found = [advantage_statistics(r, advantage, state[m]) | reward_statistics(r) for m, r in enumerate(rewards)]
             else:
-                advantage = multi_reward_advantage(
-                    rewards, self.capability, self.reward_weights, a.clip, a.weight, a.calibration
-                )
-            statistics = {"reward/train": rewards[0].nanmean(), "reward/group_std": rewards[0].std(-1).nanmean()}
+                advantage, found = reward_advantage(rewards, state, weights, a.clip, a.weight, a.calibration, self.impl)
+            statistics: dict[str, Tensor] = {}
             for m, reward in enumerate(self.config.rewards):
+                mean, spread = found[m].pop("reward_mean"), found[m].pop("group_std")
+                if m == 0:
+                    statistics |= {"reward/train": mean, "reward/group_std": spread}
                 prefix = f"advantage/{reward.name}_" if m else "advantage/"
-                found = advantage_statistics(rewards[m], advantage, self.capability[m])
-                statistics |= {prefix + name: value for name, value in found.items()}
+                statistics |= {prefix + name: value for name, value in found[m].items()}
             if self.config.train.shuffle_advantages:
                 generator = torch.Generator().manual_seed(self.config.train.seed * 1_000_003 + self.draws)
                 order = torch.rand(advantage.shape, generator=generator).argsort(-1).to(advantage.device)
@@ -316,6 +322,7 @@ class Trainer:
                 "selection/ema_mean": self.capability.mean[0],
                 "selection/ema_std": self.capability.std[0],
                 "selection/probe_mean": draw.scores[0].nanmean(),
+                "selection/status": self.status,
                 "selection/distance": (picked - self.capability.mean[0]).abs().nanmean(),
             }
         return metrics

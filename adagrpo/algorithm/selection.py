@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
-from adagrpo_kernels import capability_update_reference, select_reference
+from adagrpo_kernels import Draw, capability_update_reference, select_reference
+from adagrpo_kernels import capability_step as capability_kernel
 from adagrpo_kernels.capability_step import STRATEGIES
 from torch import Tensor
 
@@ -15,6 +17,8 @@ __all__ = [
     "STRATEGIES",
     "CapabilityCurriculum",
     "CapabilityState",
+    "Selection",
+    "capability_step",
     "select_prompt",
     "update_capability",
 ]
@@ -71,6 +75,37 @@ def update_capability(state: CapabilityState, scores: Tensor, alpha: float) -> C
     if not 0 <= alpha < 1:
         raise ValueError(f"alpha = {alpha} must lie in [0, 1)")
     return CapabilityState(*capability_update_reference(state.mean, state.var, state.count, scores, alpha))
+
+
+class Selection(NamedTuple):
+    """The new state; per slot the pick (int64 [P], -1 for none) and its distance; the status word (0-dim, 0 is well)."""
+
+    state: CapabilityState
+    picks: Tensor
+    distance: Tensor
+    status: Tensor
+
+
+def capability_step(
+    state: CapabilityState,
+    scores: Tensor,
+    alpha: float,
+    strategy: str = "closest",
+    reward_weights: Tensor | None = None,
+    draw: Draw | None = None,
+    impl: str | None = None,
+) -> Selection:
+    """Fold scores [M, P, B] into the EMA, then pick one candidate per slot (``adagrpo_kernels.capability_step``).
+
+    Args:
+        reward_weights: [M]; None for a single reward.
+        draw: noise of strategy ``random``, one row per slot.
+        impl: ``auto``, ``triton`` or ``reference``; None for the environment's.
+    """
+    if not 0 <= alpha < 1:
+        raise ValueError(f"alpha = {alpha} must lie in [0, 1)")
+    found = capability_kernel(scores, state.mean, state.var, state.count, alpha, strategy, reward_weights, draw, impl)
+    return Selection(CapabilityState(*found[:3]), *found[3:])
 
 
 def select_prompt(

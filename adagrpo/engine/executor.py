@@ -7,10 +7,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
 import torch
-from adagrpo_kernels.sde_step import compute_dtype
+from adagrpo_kernels import MAX_STEP
+from adagrpo_kernels._dispatch import device_word
 from torch import Tensor
 
-from ..algorithm.sde import StepTable, Stream, affine_mean, group_log_prob, philox_normal, round_to_storage, sde_step
+from ..algorithm.sde import Draw, StepTable, Stream, affine_mean, group_log_prob, philox_normal, sde_step
 from ..errors import RunError
 from ..models.base import Conditioning, FlowModel
 from ..run.timing import PhaseTimer
@@ -83,6 +84,7 @@ class RolloutExecutor:
         storage: dtype in which latents are kept between steps.
         max_rows: largest batch of one transformer call; 0 is unlimited.
         phase: timer of the trainer's phases.
+        impl: implementation of the operators (``adagrpo_kernels._dispatch``).
     """
 
     def __init__(
@@ -93,13 +95,17 @@ class RolloutExecutor:
         storage: torch.dtype,
         max_rows: int = 0,
         phase: PhaseTimer | None = None,
+        impl: str | None = None,
     ) -> None:
         self.model, self.seed, self.storage, self.max_rows = model, seed, storage, max_rows
-        self.phase = phase or PhaseTimer(model.device)
+        self.phase, self.impl = phase or PhaseTimer(model.device), impl
         self._largest, self._halved = 0, False
         self.num_steps = len(table) // 2
+        if self.num_steps > MAX_STEP:
+            raise ValueError(f"{self.num_steps} steps: the counter of the noise holds {MAX_STEP}")
         wide = torch.float64 if storage is torch.float64 else torch.float32
         self.table = table.to(model.device, wide)
+        self._seed, self._steps = self._word(seed), torch.arange(self.num_steps, device=model.device)
         self.counts: dict[str, Count] = defaultdict(Count)
 
     def reset_counts(self) -> None:
@@ -127,8 +133,11 @@ class RolloutExecutor:
 
     def initial_noise(self, noise_row: Tensor, iteration: int, stream: Stream) -> Tensor:
         """Starting latents [R, L, C] in the storage dtype for global rows ``noise_row``."""
-        noise = self._noise(noise_row.to(self.model.device), iteration, stream, 0)
-        return round_to_storage(noise, self.storage).to(self.storage)
+        length, channels = self.model.latent_shape
+        rows = noise_row.to(self.model.device)
+        number = self._word(iteration)
+        noise = philox_normal(self._seed, rows, length * channels, number, stream, self._steps[0], self.storage, self.impl)
+        return noise.reshape(-1, length, channels)
 
     def velocity(self, x: Tensor, index: Tensor, conditioning: Conditioning, slot: Tensor, phase: str) -> Tensor:
         """The model's velocity [R, L, C] at table rows ``index`` for conditioning rows ``slot``, in chunks, counted."""
@@ -151,6 +160,7 @@ class RolloutExecutor:
         index = plan.index[order].to(device)
         slot, noise_row = plan.conditioning[order].to(device), plan.noise_row[order].to(device)
         latents, velocities, stored = {}, {}, {}
+        number = self._word(iteration)
         for k in range(num_steps):
             live = entered[k]
             if live == 0:
@@ -159,11 +169,12 @@ class RolloutExecutor:
             v = self.velocity(before, index[:live, k], conditioning, slot[:live], phase)
             noise = None
             if plan.stochastic_at(k):
-                noise = self._noise(noise_row[:live], iteration, plan.noise_stream, k)
-            step = sde_step(before, v, self.table, index[:live, k], noise)
+                noise = Draw(self._seed, noise_row[:live], number, plan.noise_stream, self._steps[k])
+            recorded = k in plan.record
+            step = sde_step(before, v, self.table, index[:live, k], noise, with_mean=recorded, impl=self.impl)
             if k in plan.keep:
                 latents[k], velocities[k] = (t.index_select(0, undo) for t in (before, v))
-            if k in plan.record:
+            if recorded:
                 stored[k] = (before, step.next, step.mean, step.logp)
             x = step.next if live == x.shape[0] else torch.cat([step.next, x[live:]])
         transitions = self._collect(plan, stored, device) if stored else None
@@ -185,16 +196,16 @@ class RolloutExecutor:
             the update computes them.
         """
         groups, size = noise_row.shape
-        mean = affine_mean(x, v, self.table, index)
-        step = (index - self.num_steps).repeat_interleave(size)
-        noise = self._noise(noise_row.flatten(), iteration, Stream.FORK, step).reshape(groups, size, *x.shape[1:])
-        w = self.table.w.index_select(0, index).reshape(-1, 1, 1, 1)
-        successors = round_to_storage(mean.unsqueeze(1) + w * noise, self.storage).to(self.storage)
+        source = torch.arange(groups, device=x.device).repeat_interleave(size)
+        forked = index.repeat_interleave(size)
+        draw = Draw(self._seed, noise_row.flatten(), self._word(iteration), Stream.FORK, forked - self.num_steps)
+        step = sde_step(x, v, self.table, forked, draw, source=source, with_mean=False, impl=self.impl)
+        successors = step.next.unflatten(0, (groups, size))
         return Transitions(
             latent=x,
             successors=successors,
-            mean=mean,
-            logp=group_log_prob(x, v, successors, self.table, index),
+            mean=affine_mean(x, v, self.table, index),
+            logp=group_log_prob(x, v, successors, self.table, index, self.impl),
             index=index,
             slot=slot,
             sample=torch.arange(groups * size, device=x.device).reshape(groups, size),
@@ -214,13 +225,13 @@ class RolloutExecutor:
             batch = batch.to(logp.device)
             part = transitions.rows(batch)
             v = self.update_velocity(part, conditioning, phase)
-            logp.index_copy_(0, batch, group_log_prob(part.latent, v, part.successors, self.table, part.index))
+            fresh = group_log_prob(part.latent, v, part.successors, self.table, part.index, self.impl)
+            logp.index_copy_(0, batch, fresh)
         return logp
 
-    def _noise(self, rows: Tensor, iteration: int, stream: Stream, step: int | Tensor) -> Tensor:
-        length, channels = self.model.latent_shape
-        noise = philox_normal(self.seed, rows, length * channels, iteration, stream, step)
-        return noise.reshape(-1, length, channels).to(compute_dtype(torch.empty(0, dtype=self.storage)))
+    def _word(self, value: int) -> Tensor:
+        """A number of the noise's counter on the device, by a fill: no copy from the host, and a graph can change it."""
+        return device_word(value, self.table.a)
 
     def _collect(self, plan: Plan, stored: Mapping[int, tuple[Tensor, ...]], device: torch.device) -> Transitions:
         """Transitions ordered (row, step) from per-step tensors; recorded plans start all rows at step 0."""

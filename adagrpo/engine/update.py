@@ -53,7 +53,7 @@ def update_policy(
         for batch in step:
             part = transitions.rows(batch)
             v = executor.update_velocity(part, conditioning, "update")
-            logp = group_log_prob(part.latent, v, part.successors, executor.table, part.index)
+            logp = group_log_prob(part.latent, v, part.successors, executor.table, part.index, executor.impl)
             old = logp.detach() if old_logp == "detached" else part.logp
             mask = valid[part.sample]
             surrogate = clipped_surrogate(logp, old, advantage[part.sample].to(logp.dtype), clip_range, mask)

@@ -1,39 +1,82 @@
 """Operators of flow-based GRPO: one module per operator, each with its specification in plain PyTorch.
 
-The functions named ``*_reference`` are the specification, the CPU path and the oracle of every test. This package knows
-torch only; it can be used without the rest of AdaGRPO.
+The functions named ``*_reference`` are the specification, the CPU path and the oracle of every test; those without the
+suffix run them or a Triton kernel (``impl``, see ``_dispatch``). This package knows torch only, and triton once a kernel is
+about to run; it can be used without the rest of AdaGRPO.
 """
 
-from .capability_step import capability_update_reference, select_reference
+from ._dispatch import IMPLS, implementations, launch_counts, reset_counts
+from .capability_step import (
+    CapabilityStep,
+    capability_step,
+    capability_step_reference,
+    capability_update_reference,
+    select_reference,
+)
 from .fused_advantage import (
     CALIBRATIONS,
+    STATISTICS,
+    MultiRewardAdvantage,
+    advantage_statistics_reference,
+    fused_advantage,
     fused_advantage_reference,
     global_advantage_reference,
     local_advantage_reference,
+    multi_reward_advantage,
+    multi_reward_advantage_reference,
+    reward_statistics_reference,
 )
-from .group_log_prob import group_log_prob_reference
-from .philox import MAX_STEP, Stream, philox4x32_reference, philox_normal_reference, philox_uniform_reference
+from .group_log_prob import group_log_prob, group_log_prob_reference
+from .philox import (
+    MAX_STEP,
+    Draw,
+    Stream,
+    philox4x32_reference,
+    philox_normal,
+    philox_normal_reference,
+    philox_uniform_reference,
+)
 from .rounding import round_to_storage
-from .sde_step import SdeStep, affine_mean, sde_step_reference
+from .sde_step import Guidance, History, SdeStep, affine_mean, sde_step, sde_step_reference
 from .step_table import SCHEMES, StepTable, sigma_schedule, step_table
 
 __all__ = [
     "CALIBRATIONS",
+    "IMPLS",
     "MAX_STEP",
     "SCHEMES",
+    "STATISTICS",
+    "CapabilityStep",
+    "Draw",
+    "Guidance",
+    "History",
+    "MultiRewardAdvantage",
     "SdeStep",
     "StepTable",
     "Stream",
+    "advantage_statistics_reference",
     "affine_mean",
+    "capability_step",
+    "capability_step_reference",
     "capability_update_reference",
+    "fused_advantage",
     "fused_advantage_reference",
     "global_advantage_reference",
+    "group_log_prob",
     "group_log_prob_reference",
+    "implementations",
+    "launch_counts",
     "local_advantage_reference",
+    "multi_reward_advantage",
+    "multi_reward_advantage_reference",
     "philox4x32_reference",
+    "philox_normal",
     "philox_normal_reference",
     "philox_uniform_reference",
+    "reset_counts",
+    "reward_statistics_reference",
     "round_to_storage",
+    "sde_step",
     "sde_step_reference",
     "select_reference",
     "sigma_schedule",

@@ -94,8 +94,7 @@ def device_word(value: int | Tensor, like: Tensor) -> Tensor:
     """A 64-bit word as int64 tensor on the device of ``like``, made by a fill: a copy from the host would synchronise."""
     if isinstance(value, Tensor):
         return value.to(device=like.device, dtype=torch.int64)
-    signed = (value + (1 << 63)) % (1 << 64) - (1 << 63)
-    return torch.full((), signed, dtype=torch.int64, device=like.device)
+    return torch.full((), value - (1 << 64) if value >= 1 << 63 else value, dtype=torch.int64, device=like.device)
 
 
 def _device_problem(devices: set[str]) -> str | None:

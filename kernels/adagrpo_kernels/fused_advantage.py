@@ -35,7 +35,8 @@ class MultiRewardAdvantage(NamedTuple):
 
     Attributes:
         advantage: [..., G] in the dtype of the rewards.
-        statistics: [M, 8], the columns ``STATISTICS`` of each reward; meaning: ``advantage_statistics_reference``.
+        statistics: [M, 8], the columns ``STATISTICS`` of each reward; meaning: ``advantage_statistics_reference``
+            and ``reward_statistics_reference``.
     """
 
     advantage: Tensor
@@ -198,7 +199,8 @@ def multi_reward_advantage_reference(
         parts = fused_advantage_reference(rewards, level, spread, clip, weight, calibration, valid)
     advantage = (reward_weights.to(parts.dtype).reshape(per_reward) * parts).sum(0)
     found = [
-        advantage_statistics_reference(r, advantage, m, c) for r, m, c in zip(rewards, mean, count, strict=True)
+        advantage_statistics_reference(r, advantage, m, c) | reward_statistics_reference(r)
+        for r, m, c in zip(rewards, mean, count, strict=True)
     ]
     columns = [torch.stack([each[name].to(rewards.dtype) for name in STATISTICS]) for each in found]
     return MultiRewardAdvantage(advantage, torch.stack(columns))
@@ -209,8 +211,7 @@ def advantage_statistics_reference(rewards: Tensor, advantage: Tensor, mean: Ten
 
     Shares of the valid samples: ``false_positive``, better than the group but below the policy's level, ``false_negative``,
     the reverse (AdaGRPO section 3; 0 while the EMA is empty), ``turned``, whose sign the fusion changed. Share of all
-    samples: ``failed``. Share of the groups: ``equal_groups``. ``mean_abs`` is the mean magnitude of the advantages,
-    ``reward_mean`` that of all rewards but NaN, ``group_std`` (ddof 1) that of the groups where it is finite.
+    samples: ``failed``. Share of the groups: ``equal_groups``. ``mean_abs`` is the mean magnitude of the advantages.
 
     Args:
         rewards, advantage: [..., G].
@@ -228,9 +229,12 @@ def advantage_statistics_reference(rewards: Tensor, advantage: Tensor, mean: Ten
         "turned": share(local.sign() != advantage.sign()),
         "equal_groups": (~has_signal(rewards, valid)).to(rewards.dtype).mean(),
         "failed": (~valid).to(rewards.dtype).mean(),
-        "reward_mean": rewards.nanmean(),
-        "group_std": rewards.std(-1).nanmean(),
     }
+
+
+def reward_statistics_reference(rewards: Tensor) -> dict[str, Tensor]:
+    """``reward_mean`` of rewards [..., G] but NaN, and ``group_std`` (ddof 1), the mean over groups where it is finite."""
+    return {"reward_mean": rewards.nanmean(), "group_std": rewards.std(-1).nanmean()}
 
 
 def fused_advantage_reference(
