@@ -25,7 +25,7 @@ class CapabilityStep(NamedTuple):
 
     Attributes:
         mean, var: [M], the EMA with this iteration folded in.
-        count: int64 [M].
+        folded: int64 [M], iterations folded in.
         picks: int64 [P], the candidate of each slot; -1 where none has a finite score.
         distance: [P], of the pick from the EMA, as ``closest`` measures it; NaN where there is no pick.
         status: int64 0-dim, 0 if all is well; bit ``NO_CANDIDATE``: some slot has no pick, bit ``NO_UPDATE``: some reward
@@ -34,7 +34,7 @@ class CapabilityStep(NamedTuple):
 
     mean: Tensor
     var: Tensor
-    count: Tensor
+    folded: Tensor
     picks: Tensor
     distance: Tensor
     status: Tensor

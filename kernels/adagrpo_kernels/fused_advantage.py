@@ -130,9 +130,9 @@ def fused_advantage(
         return fused_advantage_reference(rewards, mean, std, clip, weight, calibration, mask)
     from ._triton import fused_advantage as kernel
 
+    level, spread = _vector(mean, rewards), _vector(std, rewards)
     one = rewards.unsqueeze(0)
-    level = [_vector(t, rewards) for t in (mean, std)]
-    return kernel.fused_advantage(one, *level, None, None, clip, weight, calibration, mask, False)[0]
+    return kernel.fused_advantage(one, level, spread, None, None, clip, weight, calibration, mask, False)[0]
 
 
 def multi_reward_advantage(

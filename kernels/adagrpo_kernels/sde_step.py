@@ -158,7 +158,9 @@ def sde_step_reference(
         mean = mean + per_row(history.weight.index_select(0, index), x) * history.clean.to(dtype)
     mean = torch.where(finished, x.to(dtype), mean)
     if isinstance(noise, Draw):
-        noise = philox_normal_reference(*noise[:2], math.prod(x.shape[1:]), *noise[2:]).reshape(x.shape).to(dtype)
+        seed, noise_rows, iteration, stream, step = noise
+        noise = philox_normal_reference(seed, noise_rows, math.prod(x.shape[1:]), iteration, stream, step)
+        noise = noise.reshape(x.shape).to(dtype)
     sample = mean if noise is None else torch.where(finished, mean, mean + per_row(rows.w, x) * noise)
     rounded = round_to_storage(sample, x.dtype)
     square = (rounded - mean).square().flatten(1).mean(1)

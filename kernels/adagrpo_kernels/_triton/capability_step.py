@@ -150,7 +150,7 @@ def capability_step(
     strategy: str,
     reward_weights: Tensor | None,
     draw: Draw | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Launch; arguments and results as in ``adagrpo_kernels.capability_step``."""
     number, slots, candidates = scores.shape
     new = lambda like, *shape: torch.empty(shape, dtype=like.dtype, device=like.device)  # noqa: E731

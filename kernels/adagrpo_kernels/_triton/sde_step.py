@@ -47,7 +47,7 @@ def sde_step_kernel(
     wide = r.to(tl.int64)
     index = tl.load(index_ptr + r, mask=inside, other=-1)
     k = tl.maximum(index, 0)
-    if source_ptr is not None:
+    if source_ptr is not None:  # noqa: SIM108
         from_row = tl.load(source_ptr + r, mask=inside, other=0)
     else:
         from_row = wide
