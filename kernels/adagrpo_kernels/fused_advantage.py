@@ -156,9 +156,7 @@ def multi_reward_advantage(
     _check_calibration(calibration)
     tensors = [rewards, mean, std, count, reward_weights, mask]
     if not use_triton("fused_advantage", impl, tensors, _kernel_problem(rewards)):
-        return multi_reward_advantage_reference(
-            rewards, mean, std, count, reward_weights, clip, weight, calibration, mask
-        )
+        return multi_reward_advantage_reference(rewards, mean, std, count, reward_weights, clip, weight, calibration, mask)
     from ._triton import fused_advantage as kernel
 
     return MultiRewardAdvantage(

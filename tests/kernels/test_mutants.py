@@ -45,7 +45,7 @@ MUTANTS: dict[str, dict[str, tuple[str, str, str]]] = {
         ),
     },
     "mask inverted": {
-        "reference": ("fused_advantage.py", "(valid if mask is None else valid & mask)", "(valid if mask is None else valid & ~mask)"),
+        "reference": ("fused_advantage.py", "is None else valid & mask).expand_as", "is None else valid & ~mask).expand_as"),
         "triton": ("_triton/fused_advantage.py", "mask=inside, other=0) != 0)", "mask=inside, other=0) == 0)"),
     },
     "rounding after the log-prob": {

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from adagrpo_kernels import _dispatch as dispatch
 from adagrpo_kernels import (
     capability_step,
     fused_advantage,
@@ -19,7 +20,6 @@ from adagrpo_kernels import (
     reset_counts,
     sde_step,
 )
-from adagrpo_kernels import _dispatch as dispatch
 from triton_cases import TABLE, step_inputs
 
 ROWS = torch.arange(2)

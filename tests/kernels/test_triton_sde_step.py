@@ -43,9 +43,7 @@ def test_against_reference(device: str, shape, dtype: torch.dtype, noise: str, e
     rows = 9 if shape[0] < 64 else 3
     arguments, keywords = step_inputs(rows, shape, dtype, noise, extras, device)
     expected, on_cpu = step_inputs(rows, shape, dtype, noise, extras, "cpu")
-    assert_same(
-        sde_step(*arguments, **keywords, impl="triton"), sde_step_reference(*expected, **on_cpu), arguments[3].cpu()
-    )
+    assert_same(sde_step(*arguments, **keywords, impl="triton"), sde_step_reference(*expected, **on_cpu), arguments[3].cpu())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -62,9 +60,7 @@ def test_split_rows(device: str, rows: int, dtype: torch.dtype) -> None:
 def test_split_rows_with_drawn_noise(device: str, dtype: torch.dtype) -> None:
     arguments, keywords = step_inputs(4, (65537, 1), dtype, "drawn", True, device)
     expected, on_cpu = step_inputs(4, (65537, 1), dtype, "drawn", True, "cpu")
-    assert_same(
-        sde_step(*arguments, **keywords, impl="triton"), sde_step_reference(*expected, **on_cpu), arguments[3].cpu()
-    )
+    assert_same(sde_step(*arguments, **keywords, impl="triton"), sde_step_reference(*expected, **on_cpu), arguments[3].cpu())
 
 
 def test_a_row_does_not_depend_on_its_batch(device: str) -> None:
@@ -116,9 +112,7 @@ def test_special_values(device: str) -> None:
 @given(st.integers(0, 5), st.integers(1, 20), st.integers(1, 150), st.sampled_from(STORAGE), st.booleans())
 def test_any_shape(rows: int, length: int, channels: int, dtype: torch.dtype, extras: bool) -> None:
     arguments, keywords = step_inputs(rows, (length, channels), dtype, "given", extras, "cpu")
-    assert_same(
-        sde_step(*arguments, **keywords, impl="triton"), sde_step_reference(*arguments, **keywords), arguments[3]
-    )
+    assert_same(sde_step(*arguments, **keywords, impl="triton"), sde_step_reference(*arguments, **keywords), arguments[3])
 
 
 @pytest.mark.parametrize("dtype", STORAGE)

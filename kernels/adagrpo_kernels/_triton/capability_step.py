@@ -94,9 +94,7 @@ def capability_step_kernel(
     inside = position < candidates
     for slot in range(slots):
         at = slot * candidates + position
-        level, distance = levels(
-            score_ptr, new_mean_ptr, new_var_ptr, weight_ptr, at, inside, number, score_stride
-        )
+        level, distance = levels(score_ptr, new_mean_ptr, new_var_ptr, weight_ptr, at, inside, number, score_stride)
         valid = inside & finite(level)
         found = tl.sum(valid.to(tl.int32))
         if STRATEGY == "closest":

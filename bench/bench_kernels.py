@@ -1,0 +1,199 @@
+"""Time the kernels against eager and compiled references on a CUDA device, one operator per call.
+
+``python bench/bench_kernels.py --op sde_step --out FILE``; results are written after every row. Columns: operator, case, shape,
+dtype, microseconds (quantiles 0.5, 0.2, 0.8), bytes by the model in `kernels/README.md`, GB/s, share of the copy bandwidth
+measured in the same run, times eager and torch.compile, error against float64, versions. Under 10 us a time is from a CUDA
+graph and its share reads "launch-bound".
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from adagrpo_kernels import (
+    Draw,
+    StepTable,
+    capability_step,
+    group_log_prob,
+    group_log_prob_reference,
+    multi_reward_advantage,
+    philox_normal,
+    sde_step,
+    sde_step_reference,
+    sigma_schedule,
+    step_table,
+)
+
+OPS = ("sde_step", "philox", "group_log_prob", "fused_advantage", "capability_step")
+SHORT = 10e-6
+Row = dict[str, Any]
+
+
+def seconds(run: Callable[[], object]) -> tuple[list[float], bool]:
+    """Quantiles 0.5, 0.2, 0.8 of a call, and whether they come from a CUDA graph."""
+    import triton
+
+    times = triton.testing.do_bench(run, warmup=25, rep=200, quantiles=[0.5, 0.2, 0.8])
+    if times[0] * 1e-3 >= SHORT:
+        return [t * 1e-3 for t in times], False
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        graphed = triton.testing.do_bench_cudagraph(run, rep=100, quantiles=[0.5, 0.2, 0.8])
+    return [t * 1e-3 for t in graphed], True
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second of a 1 GiB device copy, read and written."""
+    source = torch.empty(2**28, dtype=torch.float32, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() * 4 / seconds(lambda: target.copy_(source))[0][0]
+
+
+def table() -> StepTable:
+    sigmas = sigma_schedule(16, 3.0)
+    return StepTable.concat([step_table("ode", sigmas), step_table("flow", sigmas, 0.7)]).to("cuda", torch.float32)
+
+
+def measure(name: str, shape: str, dtype: str, moved: int, copy: float, run: Callable[[], object],
+            eager: Callable[[], object] | None = None, compiled: Callable[[], object] | None = None) -> Row:  # fmt: skip
+    times, graph = seconds(run)
+    rate = moved / times[0]
+    row: Row = {"case": name, "shape": shape, "dtype": dtype, "us": [round(t * 1e6, 3) for t in times], "bytes": moved}
+    row |= {"GB/s": round(rate / 1e9, 1), "of_copy": "launch-bound" if graph else round(rate / copy, 3)}
+    for key, other in (("x_eager", eager), ("x_compile", compiled)):
+        if other is not None:
+            row[key] = round(seconds(other)[0][0] / times[0], 3)
+    return row
+
+
+def sde_step_rows(copy: float) -> Iterator[Row]:
+    steps = table()
+    for rows in (12, 48, 1024):
+        for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+            shape, size = (rows, 1024, 64), dtype.itemsize
+            x, v = (torch.randn(shape, device="cuda").to(dtype) for _ in range(2))
+            noise, index = torch.randn(shape, device="cuda"), torch.full((rows,), 18, device="cuda")
+            numel, text = x.numel(), "x".join(map(str, shape))
+            draw = Draw(*(torch.tensor(n, device="cuda") for n in (1,)), torch.arange(rows, device="cuda"), 2, 3, 4).on_device()
+            keywords = {"with_mean": False, "impl": "triton"}
+            compiled = torch.compile(lambda x, v, i, n: sde_step_reference(x, v, steps, i, n)[::2])
+            truth = sde_step_reference(x.double(), v.double(), steps, index, noise.double()).next
+            found = sde_step(x, v, steps, index, noise, **keywords).next.double()
+            row = measure(
+                "given noise", text, name, numel * (3 * size + 4) + 4 * rows, copy,
+                lambda: sde_step(x, v, steps, index, noise, **keywords),  # noqa: B023
+                lambda: sde_step_reference(x, v, steps, index, noise),  # noqa: B023
+                lambda: compiled(x, v, index, noise),  # noqa: B023
+            )  # fmt: skip
+            yield row | {"max_error": float((found - truth).abs().max())}
+            row = measure(
+                "drawn noise", text, name, numel * 3 * size + 4 * rows, copy,
+                lambda: sde_step(x, v, steps, index, draw, **keywords),  # noqa: B023
+            )  # fmt: skip
+            both = seconds(lambda: sde_step(x, v, steps, index, torch.randn(shape, device="cuda"), **keywords))  # noqa: B023
+            yield row | {"x_randn_and_step": round(both[0][0] * 1e6 / row["us"][0], 3)}
+
+
+def philox_rows(copy: float) -> Iterator[Row]:
+    for rows in (12, 1024):
+        for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+            draw = Draw(1, torch.arange(rows, device="cuda"), 2, 3, 4).on_device()
+            run = lambda: philox_normal(*draw[:2], 65536, *draw[2:], dtype, "triton")  # noqa: B023, E731
+            eager = lambda: torch.randn(rows, 65536, device="cuda").to(dtype)  # noqa: B023, E731
+            yield measure(
+                "normal noise; eager is randn", f"{rows}x65536", name, rows * 65536 * dtype.itemsize, copy, run, eager
+            )
+
+
+def group_log_prob_rows(copy: float) -> Iterator[Row]:
+    steps = table()
+    for latents, group in ((4, 12), (48, 12), (256, 12), (512, 1)):
+        for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+            x, v = (torch.randn(latents, 1024, 64, device="cuda").to(dtype) for _ in range(2))
+            successors = torch.randn(latents, group, 1024, 64, device="cuda").to(dtype)
+            index = torch.full((latents,), 18, device="cuda")
+            moved = (2 + group) * x.numel() * dtype.itemsize + 4 * latents * group
+            text = f"{latents}x{group}x1024x64"
+            compiled = torch.compile(lambda x, v, s, i: group_log_prob_reference(x, v, s, steps, i))
+            truth = group_log_prob_reference(x.double(), v.double(), successors.double(), steps, index)
+            error = float((group_log_prob(x, v, successors, steps, index, "triton").double() - truth).abs().max())
+            row = measure(
+                "forward", text, name, moved, copy, lambda: group_log_prob(x, v, successors, steps, index, "triton"),  # noqa: B023
+                lambda: group_log_prob_reference(x, v, successors, steps, index),  # noqa: B023
+                lambda: compiled(x, v, successors, index),  # noqa: B023
+            )  # fmt: skip
+            yield row | {"max_error": error}
+            leaf, upstream = v.clone().requires_grad_(), torch.randn(latents, group, device="cuda")
+
+            def both(function: Callable[..., torch.Tensor]) -> Callable[[], object]:
+                return lambda: torch.autograd.grad(function(), leaf, upstream)  # noqa: B023
+
+            yield measure(
+                "forward and backward", text, name, 2 * moved + x.numel() * 4, copy,
+                both(lambda: group_log_prob(x, leaf, successors, steps, index, "triton")),  # noqa: B023
+                both(lambda: group_log_prob_reference(x, leaf, successors, steps, index)),  # noqa: B023
+                both(lambda: compiled(x, leaf, successors, index)),  # noqa: B023
+            )  # fmt: skip
+
+
+def fused_advantage_rows(copy: float) -> Iterator[Row]:
+    for rewards, slots in ((1, 1), (3, 8), (3, 48)):
+        values = torch.randn(rewards, slots, 4, 12, dtype=torch.float64, device="cuda")
+        state = [torch.full((rewards,), n, dtype=torch.float64, device="cuda") for n in (0.5, 0.3)]
+        count, weights = torch.full((rewards,), 3, device="cuda"), torch.ones(rewards, device="cuda")
+        run, eager = (lambda impl=impl: multi_reward_advantage(values, *state, count, weights, impl=impl)  # noqa: B023
+                      for impl in ("triton", "reference"))  # fmt: skip
+        moved = values.numel() * 8 * 3 + values[0].numel() * 8
+        yield measure("mass, with statistics", f"{rewards}x{slots}x4x12", "fp64", moved, copy, run, eager)
+
+
+def capability_step_rows(copy: float) -> Iterator[Row]:
+    for strategy in ("closest", "medium"):
+        for slots in (1, 8, 48):
+            scores = torch.randn(1, slots, 10, dtype=torch.float64, device="cuda")
+            state = [torch.ones(1, dtype=torch.float64, device="cuda") for _ in range(2)]
+            count = torch.ones(1, dtype=torch.int64, device="cuda")
+            run, eager = (lambda impl=impl: capability_step(scores, *state, count, 0.8, strategy, impl=impl)  # noqa: B023
+                          for impl in ("triton", "reference"))  # fmt: skip
+            yield measure(strategy, f"1x{slots}x10", "fp64", scores.numel() * 24, copy, run, eager)
+
+
+def versions() -> Row:
+    import triton
+
+    driver = subprocess.run(
+        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
+    ).stdout.strip()
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    return {"device": torch.cuda.get_device_name(), "driver": driver, "torch": torch.__version__,
+            "triton": triton.__version__, "commit": commit}  # fmt: skip
+
+
+def main() -> int:
+    """Command line; see the module docstring."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--op", choices=OPS, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("no CUDA device: the kernels were not timed")
+        return 2
+    copy = copy_bandwidth()
+    result = {"op": arguments.op, **versions(), "copy_GB/s": round(copy / 1e9, 1), "rows": []}
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    for row in globals()[f"{arguments.op}_rows"](copy):
+        result["rows"].append(row)
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+        print(json.dumps(row), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
