@@ -85,13 +85,15 @@ class Fit:
         total = self.config.train.iterations
         bar = tqdm(total=total, initial=self.trainer.iterations_done, disable=None, unit="it", dynamic_ncols=True)
         with StopRequest(self.say).listening() as stop, bar:
+            if not bar.disable:
+                self.trainer.phase.listener = lambda phase: bar.set_description_str(f"{phase:9}")
             if self.trainer.iterations_done == 0:
                 self._show(0)
             while self.trainer.iterations_done < total:
                 record, trips = self._one_iteration()
                 for logger in loggers:
                     logger.log({k: v for k, v in record.items() if isinstance(v, float | int)}, record["iteration"])
-                bar.set_postfix_str(f"reward {record['reward/train']:.3f}, {_slowest(record)}")
+                bar.set_postfix_str(f"reward {record['reward/train']:.3f}")
                 bar.update(self.trainer.iterations_done - bar.n)
                 if any(trip.action == "stop" for trip in trips):
                     return Outcome(EXIT_GUARD)
@@ -294,9 +296,3 @@ def _finite(record: dict[str, Any]) -> bool:
 
 def _due(iteration: int, every: int) -> bool:
     return every > 0 and iteration % every == 0
-
-
-def _slowest(record: dict[str, Any]) -> str:
-    phases = {name: value for name, value in record.items() if name.endswith("_seconds")}
-    name = max(phases, key=lambda n: phases[n])
-    return f"{name.removeprefix('perf/').removesuffix('_seconds')} {phases[name]:.2f} s"

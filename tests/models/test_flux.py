@@ -188,3 +188,9 @@ def test_bad_models_are_named(tmp_path) -> None:
         add_lora(model.transformer, 4, 4.0, ["attn.to_q", "attn.to_z"])
     with pytest.raises(InputError, match="missing; name a checkpoint"):
         model.load_portable(tmp_path)
+
+
+@pytest.mark.parametrize(("dtype", "storage"), [("fp32", "fp32"), ("fp32", "bf16"), ("bf16", "bf16")])
+def test_on_policy_ratio_of_a_real_transformer(dtype: str, storage: str) -> None:
+    trainer, _ = build_trainer(recipe(model={"dtype": dtype}, rollout={"storage": storage}))
+    assert float(trainer.iteration()["policy/ratio_deviation"]) <= 1e-6
