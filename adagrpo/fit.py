@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -80,8 +81,20 @@ class Fit:
         """
         require_space(self.run.checkpoints, self._checkpoint_bytes(), self.config.output.keep_last)
         self._try_rewards()
-        loggers = open_loggers(self.config.output.loggers, self.run.path.name, self.run.path, dataclasses.asdict(self.config))
         before = self._before()
+        with contextlib.ExitStack() as closing:
+            outcome = self._train(closing)
+        if outcome.exit_code:
+            return outcome
+        gain = self._compare(before)
+        self._report()
+        return Outcome(0, gain)
+
+    def _train(self, closing: contextlib.ExitStack) -> Outcome:
+        """The iterations; ``closing`` closes the dashboards."""
+        loggers = open_loggers(self.config.output.loggers, self.run.path.name, self.run.path, dataclasses.asdict(self.config))
+        for logger in loggers:
+            closing.callback(logger.close)
         total = self.config.train.iterations
         bar = tqdm(total=total, initial=self.trainer.iterations_done, disable=None, unit="it", dynamic_ncols=True)
         with StopRequest(self.say).listening() as stop, bar:
@@ -101,15 +114,13 @@ class Fit:
                     saved = self.run.latest_checkpoint() if self._saved_now else self.save()
                     self._event("signal", f"stopped by {stop.signal.name}; saved {saved}")
                     return Outcome(stop.exit_code)
-        for logger in loggers:
-            logger.close()
-        gain = self._compare(before)
-        self._report()
-        return Outcome(0, gain)
+        return Outcome(0)
 
     def _one_iteration(self) -> tuple[dict[str, Any], list[Trip]]:
         """Train, evaluate, judge, then (only if it is sound) save."""
         started = time.perf_counter()
+        if self.trainer.model.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.trainer.model.device)
         metrics = self.trainer.iteration()
         picked = metrics.pop("selection/picked")
         done, output = self.trainer.iterations_done, self.config.output

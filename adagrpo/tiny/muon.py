@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -36,25 +36,23 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self) -> None:  # type: ignore[override]
         """Apply one update; parameters without a gradient are left alone."""
-        loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
+            by_shape: dict[torch.Size, list[tuple[nn.Parameter, torch.Tensor]]] = defaultdict(list)
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    by_shape[parameter.shape].append(parameter)
-            for shape, parameters in by_shape.items():
-                grads = [self._momentum(parameter, group["momentum"]) for parameter in parameters]
-                updates = orthogonalise(torch.stack([grad.flatten(1) for grad in grads]))
+                    ahead = self._look_ahead(parameter, parameter.grad, group["momentum"])
+                    by_shape[parameter.shape].append((parameter, ahead.flatten(1)))
+            for shape, pairs in by_shape.items():
+                updates = orthogonalise(torch.stack([ahead for _, ahead in pairs]))
                 scale = group["lr"] * max(1.0, updates.shape[1] / updates.shape[2]) ** 0.5
-                for parameter, update in zip(parameters, updates, strict=True):
+                for (parameter, _), update in zip(pairs, updates, strict=True):
                     parameter.add_(update.reshape(shape), alpha=-scale)
-        return loss
 
-    def _momentum(self, parameter: nn.Parameter, momentum: float) -> torch.Tensor:
+    def _look_ahead(self, parameter: nn.Parameter, grad: torch.Tensor, momentum: float) -> torch.Tensor:
         state = self.state[parameter]
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
-        state["momentum"].lerp_(parameter.grad, 1 - momentum)
-        return parameter.grad.lerp(state["momentum"], momentum)
+        state["momentum"].lerp_(grad, 1 - momentum)
+        return grad.lerp(state["momentum"], momentum)

@@ -37,7 +37,7 @@ _SPECK, _SOLID = 5.0, 14.0  # component areas in pixels that count as nothing an
 
 @dataclass(frozen=True)
 class FoundObject:
-    """One object in a picture: nearest colour and shape (None where no colour of the palette is near), centre, area in pixels."""
+    """One object in a picture: nearest colour (None where none is near) and shape, centre and area in pixels."""
 
     colour: str | None
     shape: str
@@ -165,7 +165,7 @@ def _assign(quality: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     of 6 found to 4 wanted objects each: trying all of them is cheaper than an algorithm.
     """
     table = _assignments().to(quality.device)
-    worth = sum(quality[:, slot, table[:, slot]] for slot in range(MAX_OBJECTS))
+    worth = torch.stack([quality[:, slot, table[:, slot]] for slot in range(MAX_OBJECTS)]).sum(0)
     best = table[worth.argmax(1)]
     return best, quality.gather(2, best[..., None])[..., 0]
 
@@ -309,14 +309,16 @@ def _palette(device: torch.device) -> torch.Tensor:
 
 
 def _describe(found: _Found) -> list[tuple[FoundObject, ...]]:
-    weight, area, centre = found.weight.tolist(), found.area.int().tolist(), found.centre.tolist()
-    near, colour = (values.tolist() for values in found.colour.max(2))
-    shape = found.shape.argmax(2).tolist()
+    near, colour = found.colour.max(2)
+    named = torch.where(near > 0, colour, _NO_COLOUR).tolist()
+    shape, area, centre = found.shape.argmax(2).tolist(), found.area.int().tolist(), found.centre.tolist()
     return [
         tuple(
-            FoundObject(COLOURS[colour[n][k]] if near[n][k] > 0 else None, SHAPES[shape[n][k]], *centre[n][k], area[n][k])
+            FoundObject(
+                (*COLOURS, None)[named[n][k]], SHAPES[shape[n][k]], x=centre[n][k][0], y=centre[n][k][1], area=area[n][k]
+            )
             for k in range(_KEPT)
             if area[n][k] > (_SPECK + _SOLID) / 2
         )
-        for n in range(len(weight))
+        for n in range(len(area))
     ]

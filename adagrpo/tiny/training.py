@@ -20,6 +20,7 @@ from adagrpo.tiny.scenes import split_specs
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, FluxPipeline
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ def train_flow(pipe: FluxPipeline, prompts: Sequence[str], latents: torch.Tensor
     return _summary(losses)
 
 
-def token_ids(tokenizer: object, prompts: Sequence[str]) -> torch.Tensor:
+def token_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> torch.Tensor:
     """Prompts -> int64 token ids [N, 12], padded as the stock pipeline pads them."""
     encoded = tokenizer(list(prompts), padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt")
     return encoded.input_ids
@@ -172,7 +173,7 @@ class _Update:
         known = {id(parameter) for parameter in inner}
         self.rest = [parameter for parameter in parameters if id(parameter) not in known]
         adamw = torch.optim.AdamW(self.rest, lr=recipe.adamw_rate, betas=(0.9, 0.98), weight_decay=0.0)
-        self.optimizers = [Muon(inner, lr=recipe.muon_rate), adamw]
+        self.optimizers: list[torch.optim.Optimizer] = [Muon(inner, lr=recipe.muon_rate), adamw]
         factor = _ramp(iterations, decay_share)
         self.schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, factor) for optimizer in self.optimizers]
 
@@ -181,8 +182,9 @@ class _Update:
             optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.rest, 1.0)  # Muon's step does not depend on the gradient's length
-        for part in (*self.optimizers, *self.schedules):
-            part.step()
+        for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
+            optimizer.step()
+            schedule.step()
 
 
 def _to_signed(images: torch.Tensor) -> torch.Tensor:
