@@ -84,11 +84,10 @@ class Fit:
         before = self._before()
         with contextlib.ExitStack() as closing:
             outcome = self._train(closing)
-        if outcome.exit_code:
-            return outcome
-        gain = self._compare(before)
+        if not outcome.exit_code:
+            outcome = Outcome(0, self._compare(before))
         self._report()
-        return Outcome(0, gain)
+        return outcome
 
     def _train(self, closing: contextlib.ExitStack) -> Outcome:
         """The iterations; ``closing`` closes the dashboards."""
@@ -204,7 +203,7 @@ class Fit:
         return dataclasses.replace(trip, message=message)
 
     def _restore(self, checkpoint: Path) -> None:
-        state = load_state(checkpoint, self.trainer.model.device)
+        state = load_state(checkpoint)
         self.trainer.load_state_dict(state["trainer"])
         self.guards.load_state_dict(state["guards"])
         self.rollbacks, self.best = state["rollbacks"], state["best"]
@@ -295,10 +294,11 @@ class Fit:
 
 
 def read_metrics(metrics: dict[str, Any]) -> dict[str, float]:
-    """The metrics that are tensors, as numbers, in one copy to the host."""
+    """The metrics that are tensors or numbers, as numbers, in one copy to the host."""
     tensors = {name: value for name, value in metrics.items() if isinstance(value, Tensor)}
-    values = torch.stack([value.detach().to(torch.float64, non_blocking=True).reshape(()) for value in tensors.values()])
-    return dict(zip(tensors, values.tolist(), strict=True))
+    values = torch.stack([value.detach().double().reshape(()) for value in tensors.values()])
+    numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
+    return dict(zip(tensors, values.tolist(), strict=True)) | numbers
 
 
 def _finite(record: dict[str, Any]) -> bool:
