@@ -79,7 +79,30 @@ def build_trainer(config: Config) -> tuple[Trainer, list[str]]:
     prompts, held_out = load_data(config)
     select, fuse = load_plugins(config)
     rewards = [build_reward(r.name, r.kwargs, f"rewards.{i}") for i, r in enumerate(config.rewards)]
-    return Trainer(config, build_model(config.model), rewards, prompts, select, fuse), held_out
+    model = build_model(config.model)
+    require_memory(model, config.optimizer.ema_decay > 0)
+    return Trainer(config, model, rewards, prompts, select, fuse), held_out
+
+
+def require_memory(model: FlowModel, averages: bool) -> None:
+    """Refuse a training state that cannot fit beside the loaded model: gradients, master weights, moments, weight EMA.
+
+    Raises:
+        InputError: naming what is needed and what is free.
+    """
+    if model.device.type != "cuda":
+        return
+    needed = 0
+    for _, p in model.trainable():
+        wide = max(p.element_size(), 4)
+        copies = 3 + averages + (p.element_size() < 4)  # gradient and two moments; average; master
+        needed += p.numel() * wide * copies
+    free, _ = torch.cuda.mem_get_info(model.device)
+    if needed > free:
+        raise InputError(
+            f"model.tuning = full needs {needed / 1e9:.0f} GB for gradients, masters and moments, {free / 1e9:.0f} GB are free on "
+            f"{model.device}: use model.tuning = lora (recipe flux1-dev-lora)"
+        )
 
 
 def load_data(config: Config) -> tuple[list[str], list[str]]:

@@ -87,7 +87,7 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> int:
     from .commands import dry_run, train
 
     if args.dry_run:
-        return dry_run(config, args.out)
+        return dry_run(config, None if args.resume else args.out)
     return train(config, args.out, args.resume)
 
 
@@ -149,38 +149,29 @@ def _add_tiny(commands: argparse._SubParsersAction) -> None:
     build = tiny.add_parser("build", help="train tiny-flux from scratch (about 20 minutes on 2 cores)")
     build.add_argument("out", type=Path, help="new pipeline folder")
     build.add_argument("--seed", type=int, default=0)
-    build.set_defaults(run=_tiny_build)
+    build.set_defaults(run=_tiny)
     prompts = tiny.add_parser("prompts", help="print prompts with their category")
     prompts.add_argument("--mix", choices=("even", "wide"), default="even")
     prompts.add_argument("--held-out", action="store_true", help="the held-out prompts instead of a training mix")
-    prompts.add_argument("--count", type=int, default=20)
-    prompts.set_defaults(run=_tiny_prompts)
+    prompts.add_argument("--count", type=int, default=20, help="how many (default: 20)")
+    prompts.set_defaults(run=_tiny)
     score = tiny.add_parser("score", help="score PNG files against a prompt")
     score.add_argument("images", type=Path, nargs="+")
     score.add_argument("--prompt", required=True)
-    score.set_defaults(run=_tiny_score)
+    score.set_defaults(run=_tiny)
 
 
-def _tiny_build(args: argparse.Namespace) -> int:
-    from .tiny.commands import build_command
-
-    build_command(args.out, args.seed)
-    return 0
-
-
-def _tiny_prompts(args: argparse.Namespace) -> int:
-    from .tiny.commands import prompts_command
-
-    prompts_command(args.mix, args.count, args.held_out)
-    return 0
-
-
-def _tiny_score(args: argparse.Namespace) -> int:
-    from .tiny.commands import score_command
+def _tiny(args: argparse.Namespace) -> int:
+    from .tiny import commands
 
     try:
-        score_command(args.images, args.prompt)
-    except (ValueError, FileNotFoundError) as error:
+        if args.tiny_command == "build":
+            commands.build_command(args.out, args.seed)
+        elif args.tiny_command == "prompts":
+            commands.prompts_command(args.mix, args.count, args.held_out)
+        else:
+            commands.score_command(args.images, args.prompt)
+    except (ValueError, OSError) as error:
         raise InputError(str(error)) from error
     return 0
 

@@ -40,10 +40,10 @@ def _advice(device: torch.device) -> list[str]:
         advice.append(f"{gib:.0f} GiB is too little for FLUX.1-dev with its text encoders in bf16 (about 34 GiB) and an update")
     elif gib < 100:
         advice.append(
-            "train FLUX.1-dev with --model.tuning lora --model.gradient-checkpointing; full fine-tuning needs an H200"
+            "recipe flux1-dev-lora fits with gradient checkpointing; keep engine.max_rows low"
         )
     if importlib.util.find_spec("triton") is None:
         advice.append("triton is not installed: pip install 'adagrpo[cuda]'")
     if importlib.util.find_spec("flash_attn") is None:
         advice.append("flash-attn is not installed; torch's own attention is used")
-    return advice or ["ready for FLUX.1-dev: adagrpo train flux1-dev --data.prompts FILE --data.held-out FILE"]
+    return advice or ["ready: adagrpo train flux1-dev-lora --data.prompts FILE --data.held-out FILE"]

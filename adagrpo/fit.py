@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -82,18 +83,31 @@ class Fit:
         """
         require_space(self.run.checkpoints, self._checkpoint_bytes(), self.config.output.keep_last)
         self._try_rewards()
-        loggers = open_loggers(self.config.output.loggers, self.run.path.name, self.run.path, dataclasses.asdict(self.config))
         before = self._before()
+        with contextlib.ExitStack() as closing:
+            outcome = self._train(closing)
+        if not outcome.exit_code:
+            outcome = Outcome(0, self._compare(before))
+        self._report()
+        return outcome
+
+    def _train(self, closing: contextlib.ExitStack) -> Outcome:
+        """The iterations; ``closing`` closes the dashboards."""
+        loggers = open_loggers(self.config.output.loggers, self.run.path.name, self.run.path, dataclasses.asdict(self.config))
+        for logger in loggers:
+            closing.callback(logger.close)
         total = self.config.train.iterations
         bar = tqdm(total=total, initial=self.trainer.iterations_done, disable=None, unit="it", dynamic_ncols=True)
         with StopRequest(self.say).listening() as stop, bar:
+            if not bar.disable:
+                self.trainer.phase.listener = lambda phase: bar.set_description_str(f"{phase:9}")
             if self.trainer.iterations_done == 0:
                 self._show(0)
             while self.trainer.iterations_done < total:
                 record, trips = self._one_iteration()
                 for logger in loggers:
                     logger.log({k: v for k, v in record.items() if isinstance(v, float | int)}, record["iteration"])
-                bar.set_postfix_str(f"reward {record['reward/train']:.3f}, {_slowest(record)}")
+                bar.set_postfix_str(f"reward {record['reward/train']:.3f}")
                 bar.update(self.trainer.iterations_done - bar.n)
                 if any(trip.action == "stop" for trip in trips):
                     return Outcome(EXIT_GUARD)
@@ -101,15 +115,13 @@ class Fit:
                     saved = self.run.latest_checkpoint() if self._saved_now else self.save()
                     self._event("signal", f"stopped by {stop.signal.name}; saved {saved}")
                     return Outcome(stop.exit_code)
-        for logger in loggers:
-            logger.close()
-        gain = self._compare(before)
-        self._report()
-        return Outcome(0, gain)
+        return Outcome(0)
 
     def _one_iteration(self) -> tuple[dict[str, Any], list[Trip]]:
         """Train, evaluate, judge, then (only if it is sound) save."""
         started = time.perf_counter()
+        if self.trainer.model.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.trainer.model.device)
         metrics = self.trainer.iteration()
         self._record_kernels()
         picked = metrics.pop("selection/picked")
@@ -201,7 +213,7 @@ class Fit:
         return dataclasses.replace(trip, message=message)
 
     def _restore(self, checkpoint: Path) -> None:
-        state = load_state(checkpoint, self.trainer.model.device)
+        state = load_state(checkpoint)
         self.trainer.load_state_dict(state["trainer"])
         self.guards.load_state_dict(state["guards"])
         self.rollbacks, self.best = state["rollbacks"], state["best"]
@@ -292,10 +304,11 @@ class Fit:
 
 
 def read_metrics(metrics: dict[str, Any]) -> dict[str, float]:
-    """The metrics that are tensors, as numbers, in one copy to the host."""
+    """The metrics that are tensors or numbers, as numbers, in one copy to the host."""
     tensors = {name: value for name, value in metrics.items() if isinstance(value, Tensor)}
-    values = torch.stack([value.detach().to(torch.float64, non_blocking=True).reshape(()) for value in tensors.values()])
-    return dict(zip(tensors, values.tolist(), strict=True))
+    values = torch.stack([value.detach().double().reshape(()) for value in tensors.values()])
+    numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
+    return dict(zip(tensors, values.tolist(), strict=True)) | numbers
 
 
 def _finite(record: dict[str, Any]) -> bool:
@@ -304,9 +317,3 @@ def _finite(record: dict[str, Any]) -> bool:
 
 def _due(iteration: int, every: int) -> bool:
     return every > 0 and iteration % every == 0
-
-
-def _slowest(record: dict[str, Any]) -> str:
-    phases = {name: value for name, value in record.items() if name.endswith("_seconds")}
-    name = max(phases, key=lambda n: phases[n])
-    return f"{name.removeprefix('perf/').removesuffix('_seconds')} {phases[name]:.2f} s"

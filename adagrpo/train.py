@@ -280,13 +280,13 @@ class Trainer:
                 advantage = advantage.gather(-1, order)
         return advantage, statistics
 
-    def update(self, draw: Draw, advantage: Tensor) -> dict[str, Tensor]:
+    def update(self, draw: Draw, advantage: Tensor) -> dict[str, Any]:
         """Policy-gradient step(s).
 
         Raises:
             RunError: out of memory.
         """
-        loss = self.config.loss
+        loss, lr = self.config.loss, self.optimizer.lr
         valid = draw.rewards.isfinite().all(0)
         if self.config.advantage.equal_groups != "keep":
             valid = valid & groups_with_signal(draw.rewards).unsqueeze(-1)
@@ -311,7 +311,7 @@ class Trainer:
                 "out of memory in the update: lower train.slots (raise train.accumulation instead), set engine.max_rows, "
                 "model.gradient_checkpointing = true or model.tuning = lora"
             ) from error
-        return {f"policy/{name}": value for name, value in policy.items()}
+        return {f"policy/{name}": value for name, value in policy.items()} | {"policy/lr": lr}
 
     def selection_metrics(self, draw: Draw) -> dict[str, Any]:
         """The EMA, how far from it the picked prompts are, and which they are."""

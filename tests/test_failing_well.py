@@ -139,7 +139,10 @@ def test_groups_without_spread_are_refilled_from_new_prompts(plan: str) -> None:
         return scores
 
     config = toy_config(
-        rollout={"plan": plan}, advantage={"equal_groups": "refill"}, loss={"old_logp": "recompute"}, selection={"candidates": 3}
+        rollout={"plan": plan},
+        advantage={"equal_groups": "refill"},
+        loss={"old_logp": "recompute"},
+        selection={"candidates": 3},
     )
     trainer = toy_trainer(config, reward=flat_at_first)
     metrics = trainer.iteration()
@@ -172,7 +175,9 @@ def test_merged_groups_keep_the_ratio_at_one_with_batch_dependent_rounding() -> 
 
     def flat_at_first(images, prompts):
         calls.append(1)
-        return half_bright(images, prompts) if len(calls) != 2 else torch.cat([torch.zeros(8), half_bright(images, prompts)[8:]])
+        return (
+            half_bright(images, prompts) if len(calls) != 2 else torch.cat([torch.zeros(8), half_bright(images, prompts)[8:]])
+        )
 
     config = toy_config(advantage={"equal_groups": "refill"})
     metrics = read_metrics(toy_trainer(config, ToyModel(row_noise=1e-3), flat_at_first).iteration())

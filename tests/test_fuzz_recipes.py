@@ -15,7 +15,9 @@ from adagrpo.recipe import load_recipe, to_toml
 
 BASES = {name: tomllib.loads(to_toml(load_recipe(name))) for name in ("tiny", "tiny-grpo", "flux1-dev-official")}
 VALUES = st.one_of(
-    st.sampled_from([0, 1, -1, 2, 3, 7, 16, 10**12, True, False, "", "fork", "closest", "tiny", "a:b", "a.b:c", "../x", "\u0000"]),
+    st.sampled_from(
+        [0, 1, -1, 2, 3, 7, 16, 10**12, True, False, "", "fork", "closest", "tiny", "a:b", "a.b:c", "../x", "\u0000"]
+    ),
     st.sampled_from([0.0, -0.5, 0.5, 1.0, 1.5, 1e-30, 1e300, float("nan"), float("inf"), float("-inf")]),
     st.sampled_from([[], [0], [0, 2], [2, 0], [0, 0], ["x"], [[0]], {}, {"x": 1}, {"limit": -1}, [{"name": "tiny"}]]),
     st.text(max_size=6),

@@ -13,7 +13,7 @@ from adagrpo.config import DataConfig, RewardConfig
 from adagrpo.errors import InputError
 from adagrpo.recipe import check, load_recipe
 
-MODULE = '''
+MODULE = """
     import torch
     from toy import ToyModel
 
@@ -42,7 +42,7 @@ MODULE = '''
         return 0
 
     NUMBER = 3
-'''
+"""
 
 
 @pytest.fixture(autouse=True)

@@ -70,6 +70,7 @@ class PolicyOptimizer:
         for master, p in zip(self.masters, self.parameters, strict=True):
             if master is not p:
                 master.grad = None if p.grad is None else p.grad.to(master.dtype)
+                p.grad = None  # one tensor at a time: both sets at once would not fit
         norm = nn.utils.clip_grad_norm_(self.masters, self.max_grad_norm)
         for group in self.adamw.param_groups:
             group["lr"] = self.lr
@@ -77,8 +78,6 @@ class PolicyOptimizer:
         self.adamw.zero_grad(set_to_none=True)
         self.steps += 1
         self._write_back(self.masters)
-        for p in self.parameters:
-            p.grad = None
         with torch.no_grad():
             for average, master in zip(self.averages, self.masters, strict=bool(self.averages)):
                 average.lerp_(master, 1 - self.ema_decay)
@@ -90,13 +89,11 @@ class PolicyOptimizer:
         if not self.averages:
             yield
             return
-        kept = [m.detach().clone() for m in self.masters]
-        self._write_back(self.averages)
+        self._swap_averages()
         try:
             yield
         finally:
-            for master, value in zip(self.masters, kept, strict=True):
-                master.data.copy_(value)
+            self._swap_averages()
             self._write_back(self.masters)
 
     def state_dict(self) -> dict[str, Any]:
@@ -115,6 +112,17 @@ class PolicyOptimizer:
         for target, value in zip(self.masters + self.averages, state["masters"] + state["averages"], strict=True):
             target.data.copy_(value)
         self._write_back(self.masters)
+
+    @torch.no_grad()
+    def _swap_averages(self) -> None:
+        """Exchange weights and averages in place; parameters with a master of their own just show the average."""
+        for p, master, average in zip(self.parameters, self.masters, self.averages, strict=True):
+            if master is p:
+                kept = p.clone()
+                p.copy_(average)
+                average.copy_(kept)
+            else:
+                p.copy_(average)
 
     @torch.no_grad()
     def _write_back(self, weights: Iterable[Tensor]) -> None:

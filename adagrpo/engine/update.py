@@ -39,7 +39,7 @@ def update_policy(
 
     Returns:
         0-dim tensors ``loss, ratio_deviation`` (max |ratio - 1| of the first optimizer step), ``ratio_mean, clip_share,
-        kl, grad_norm, lr``.
+        kl, grad_norm``.
     """
     transitions, device = samples.transitions, advantage.device
     batches = [[batch.to(device) for batch in step] for step in samples.batches]
@@ -63,7 +63,7 @@ def update_policy(
             loss.backward()
             tally.add(loss, kl, surrogate.ratio, surrogate.clipped, mask, first=number == 0)
         tally.grad_norm(optimizer.step())
-    return {**tally.read(sum(len(b) for step in batches for b in step), len(batches)), "lr": torch.tensor(optimizer.lr)}
+    return tally.read(sum(len(b) for step in batches for b in step), len(batches))
 
 
 def _share(valid: Tensor, transitions: Transitions, rows: Tensor, skip_empty: bool) -> Tensor | float:

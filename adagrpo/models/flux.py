@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import sys
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -286,10 +288,30 @@ def load_pipeline(path: str, dtype: torch.dtype) -> Any:
     check_pipeline_path(path)
     folder = Path(path)
     try:
-        return FluxPipeline.from_pretrained(folder if folder.is_dir() else path, torch_dtype=dtype)
+        with _quiet():
+            return FluxPipeline.from_pretrained(folder if folder.is_dir() else path, torch_dtype=dtype)
     except (OSError, ValueError, RuntimeError, AttributeError) as error:
         first = str(error).strip().splitlines()[0]
         raise InputError(f"model.path = {path}: cannot be loaded as a FLUX pipeline: {first}") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No notes and no deprecation notice (of an argument name that older diffusers need); bars only on a terminal."""
+    import diffusers.utils.logging as diffusers_logging
+    import transformers.utils.logging as transformers_logging
+
+    libraries = () if sys.stderr.isatty() else (diffusers_logging, transformers_logging)
+    shown = [library for library in libraries if library.is_progress_bar_enabled()]
+    for library in shown:
+        library.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        for library in shown:
+            library.enable_progress_bar()
 
 
 def _existing(path: Path) -> Path:

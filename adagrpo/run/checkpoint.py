@@ -99,8 +99,8 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(p.parent for p in folder.glob(f"step-*/{INDEX}"))
 
 
-def load_state(checkpoint: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """The state of a checkpoint, after checking size and SHA-256 of every file.
+def load_state(checkpoint: Path) -> dict[str, Any]:
+    """The state of a checkpoint, after checking size and SHA-256 of every file; mapped from disk, not read into memory.
 
     Raises:
         InputError: missing, truncated or altered files.
@@ -110,7 +110,7 @@ def load_state(checkpoint: Path, device: torch.device | str = "cpu") -> dict[str
         path = checkpoint / name
         if not path.is_file() or path.stat().st_size != expected["bytes"] or _digest(path) != expected["sha256"]:
             raise InputError(f"{path}: missing, truncated or altered; resume from an older checkpoint with --resume PATH")
-    return torch.load(checkpoint / STATE, map_location=device, weights_only=True)
+    return torch.load(checkpoint / STATE, map_location="cpu", mmap=True, weights_only=True)
 
 
 def _index(checkpoint: Path) -> dict[str, Any]:

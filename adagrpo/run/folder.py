@@ -36,15 +36,13 @@ class RunFolder:
 
     @classmethod
     def fresh(cls, path: Path) -> RunFolder:
-        """A folder for a new run.
+        """A folder for a new run, created by ``write_start``.
 
         Raises:
             InputError: it holds a run already, or something else, or cannot be written.
         """
         cls.check_fresh(path)
-        run = cls(path)
-        run._make()
-        return run
+        return cls(path)
 
     @staticmethod
     def check_fresh(path: Path) -> None:
@@ -73,15 +71,17 @@ class RunFolder:
             raise InputError(f"--out {path}: holds a run of another recipe: " + "; ".join(difference))
         return cls(path)
 
-    def _make(self) -> None:
+    def write_start(self, config: Config, device: torch.device, extra: dict[str, Any]) -> None:
+        """Create the folder; record the resolved recipe and the machine.
+
+        Raises:
+            InputError: it cannot be created.
+        """
         try:
             for folder in (self.path, self.checkpoints, self.samples):
                 folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"--out {self.path}: cannot be created: {error.strerror}") from error
-
-    def write_start(self, config: Config, device: torch.device, extra: dict[str, Any]) -> None:
-        """Record the resolved recipe and the machine."""
         (self.path / "config.toml").write_text(to_toml(config), "utf-8")
         self.write_json("manifest.json", {**describe_machine(device), **extra})
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -12,23 +12,26 @@ PHASES = ("probe", "select", "prefix", "rollout", "decode", "reward", "advantage
 
 
 class PhaseTimer:
-    """Adds up seconds per phase; on CUDA with events, read once per iteration, so that timing waits for nothing."""
+    """Adds up seconds per phase; on CUDA with events, read once per iteration, so that timing waits for nothing.
+
+    Attributes:
+        listener: told the name of each phase as it begins.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
         self._seconds: dict[str, float] = {}
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
-        self.current = ""
+        self.listener: Callable[[str], object] = lambda phase: None
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         """Time what runs inside as ``phase``; phases do not nest."""
-        self.current = phase
+        self.listener(phase)
         start = self._mark()
         with torch.profiler.record_function(phase):
             yield
         end = self._mark()
-        self.current = ""
         if self._cuda:
             self._events.append((phase, start, end))
         else:

@@ -136,7 +136,7 @@ def test_velocity_follows_the_stock_rounding_of_the_timestep_in_bf16() -> None:
 
 
 def test_prompt_cache_is_bounded_and_exact() -> None:
-    model = load_flux(str(tiny_flux_path()), torch.float32, torch.device("cpu"), 32, 32, 16, prompt_cache=2)
+    model = load_flux(str(tiny_flux_path()), torch.float32, torch.device("cpu"), 32, 32, 12, prompt_cache=2)
     first = model.encode(["a red circle", "two blue squares", "a green cross"])
     assert len(model.encoder._cache) == 2
     again = model.encode(["a green cross", "a red circle"])
@@ -188,3 +188,9 @@ def test_bad_models_are_named(tmp_path) -> None:
         add_lora(model.transformer, 4, 4.0, ["attn.to_q", "attn.to_z"])
     with pytest.raises(InputError, match="missing; name a checkpoint"):
         model.load_portable(tmp_path)
+
+
+@pytest.mark.parametrize(("dtype", "storage"), [("fp32", "fp32"), ("fp32", "bf16"), ("bf16", "bf16")])
+def test_on_policy_ratio_of_a_real_transformer(dtype: str, storage: str) -> None:
+    trainer, _ = build_trainer(recipe(model={"dtype": dtype}, rollout={"storage": storage}))
+    assert float(trainer.iteration()["policy/ratio_deviation"]) <= 1e-6

@@ -44,9 +44,7 @@ def test_objects_have_their_colour_and_the_rest_is_dark():
         assert np.median(picture[~bright]) < 0.12
 
 
-@pytest.mark.parametrize(
-    ("shape", "share"), [("circle", np.pi / 4), ("square", 1.0), ("triangle", 0.5), ("cross", 5 / 9)]
-)
+@pytest.mark.parametrize(("shape", "share"), [("circle", np.pi / 4), ("square", 1.0), ("triangle", 0.5), ("cross", 5 / 9)])
 def test_coverage_has_the_shapes_area(shape, share):
     drawn = coverage(shape, 16.3, 15.8, 12.0)
     assert drawn.min() == 0 and drawn.max() == 1

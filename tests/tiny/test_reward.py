@@ -105,7 +105,9 @@ def test_credit_is_graded():
     halves = [score(Image.blend(draw(), draw(three[0]), share), "a green cross") for share in (0.55, 0.7, 0.85, 1.0)]
     assert halves == sorted(halves) and halves[0] < 0.5 < halves[-1]
     beside = ("square", "blue", (19, 12, 27, 20))
-    shifts = [score(draw(("circle", "red", (x, 1, x + 8, 9)), beside), "a red circle left of a blue square") for x in (19, 13, 10, 7)]
+    shifts = [
+        score(draw(("circle", "red", (x, 1, x + 8, 9)), beside), "a red circle left of a blue square") for x in (19, 13, 10, 7)
+    ]
     assert shifts == sorted(shifts) and shifts[0] < shifts[1] < shifts[2]
 
 

@@ -1,0 +1,138 @@
+"""`adagrpo train` from recipe file to run folder, in process, with a toy model named by import path."""
+
+import json
+import sys
+import types
+
+import pytest
+from toy import toy_config
+
+from adagrpo.cli import main
+from adagrpo.config import RewardConfig
+from adagrpo.recipe import to_toml
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """A recipe file of four quick iterations."""
+
+    def write(**sections) -> str:
+        model = {"family": "parts:model", "device": "cpu"}
+        data = {"prompts": "parts:prompts", "held_out": "parts:prompts"}
+        config = toy_config(model=model, data=data, rewards=(RewardConfig("parts:reward"),), name="toy", **sections)
+        file = tmp_path / "toy.toml"
+        file.write_text(to_toml(config), "utf-8")
+        return str(file)
+
+    return write
+
+
+def lines(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_writes_its_folder(recipe, tmp_path, capsys) -> None:
+    out = tmp_path / "run"
+    assert main(["train", recipe(output={"grid_every": 2, "checkpoint_every": 2}), "--out", str(out)]) == 0
+    assert "held-out reward" in capsys.readouterr().out
+    names = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
+    assert {
+        "config.toml", "manifest.json", "metrics.jsonl", "baseline.json", "result.json", "report.html",
+        "samples/step-000000.png", "samples/step-000004.png", "checkpoints/step-000004/state/state.pt",
+    } <= names  # fmt: skip
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["versions"]["torch"] and manifest["device"] == "cpu"
+    record = lines(out)[-1]
+    assert {name.split("/")[0] for name in record} - {"iteration"} == {"reward", "advantage", "policy", "selection", "perf"}
+    spent = sum(v for k, v in record.items() if k.endswith("_seconds"))
+    assert spent == pytest.approx(record["perf/seconds"], rel=1e-6)  # phases and "other" add up
+
+
+def test_resume_modes(recipe, tmp_path, capsys) -> None:
+    out, file = tmp_path / "run", recipe()
+    assert main(["train", file, "--out", str(out), "--resume", "auto"]) == 0  # nothing there: starts
+    whole = [{k: v for k, v in r.items() if not k.endswith("seconds")} for r in lines(out)]
+    assert main(["train", file, "--out", str(out)]) == 2
+    assert "--resume latest" in capsys.readouterr().err
+    for mode in ("latest", "auto", str(out / "checkpoints" / "step-000002")):
+        assert main(["train", file, "--out", str(out), "--resume", mode]) == 0
+        assert [{k: v for k, v in r.items() if not k.endswith("seconds")} for r in lines(out)] == whole
+    assert main(["train", file, "--out", str(out), "--resume", "auto", "--train.iterations", "9"]) == 2
+    assert "iterations = 4  + iterations = 9" in capsys.readouterr().err
+    assert main(["train", file, "--out", str(out), "--resume", str(tmp_path / "nothing")]) == 2
+    assert "not a complete checkpoint" in capsys.readouterr().err
+
+
+def test_truncated_checkpoint_is_named(recipe, tmp_path, capsys) -> None:
+    out, file = tmp_path / "run", recipe()
+    main(["train", file, "--out", str(out)])
+    state = out / "checkpoints" / "step-000004" / "state" / "state.pt"
+    state.write_bytes(state.read_bytes()[:-10])
+    capsys.readouterr()
+    assert main(["train", file, "--out", str(out), "--resume", "latest"]) == 2
+    assert "state.pt: missing, truncated or altered; resume from an older checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["file", "foreign", "below a file"])
+def test_output_folders_that_cannot_be_used(kind: str, recipe, tmp_path, capsys) -> None:
+    out = tmp_path / "place"
+    if kind == "foreign":
+        out.mkdir()
+        (out / "thesis.txt").write_text("mine")
+    else:
+        out.write_text("mine")
+    target = out / "run" if kind == "below a file" else out
+    for extra in (["--dry-run"], []):
+        assert main(["train", recipe(), "--out", str(target), *extra]) == 2
+        assert f"--out {target}" in capsys.readouterr().err
+
+
+def test_run_errors_end_with_code_one(recipe, tmp_path, capsys, monkeypatch) -> None:
+    import parts
+
+    monkeypatch.setattr(parts, "reward", lambda: lambda images, prompts: images)
+    assert main(["train", recipe(), "--out", str(tmp_path / "run")]) == 1
+    assert "rewards.0 (parts:reward) returned" in capsys.readouterr().err
+
+
+class FakeDashboard(types.ModuleType):
+    """Speaks the calls of wandb and trackio."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.logged, self.started, self.finished = [], None, False
+
+    def init(self, **settings) -> None:
+        self.started = settings
+
+    def log(self, numbers: dict, step: int) -> None:
+        self.logged.append((step, numbers))
+
+    def finish(self) -> None:
+        self.finished = True
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_dashboards_receive_every_iteration(name: str, recipe, tmp_path, monkeypatch) -> None:
+    fake = FakeDashboard(name)
+    monkeypatch.setitem(sys.modules, name, fake)
+    assert main(["train", recipe(output={"grid_every": 0, "loggers": (name,)}), "--out", str(tmp_path / "run")]) == 0
+    assert [step for step, _ in fake.logged] == [1, 2, 3, 4] and fake.finished
+    assert "reward/train" in fake.logged[0][1] and fake.started["config"]["name"] == "toy"
+
+
+def test_missing_dashboard_is_named(recipe, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    assert main(["train", recipe(output={"loggers": ("trackio",)}), "--out", str(tmp_path / "run")]) == 2
+    assert "pip install 'adagrpo[log]'" in capsys.readouterr().err
+
+
+def test_report_command(recipe, tmp_path, capsys) -> None:
+    for name in ("a", "b"):
+        main(["train", recipe(), "--out", str(tmp_path / name)])
+    capsys.readouterr()
+    out = tmp_path / "both.html"
+    assert main(["report", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(out)]) == 0
+    assert "<svg" in out.read_text("utf-8")
+    assert main(["report", str(tmp_path / "nothing")]) == 2
+    assert str(tmp_path / "nothing") in capsys.readouterr().err
