@@ -7,7 +7,7 @@ import torch
 from .config import Config, ModelConfig
 from .errors import InputError
 from .models.base import FlowModel
-from .plugins import is_import_path, load_callable
+from .plugins import checked, is_import_path, load_callable
 from .prompts import load_prompts
 from .recipe import check
 from .rewards import build_reward
@@ -29,8 +29,14 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise InputError(f"model.device = {name}: not a device; use auto, cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"model.device = {name}: no CUDA device here; use auto or cpu")
+    if device.type not in ("cpu", "cuda", "meta"):
+        raise InputError(f"model.device = {name}: not supported; use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise InputError(f"model.device = {name}: no CUDA device here; use auto or cpu")
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise InputError(f"model.device = {name}: this machine has {torch.cuda.device_count()} CUDA devices")
+        torch.cuda.set_device(device)
     return device
 
 
@@ -49,8 +55,9 @@ def build_model(config: ModelConfig) -> FlowModel:
     from .models.flux import add_lora, load_flux
 
     if is_import_path(config.family):
+        device = choose_device(config.device)
         adapter = load_callable(config.family, "model.family", 5, config.kwargs)
-        return adapter(config.path, DTYPES[config.dtype], choose_device(config.device), config.height, config.width)
+        return adapter(config.path, DTYPES[config.dtype], device, config.height, config.width)
     torch.manual_seed(0)  # initial LoRA weights are part of the recipe
     model = load_flux(
         str(tiny_flux_path()) if config.path == BUILT_IN_MODEL else config.path,
@@ -100,8 +107,8 @@ def require_memory(model: FlowModel, averages: bool) -> None:
     free, _ = torch.cuda.mem_get_info(model.device)
     if needed > free:
         raise InputError(
-            f"model.tuning = full needs {needed / 1e9:.0f} GB for gradients, masters and moments, {free / 1e9:.0f} GB are free on "
-            f"{model.device}: use model.tuning = lora (recipe flux1-dev-lora)"
+            f"model.tuning = full needs {needed / 1e9:.0f} GB for gradients, masters and moments; {model.device} has "
+            f"{free / 1e9:.0f} GB free: use model.tuning = lora (recipe flux1-dev-lora)"
         )
 
 
@@ -118,7 +125,11 @@ def load_plugins(config: Config) -> tuple[Select | None, Fuse | None]:
     """The selection strategy and advantage function named by import path; None for built-in ones."""
     select = fuse = None
     if is_import_path(config.selection.strategy):
-        select = load_callable(config.selection.strategy, "selection.strategy", 2, config.selection.kwargs)
+        chosen = load_callable(config.selection.strategy, "selection.strategy", 2, config.selection.kwargs)
+        slots = "one index per slot"
+        select = lambda scores, state: checked(chosen(scores, state), scores.shape[1:2], "selection.strategy", slots).long()  # noqa: E731
     if is_import_path(config.advantage.function):
-        fuse = load_callable(config.advantage.function, "advantage.function", 3, config.advantage.kwargs)
+        fused = load_callable(config.advantage.function, "advantage.function", 3, config.advantage.kwargs)
+        each = "one advantage per sample"
+        fuse = lambda r, state, w: checked(fused(r, state, w), r.shape[1:], "advantage.function", each).to(r.dtype)  # noqa: E731
     return select, fuse

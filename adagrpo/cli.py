@@ -29,6 +29,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"adagrpo: {_one_line(str(error))}", file=sys.stderr)
         return EXIT_INPUT if isinstance(error, InputError) else EXIT_FAILED
+    except OSError as error:
+        if debug:
+            raise
+        print(f"adagrpo: {_one_line(str(error))}; what was complete on disk is intact", file=sys.stderr)
+        return EXIT_FAILED
     except KeyboardInterrupt:
         print("adagrpo: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED

@@ -9,31 +9,40 @@ from pathlib import Path
 from tqdm import tqdm
 
 from .algorithm.sde import Stream
-from .build import build_trainer, check_model, choose_device, load_data, load_plugins
+from .build import build_model, build_trainer, check_model, choose_device, load_data, load_plugins
 from .config import Config
 from .engine.plans import branch_plan, probe_plan, trajectory_plan
 from .errors import InputError
 from .evaluation import sample_images
 from .fit import Fit
-from .recipe import load_recipe
+from .models.base import FlowModel
+from .recipe import check, load_recipe
 from .rewards import check_reward
-from .run.checkpoint import INDEX
-from .run.folder import RunFolder, next_free
+from .run.checkpoint import INDEX, verify
+from .run.folder import RunFolder, next_free, prompts_digest
 from .run.grid import to_pil
+from .run.loggers import check_loggers
 from .run.report import write_report
-from .train import Trainer
+from .train import build_executor
 
 
 def train(config: Config, out: Path | None, resume: str | None) -> int:
     """Train a checked recipe to its end; returns the exit code."""
     run, checkpoint = _open_run(config, out, resume)
     trainer, held_out = build_trainer(config)
-    if not (run.path / "manifest.json").exists():
-        run.write_start(config, trainer.model.device, {"latent_shape": list(trainer.model.latent_shape)})
+    digest = prompts_digest(trainer.stream.prompts, held_out)
+    if (run.path / "config.toml").exists():
+        run.check_prompts(digest)
+    else:
+        backends = {"attention": attention_backend(trainer.model.transformer), "dtype": str(trainer.model.dtype)}
+        extra = {"latent_shape": list(trainer.model.latent_shape), "backends": backends, "prompts_sha256": digest}
+        run.write_start(config, trainer.model.device, extra)
     tqdm.write(f"{config.name}: {config.train.iterations} iterations on {trainer.model.device}, run folder {run.path}")
     fit = Fit(trainer, run, held_out)
     if checkpoint is not None:
         fit.resume(checkpoint)
+    else:
+        run.truncate_metrics(0)  # of a run that died before its first checkpoint
     outcome = fit()
     if outcome.gain is not None:
         print(outcome.gain)
@@ -48,6 +57,7 @@ def dry_run(config: Config, out: Path | None = None) -> int:
     load_plugins(config)
     for i, reward in enumerate(config.rewards):
         check_reward(reward.name, reward.kwargs, f"rewards.{i}")
+    check_loggers(config.output.loggers)
     if out is not None:
         RunFolder.check_fresh(out)
     counts = planned_evaluations(config)
@@ -88,9 +98,13 @@ def sample(source: str, prompts: Sequence[str], count: int, seed: int | None, ou
     """Write ``count`` PNG files per prompt into ``out``."""
     if count < 1:
         raise InputError(f"--count {count}: must be at least 1")
-    trainer = load_trained(source, seed)
-    out.mkdir(parents=True, exist_ok=True)
-    for i, image in enumerate(sample_images(trainer.executor, prompts, count, Stream.SAMPLE)):
+    config, model = load_trained(source)
+    executor = build_executor(config if seed is None else with_seed(config, seed), model)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be created: {error.strerror}") from error
+    for i, image in enumerate(sample_images(executor, prompts, count, Stream.SAMPLE)):
         path = out / f"{i // count:03d}-{i % count:03d}.png"
         to_pil(image).save(path)
         print(path)
@@ -101,18 +115,29 @@ def export(source: str, out: Path) -> int:
     """Write the trained model so that stock diffusers loads it, and say how."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out}: not an empty folder; name another one")
-    out.mkdir(parents=True, exist_ok=True)
-    print(load_trained(source).model.export(out))
+    config, model = load_trained(source)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be created: {error.strerror}") from error
+    print(model.export(out, config.rollout.shift))
     return 0
 
 
-def load_trained(source: str, seed: int | None = None) -> Trainer:
-    """The trainer behind a recipe, run or checkpoint, with its trained weights."""
+def load_trained(source: str) -> tuple[Config, FlowModel]:
+    """Recipe and model behind a recipe, run or checkpoint, with its trained weights; neither prompts nor rewards are needed.
+
+    Raises:
+        InputError: no such source, or a damaged checkpoint.
+    """
     config, checkpoint = source_config(source)
-    trainer, _ = build_trainer(with_seed(config, seed))
+    check(config)
     if checkpoint is not None:
-        trainer.model.load_portable(checkpoint)
-    return trainer
+        verify(checkpoint)
+    model = build_model(config.model)
+    if checkpoint is not None:
+        model.load_portable(checkpoint)
+    return config, model
 
 
 def source_config(source: str) -> tuple[Config, Path | None]:
@@ -131,9 +156,19 @@ def source_config(source: str) -> tuple[Config, Path | None]:
     return load_recipe(source), None
 
 
-def with_seed(config: Config, seed: int | None) -> Config:
-    """The recipe with another seed; unchanged for None."""
-    return config if seed is None else dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
+def with_seed(config: Config, seed: int) -> Config:
+    """The recipe with another seed."""
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
+
+
+def attention_backend(transformer: object) -> str:
+    """Name of diffusers' attention backend in use; ``none`` for models without one."""
+    for module in getattr(transformer, "modules", list)():
+        processor = getattr(module, "processor", None)
+        if processor is not None and hasattr(processor, "_attention_backend"):
+            backend = processor._attention_backend
+            return "default" if backend is None else str(getattr(backend, "value", backend))
+    return "none"
 
 
 def _open_run(config: Config, out: Path | None, resume: str | None) -> tuple[RunFolder, Path | None]:

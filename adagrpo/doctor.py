@@ -39,9 +39,7 @@ def _advice(device: torch.device) -> list[str]:
     if gib < 70:
         advice.append(f"{gib:.0f} GiB is too little for FLUX.1-dev with its text encoders in bf16 (about 34 GiB) and an update")
     elif gib < 100:
-        advice.append(
-            "recipe flux1-dev-lora fits with gradient checkpointing; keep engine.max_rows low"
-        )
+        advice.append("recipe flux1-dev-lora fits with gradient checkpointing; keep engine.max_rows low")
     if importlib.util.find_spec("triton") is None:
         advice.append("triton is not installed: pip install 'adagrpo[cuda]'")
     if importlib.util.find_spec("flash_attn") is None:

@@ -46,7 +46,11 @@ def sample_latents(executor: RolloutExecutor, prompts: Sequence[str], noises: in
 
 def sample_images(executor: RolloutExecutor, prompts: Sequence[str], noises: int, stream: Stream) -> Tensor:
     """The pictures of ``sample_latents``: [N·noises, 3, H, W] in [0, 1]."""
-    latents = sample_latents(executor, prompts, noises, stream)
+    return decode(executor, sample_latents(executor, prompts, noises, stream))
+
+
+def decode(executor: RolloutExecutor, latents: Tensor) -> Tensor:
+    """Pictures [R, 3, H, W] in [0, 1] of latents [R, L, C], in batches the executor allows."""
     return torch.cat([executor.model.decode(latents[part]) for part in executor.chunks(latents.shape[0])])
 
 

@@ -18,15 +18,15 @@ from tqdm import tqdm
 
 from .algorithm.sde import Stream
 from .config import Config
-from .errors import RunError
-from .evaluation import PairedGain, evaluate, paired_gain, sample_images
+from .errors import InputError, RunError
+from .evaluation import PairedGain, decode, evaluate, paired_gain, sample_latents
 from .prompts import prompt_category
 from .rewards import PromptRows
-from .run.checkpoint import Retention, load_state, require_space, save_checkpoint
+from .run.checkpoint import Retention, abandon_later, load_state, require_space, save_checkpoint
 from .run.folder import RunFolder
 from .run.grid import save_grid
 from .run.guards import Guards, Trip
-from .run.loggers import open_loggers
+from .run.loggers import Logger, open_loggers
 from .run.report import write_report
 from .run.signals import StopRequest
 from .train import Trainer
@@ -70,9 +70,20 @@ class Fit:
             trainer.model.keep_reference()
 
     def resume(self, checkpoint: Path) -> None:
-        """Continue from ``checkpoint``; later lines of ``metrics.jsonl`` are dropped."""
-        self._restore(checkpoint)
+        """Continue from ``checkpoint``: later lines of ``metrics.jsonl`` are dropped, later checkpoints renamed.
+
+        Raises:
+            InputError: the checkpoint is damaged, or of another model or recipe.
+        """
+        try:
+            self._restore(checkpoint)
+        except (KeyError, ValueError, RuntimeError, TypeError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{checkpoint}: a checkpoint of another model or recipe ({error})") from error
         self.run.truncate_metrics(self.trainer.iterations_done)
+        for path in abandon_later(self.run.checkpoints, self.trainer.iterations_done):
+            self._event("warning", f"{path.name} is later than the checkpoint resumed from: renamed to abandoned-{path.name}")
         self._event("resume", f"resumed from {checkpoint} after iteration {self.trainer.iterations_done}")
 
     def __call__(self) -> Outcome:
@@ -81,21 +92,28 @@ class Fit:
         Raises:
             RunError: the run cannot go on; the last complete checkpoint is intact.
         """
-        require_space(self.run.checkpoints, self._checkpoint_bytes(), self.config.output.keep_last)
-        self._try_rewards()
-        before = self._before()
+        o, total = self.config.output, self.config.train.iterations
+        kept = o.keep_last + o.keep_best + (total // o.keep_every if o.keep_every else 0)
+        require_space(self.run.checkpoints, self._checkpoint_bytes(), kept)
+        self.trainer.with_memory(self._try_rewards)
         with contextlib.ExitStack() as closing:
-            outcome = self._train(closing)
+            loggers = self._open_loggers(closing)
+            before = self._before()
+            outcome = self._train(loggers)
         if not outcome.exit_code:
             outcome = Outcome(0, self._compare(before))
         self._report()
         return outcome
 
-    def _train(self, closing: contextlib.ExitStack) -> Outcome:
-        """The iterations; ``closing`` closes the dashboards."""
-        loggers = open_loggers(self.config.output.loggers, self.run.path.name, self.run.path, dataclasses.asdict(self.config))
+    def _open_loggers(self, closing: contextlib.ExitStack) -> list[Logger]:
+        """The dashboards, closed by ``closing``."""
+        loggers = open_loggers(self.config.output.loggers, self.run.name(), self.run.path, dataclasses.asdict(self.config))
         for logger in loggers:
             closing.callback(logger.close)
+        return loggers
+
+    def _train(self, loggers: Sequence[Logger]) -> Outcome:
+        """The iterations."""
         total = self.config.train.iterations
         bar = tqdm(total=total, initial=self.trainer.iterations_done, disable=None, unit="it", dynamic_ncols=True)
         with StopRequest(self.say).listening() as stop, bar:
@@ -112,8 +130,9 @@ class Fit:
                 if any(trip.action == "stop" for trip in trips):
                     return Outcome(EXIT_GUARD)
                 if stop.signal:
-                    saved = self.run.latest_checkpoint() if self._saved_now else self.save()
-                    self._event("signal", f"stopped by {stop.signal.name}; saved {saved}")
+                    sound = _finite(record) and not any(trip.action == "rollback" for trip in trips)
+                    saved = self.save() if sound and not self._saved_now else self.run.latest_checkpoint()
+                    self._event("signal", f"stopped by {stop.signal.name}; last checkpoint: {saved or 'none'}")
                     return Outcome(stop.exit_code)
         return Outcome(0)
 
@@ -241,7 +260,7 @@ class Fit:
         found = {"reward/held_out": float(scores[0].nanmean())}
         found["reward/held_out_std"] = float(scores[0].nanmean(1).std()) if len(self.held_out) > 1 else 0.0
         for m, reward in list(enumerate(self.config.rewards))[1:]:
-            found[f"reward/held_out_{reward.name}"] = float(scores[m].nanmean())
+            found[f"reward/held_out_{m}_{reward.name}"] = float(scores[m].nanmean())
         self.say(
             f"iteration {record['iteration']}: reward train {record['reward/train']:.3f}, "
             f"held-out {found['reward/held_out']:.3f}, {record['perf/seconds']:.2f} s"
@@ -275,14 +294,23 @@ class Fit:
         return gain
 
     def _show(self, iteration: int) -> None:
-        """A sample grid of fixed held-out prompts and noise."""
+        """A sample grid of fixed held-out prompts and noise; a failure to write it is told, and ends nothing."""
         trainer, prompts = self.trainer, self.held_out[: self.config.output.grid_prompts]
         if not self.config.output.grid_every:
             return
         with trainer.optimizer.averaged_weights():
-            images = trainer.with_memory(lambda: sample_images(trainer.executor, prompts, 1, Stream.SAMPLE))
-        rewards = trainer.rewards[0](images, PromptRows(prompts, torch.arange(len(prompts), device=images.device)))
-        save_grid(self.run.samples / f"step-{iteration:06d}.png", images, prompts, rewards.tolist())
+            latents, rewards = trainer.with_memory(lambda: self._samples(prompts))
+            images = decode(trainer.executor, latents)
+        trainer.phase.read()
+        try:
+            save_grid(self.run.samples / f"step-{iteration:06d}.png", images, prompts, rewards.tolist())
+        except OSError as error:
+            self._event("warning", f"the sample grid could not be written: {error}")
+
+    def _samples(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        latents = sample_latents(self.trainer.executor, prompts, 1, Stream.SAMPLE)
+        everyone = torch.arange(len(prompts), device=latents.device)
+        return latents, self.trainer.score(latents, PromptRows(prompts, everyone))[0]
 
     def _report(self) -> None:
         """Rewrite the live report; a failure there is told, and ends nothing."""

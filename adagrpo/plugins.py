@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError
+from torch import Tensor
+
+from .errors import InputError, RunError
 
 
 def is_import_path(name: str) -> bool:
@@ -56,7 +58,33 @@ def check_call(function: Callable[..., Any], key: str, target: str, positional: 
 
 
 def load_callable(target: str, key: str, positional: int, kwargs: Mapping[str, Any]) -> Callable[..., Any]:
-    """The callable behind an import path with ``kwargs`` bound; its signature is checked now, not in the first iteration."""
+    """The callable behind an import path with ``kwargs`` bound; its signature is checked now, not in the first iteration.
+
+    What it raises later becomes a ``RunError`` that names ``key``; running out of memory passes through.
+    """
     function = load_attribute(target, key)
     check_call(function, key, target, positional, kwargs)
-    return lambda *args: function(*args, **kwargs)
+
+    def call(*args: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except (InputError, RunError):
+            raise
+        except Exception as error:
+            if type(error).__name__ == "OutOfMemoryError":
+                raise
+            raise RunError(f"{key} = {target} failed: {type(error).__name__}: {error}") from error
+
+    return call
+
+
+def checked(value: Any, shape: Sequence[int], key: str, meaning: str) -> Tensor:
+    """A plug-in's result, if it is a tensor of ``shape``.
+
+    Raises:
+        RunError: it is not.
+    """
+    if not isinstance(value, Tensor) or value.shape != tuple(shape):
+        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise RunError(f"{key} returned {got}; it must return a tensor of shape {tuple(shape)}, {meaning}")
+    return value

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .errors import InputError
-from .plugins import check_call, is_import_path, load_attribute
+from .plugins import is_import_path, load_callable
 
 MAX_CHARACTERS = 4096
 
@@ -51,9 +51,7 @@ def prompt_category(source: str) -> Callable[[str], str] | None:
 
 
 def _from_plugin(source: str, key: str, kwargs: Mapping[str, Any]) -> list[str]:
-    function = load_attribute(source, key)
-    check_call(function, key, source, 0, kwargs)
-    prompts = list(function(**kwargs))
+    prompts = list(load_callable(source, key, 0, kwargs)())
     if not prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
         raise InputError(f"{key} = {source}: must return at least one prompt, and only non-empty strings")
     return prompts
@@ -61,7 +59,7 @@ def _from_plugin(source: str, key: str, kwargs: Mapping[str, Any]) -> list[str]:
 
 def _from_file(path: Path, key: str, allow_duplicates: bool) -> list[str]:
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = path.read_text("utf-8-sig").split("\n")
     except FileNotFoundError as error:
         raise InputError(f"{key} = {path}: this file does not exist; name a text file with one prompt per line") from error
     except UnicodeDecodeError as error:

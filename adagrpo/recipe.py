@@ -68,7 +68,7 @@ def check(config: Config) -> None:
     Raises:
         InputError: naming the key, the value and what is allowed.
     """
-    for rule in (_check_ranges, _check_plugins, _check_rollout, _check_training, _check_rewards):
+    for rule in (_check_ranges, _check_plugins, _check_dead_keys, _check_rollout, _check_training, _check_rewards):
         for key, value, remedy in rule(config):
             raise InputError(f"{key} = {value}: {remedy}")
 
@@ -88,11 +88,19 @@ def _check_ranges(c: Config) -> typing.Iterator[Problem]:
         "output.grid_prompts": 1, "output.checkpoint_every": 0, "output.keep_last": 1, "output.keep_every": 0,
         "guards.max_rollbacks": 0,
     }  # fmt: skip
+    at_most = {
+        "rollout.steps": 4096, "rollout.group_size": 4096, "train.slots": 4096, "train.accumulation": 4096,
+        "selection.candidates": 4096, "train.seed": 2**42, "evaluation.noises": 4096, "evaluation.final_noises": 4096,
+        "train.iterations": 2**31,
+    }  # fmt: skip
     above_zero = ("rollout.shift", "advantage.clip", "optimizer.max_grad_norm", "model.lora_alpha")
     below_one = ("selection.alpha", "optimizer.ema_decay", "optimizer.betas.0", "optimizer.betas.1")
     for key, low in at_least.items():
         if not low <= (value := _lookup(c, key)) < float("inf"):
             yield key, value, f"must be at least {low}"
+    for key, high in at_most.items():
+        if (value := _lookup(c, key)) > high:
+            yield key, value, f"must be at most {high}"
     for key in above_zero:
         if not 0 < (value := _lookup(c, key)) < float("inf"):
             yield key, value, "must be above 0"
@@ -109,6 +117,29 @@ def _check_ranges(c: Config) -> typing.Iterator[Problem]:
         yield "optimizer.final_share", c.optimizer.final_share, "must lie in [0, 1]"
     if not 0 < c.rollout.trained_share <= 1:
         yield "rollout.trained_share", c.rollout.trained_share, "must lie in (0, 1]"
+
+
+def _check_dead_keys(c: Config) -> typing.Iterator[Problem]:
+    """Keys changed from their defaults where nothing reads them."""
+    r, plugin = c.rollout, is_import_path(c.model.family)
+    rules = [
+        (c.model.tuning != "lora", "model.tuning = lora", ["model.lora_rank", "model.lora_alpha", "model.lora_targets"]),
+        (plugin, "model.family = flux", ["model.tuning", "model.gradient_checkpointing", "model.max_text_tokens"]),
+        (plugin, "model.family = flux", ["model.guidance", "model.prompt_cache"]),
+        (r.plan != "window", "rollout.plan = window", [f"rollout.window_{k}" for k in ("size", "stride", "every")]),
+        (c.loss.kl_weight == 0, "loss.kl_weight above 0", ["loss.kl_variance"]),
+        (c.optimizer.schedule == "constant", "another optimizer.schedule", ["optimizer.final_share"]),
+        (
+            not is_import_path(c.data.prompts) and not is_import_path(c.data.held_out),
+            "a prompt source named by import path",
+            ["data.kwargs"],
+        ),
+    ]
+    default = Config()
+    for dead, needed, keys in rules:
+        for key in keys:
+            if dead and (value := _lookup(c, key)) != _lookup(default, key):
+                yield key, value, f"has no effect here: it needs {needed}"
 
 
 def _check_rollout(c: Config) -> typing.Iterator[Problem]:

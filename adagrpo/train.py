@@ -81,17 +81,12 @@ class Trainer:
     ) -> None:
         self.config, self.model, self.rewards, self.say = config, model, list(rewards), say
         self._select, self._fuse = select, fuse
-        r, train = config.rollout, config.train
-        self.slots = train.slots * train.accumulation
-        sigmas = sigma_schedule(r.steps, r.shift)
-        table = StepTable.concat([step_table("ode", sigmas), step_table(r.scheme, sigmas, r.eta)])
+        self.slots = config.train.slots * config.train.accumulation
         self.phase = PhaseTimer(model.device)
-        self.impl = None if config.engine.kernels == "auto" else config.engine.kernels
-        self.executor = RolloutExecutor(
-            model, table, train.seed, DTYPES[r.storage], config.engine.max_rows, self.phase, self.impl
-        )
+        self.executor = build_executor(config, model, self.phase)
+        self.impl = self.executor.impl
         self.optimizer = _optimizer(config, model)
-        self.stream = PromptStream(prompts, train.seed)
+        self.stream = PromptStream(prompts, config.train.seed)
         self.capability = CapabilityState.for_rewards(len(rewards), model.device)
         self.reward_weights = torch.tensor([reward.weight for reward in config.rewards], device=model.device)
         self.status = torch.zeros((), dtype=torch.int64, device=model.device)
@@ -248,10 +243,13 @@ class Trainer:
         shifted = other.prompts.text_index + len(draw.prompts.texts)
         rewards = draw.rewards.unflatten(1, (self.slots, -1))
         fresh = other.rewards.unflatten(1, (empty.numel(), -1))
+        scores = draw.scores
+        if scores is not None and other.scores is not None:
+            scores = scores.index_copy(1, empty, other.scores)
         return Draw(
             prompts=PromptRows(texts, draw.prompts.text_index.index_copy(0, empty, shifted)),
             conditioning=draw.conditioning.replaced(empty, other.conditioning),
-            scores=draw.scores,
+            scores=scores,
             picks=draw.picks.index_copy(0, empty, other.picks),
             samples=merge_slots(draw.samples, other.samples, empty, self.slots),
             rewards=rewards.index_copy(1, empty, fresh).flatten(1, 2),
@@ -272,8 +270,13 @@ class Trainer:
                 mean, spread = found[m].pop("reward_mean"), found[m].pop("group_std")
                 if m == 0:
                     statistics |= {"reward/train": mean, "reward/group_std": spread}
-                prefix = f"advantage/{reward.name}_" if m else "advantage/"
+                else:
+                    statistics[f"reward/train_{m}_{reward.name}"] = mean
+                prefix = f"advantage/{m}_{reward.name}_" if m else "advantage/"
                 statistics |= {prefix + name: value for name, value in found[m].items()}
+            if len(self.rewards) > 1:  # what the guards watch: a sample fails with any of its rewards
+                statistics["advantage/failed"] = (~rewards.isfinite().all(0)).double().mean()
+                statistics["advantage/equal_groups"] = (~groups_with_signal(rewards)).double().mean()
             if self.config.train.shuffle_advantages:
                 generator = torch.Generator().manual_seed(self.config.train.seed * 1_000_003 + self.draws)
                 order = torch.rand(advantage.shape, generator=generator).argsort(-1).to(advantage.device)
@@ -332,6 +335,7 @@ class Trainer:
         return {
             "iterations_done": self.iterations_done,
             "draws": self.draws,
+            "batch_limit": self.executor.batch_limit,
             "stream_position": self.stream.position,
             "capability": self.capability.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -340,6 +344,7 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of ``state_dict``."""
         self.iterations_done, self.draws = state["iterations_done"], state["draws"]
+        self.executor.batch_limit = state["batch_limit"]
         self.stream.position = state["stream_position"]
         self.capability = CapabilityState.from_state_dict(state["capability"]).to(self.model.device)
         self.optimizer.load_state_dict(state["optimizer"])
@@ -360,6 +365,15 @@ class Trainer:
         generator = torch.Generator().manual_seed(self.config.train.seed * 1_000_003 + self.iterations_done)
         order = torch.randperm(len(stochastic), generator=generator)[:count].sort().values
         return tuple(stochastic[i] for i in order.tolist())
+
+
+def build_executor(config: Config, model: FlowModel, phase: PhaseTimer | None = None) -> RolloutExecutor:
+    """The executor of a recipe: deterministic rows of its step table, then the stochastic ones."""
+    r = config.rollout
+    sigmas = sigma_schedule(r.steps, r.shift)
+    table = StepTable.concat([step_table("ode", sigmas), step_table(r.scheme, sigmas, r.eta)])
+    impl = None if config.engine.kernels == "auto" else config.engine.kernels
+    return RolloutExecutor(model, table, config.train.seed, DTYPES[r.storage], config.engine.max_rows, phase, impl)
 
 
 def _optimizer(config: Config, model: FlowModel) -> PolicyOptimizer:

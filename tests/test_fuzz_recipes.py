@@ -16,7 +16,7 @@ from adagrpo.recipe import load_recipe, to_toml
 BASES = {name: tomllib.loads(to_toml(load_recipe(name))) for name in ("tiny", "tiny-grpo", "flux1-dev-official")}
 VALUES = st.one_of(
     st.sampled_from(
-        [0, 1, -1, 2, 3, 7, 16, 10**12, True, False, "", "fork", "closest", "tiny", "a:b", "a.b:c", "../x", "\u0000"]
+        [0, 1, -1, 2, 3, 7, 16, 10**12, 10**15, True, False, "", "fork", "closest", "tiny", "a:b", "a.b:c", "../x", "\u0000"]
     ),
     st.sampled_from([0.0, -0.5, 0.5, 1.0, 1.5, 1e-30, 1e300, float("nan"), float("inf"), float("-inf")]),
     st.sampled_from([[], [0], [0, 2], [2, 0], [0, 0], ["x"], [[0]], {}, {"x": 1}, {"limit": -1}, [{"name": "tiny"}]]),
@@ -34,9 +34,9 @@ def mutated(draw) -> dict[str, Any]:
             key = draw(st.sampled_from(sorted(table)))
         kind = draw(st.sampled_from(["set", "set", "set", "delete", "rename", "add"]))
         if kind == "set":
-            table[key] = draw(VALUES)
+            table[key] = copy.deepcopy(draw(VALUES))
         elif kind == "add":
-            table[draw(st.text(min_size=1, max_size=5))] = draw(VALUES)
+            table[draw(st.text(min_size=1, max_size=5))] = copy.deepcopy(draw(VALUES))
         else:
             value = table.pop(key)
             if kind == "rename":

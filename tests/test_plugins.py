@@ -10,7 +10,7 @@ import torch
 from adagrpo.build import build_model, build_trainer, check_model, load_data, load_plugins
 from adagrpo.cli import main
 from adagrpo.config import DataConfig, RewardConfig
-from adagrpo.errors import InputError
+from adagrpo.errors import InputError, RunError
 from adagrpo.recipe import check, load_recipe
 
 MODULE = """
@@ -38,6 +38,15 @@ MODULE = """
     def model(path, dtype, device, height, width, row_noise=0.0):
         return ToyModel(dtype, row_noise)
 
+    def scalar(scores, capability):
+        return torch.tensor(0)
+
+    def broken(scores, capability):
+        return {}["x"]
+
+    def wrong_shape(rewards, capability, weights):
+        return torch.zeros(3)
+
     def one_argument(scores):
         return 0
 
@@ -62,7 +71,7 @@ def recipe(**sections):
 
 def test_every_part_acts() -> None:
     config = recipe(
-        model={"family": "myparts:model", "kwargs": {"row_noise": 1e-3}},
+        model={"family": "myparts:model", "kwargs": {"row_noise": 1e-3}, "max_text_tokens": 256},
         data={"prompts": "myparts:prompts", "held_out": "myparts:prompts", "kwargs": {"count": 7}},
         selection={"strategy": "myparts:last", "kwargs": {"offset": 2}},
         advantage={"function": "myparts:flat"},
@@ -93,10 +102,11 @@ def test_every_part_acts() -> None:
 )
 def test_wrong_signatures_are_refused_at_the_start(section: str, key: str, value: str, capsys) -> None:
     config = recipe(**{section: {key: value}})
+    tokens = ["--model.max-text-tokens", "256"]  # of an adapter by import path, the tiny recipe's 12 would be refused first
     with pytest.raises(InputError, match=f"{section}.{key} = {value}"):
         load_plugins(config)
         check_model(config.model)
-    assert main(["train", "tiny", "--dry-run", f"--{section}.{key}", value]) == 2
+    assert main(["train", "tiny", "--dry-run", *tokens, f"--{section}.{key}", value]) == 2
     assert f"{section}.{key} = {value}" in capsys.readouterr().err
 
 
@@ -109,8 +119,23 @@ def test_kwargs_that_do_not_fit_are_refused() -> None:
 
 @pytest.mark.parametrize("source", ["myparts:prompts", "myparts:no_prompts", "myparts:NUMBER"])
 def test_prompt_sources_are_called_at_the_start(source: str) -> None:
-    with pytest.raises(InputError, match=f"data.prompts = {source}"):
+    with pytest.raises((InputError, RunError), match=f"data.prompts = {source}"):
         load_data(recipe(data=vars(DataConfig(prompts=source))))
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "words"),
+    [
+        ("selection", "strategy", "myparts:scalar", r"selection\.strategy returned \(\); .* \(8,\), one index per slot"),
+        ("selection", "strategy", "myparts:broken", r"selection\.strategy = myparts:broken failed: KeyError"),
+        ("advantage", "function", "myparts:wrong_shape", r"advantage\.function returned \(3,\)"),
+    ],
+)
+def test_plugins_that_fail_in_the_run_are_named(section: str, key: str, value: str, words: str) -> None:
+    config = recipe(**{section: {key: value}}, model={"family": "myparts:model", "max_text_tokens": 256})
+    trainer, _ = build_trainer(config)
+    with pytest.raises(RunError, match=words):
+        trainer.iteration()
 
 
 def test_names_that_are_neither_built_in_nor_paths_offer_the_nearest() -> None:
@@ -124,7 +149,7 @@ def test_models_of_other_families_and_broken_folders_are_refused(tmp_path) -> No
     folder = tmp_path / "other"
     folder.mkdir()
     (folder / "model_index.json").write_text('{"_class_name": "StableDiffusion3Pipeline"}')
-    with pytest.raises(InputError, match="a StableDiffusion3Pipeline; model.family = flux needs a FluxPipeline"):
+    with pytest.raises(InputError, match=r"a StableDiffusion3Pipeline; model\.family = flux needs a FluxPipeline"):
         check_model(recipe(model={"path": str(folder)}).model)
     (folder / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
     check_model(recipe(model={"path": str(folder)}).model)

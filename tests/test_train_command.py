@@ -1,10 +1,13 @@
 """`adagrpo train` from recipe file to run folder, in process, with a toy model named by import path."""
 
+import hashlib
 import json
+import shutil
 import sys
 import types
 
 import pytest
+import torch
 from toy import toy_config
 
 from adagrpo.cli import main
@@ -58,9 +61,55 @@ def test_resume_modes(recipe, tmp_path, capsys) -> None:
         assert main(["train", file, "--out", str(out), "--resume", mode]) == 0
         assert [{k: v for k, v in r.items() if not k.endswith("seconds")} for r in lines(out)] == whole
     assert main(["train", file, "--out", str(out), "--resume", "auto", "--train.iterations", "9"]) == 2
-    assert "iterations = 4  + iterations = 9" in capsys.readouterr().err
+    assert "train.iterations = 4 there, 9 here; drop the change" in capsys.readouterr().err
     assert main(["train", file, "--out", str(out), "--resume", str(tmp_path / "nothing")]) == 2
     assert "not a complete checkpoint" in capsys.readouterr().err
+
+
+def test_a_run_that_died_before_its_first_checkpoint_starts_over(recipe, tmp_path) -> None:
+    out, file = tmp_path / "run", recipe(output={"grid_every": 0, "checkpoint_every": 4})
+    assert main(["train", file, "--out", str(out)]) == 0
+    for path in (out / "checkpoints").iterdir():
+        shutil.rmtree(path)
+    assert main(["train", file, "--out", str(out), "--resume", "auto"]) == 0
+    assert [r["iteration"] for r in lines(out)] == [1, 2, 3, 4]
+
+
+def test_resuming_earlier_sets_later_checkpoints_aside(recipe, tmp_path) -> None:
+    out, file = tmp_path / "run", recipe(output={"grid_every": 0, "checkpoint_every": 1, "keep_last": 4})
+    assert main(["train", file, "--out", str(out)]) == 0
+    first = out / "checkpoints" / "step-000001"
+    assert main(["train", file, "--out", str(out), "--resume", str(first)]) == 0
+    names = sorted(p.name for p in (out / "checkpoints").iterdir())
+    assert names == [*(f"abandoned-step-00000{i}" for i in (2, 3, 4)), *(f"step-00000{i}" for i in (1, 2, 3, 4))]
+    assert [r["iteration"] for r in lines(out)] == [1, 2, 3, 4]
+
+
+def test_other_prompts_are_refused_on_resume(recipe, tmp_path, capsys, monkeypatch) -> None:
+    import parts
+
+    out, file = tmp_path / "run", recipe()
+    assert main(["train", file, "--out", str(out)]) == 0
+    monkeypatch.setattr(parts, "prompts", lambda: ["other", "prompts"])
+    assert main(["train", file, "--out", str(out), "--resume", "latest"]) == 2
+    assert "the prompts changed since this run began" in capsys.readouterr().err
+
+
+def test_checkpoint_of_another_model_is_named(recipe, tmp_path, capsys) -> None:
+    out, file = tmp_path / "run", recipe()
+    assert main(["train", file, "--out", str(out)]) == 0
+    state = out / "checkpoints" / "step-000004" / "state" / "state.pt"
+    content = torch.load(state)
+    content["trainer"]["optimizer"]["masters"].pop()
+    torch.save(content, state)
+    index = out / "checkpoints" / "step-000004" / "checkpoint.json"
+    described = json.loads(index.read_text())
+    described["files"]["state/state.pt"] = {
+        "bytes": state.stat().st_size, "sha256": hashlib.sha256(state.read_bytes()).hexdigest(),
+    }  # fmt: skip
+    index.write_text(json.dumps(described))
+    assert main(["train", file, "--out", str(out), "--resume", "latest"]) == 2
+    assert "a checkpoint of another model or recipe" in capsys.readouterr().err
 
 
 def test_truncated_checkpoint_is_named(recipe, tmp_path, capsys) -> None:

@@ -34,7 +34,9 @@ def clipped_surrogate(
         ``SurrogateLoss``; a group without a valid sample has loss 0.
     """
     valid = torch.ones_like(advantage, dtype=torch.bool) if mask is None else mask
-    ratio = torch.exp(logp - torch.where(valid, old_logp, logp).detach())
+    # Masked before the product: 0 * NaN in the backward pass would spoil the whole group.
+    advantage = torch.where(valid, advantage, 0)
+    ratio = torch.exp(torch.where(valid, logp - old_logp.detach(), 0))
     objective, clipped = ratio * advantage, torch.zeros_like(valid)
     if clip_range is not None:
         limited = ratio.clamp(1 - clip_range, 1 + clip_range) * advantage

@@ -118,6 +118,15 @@ class RolloutExecutor:
         self._largest = max(self._largest, min(size, rows))
         return [slice(first, min(first + size, rows)) for first in range(0, rows, size)]
 
+    @property
+    def batch_limit(self) -> tuple[int, bool]:
+        """``max_rows``, and whether it was halved for lack of memory: part of what a resumed run must repeat."""
+        return self.max_rows, self._halved
+
+    @batch_limit.setter
+    def batch_limit(self, limit: tuple[int, bool]) -> None:
+        self.max_rows, self._halved = limit
+
     def halve_rows(self, error: Exception) -> None:
         """After an out-of-memory error: halve the largest batch, once per executor.
 

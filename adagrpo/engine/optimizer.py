@@ -67,10 +67,7 @@ class PolicyOptimizer:
 
     def step(self) -> Tensor:
         """Clip, step, write back, average, clear the gradients; returns the gradient norm before clipping (0-dim)."""
-        for master, p in zip(self.masters, self.parameters, strict=True):
-            if master is not p:
-                master.grad = None if p.grad is None else p.grad.to(master.dtype)
-                p.grad = None  # one tensor at a time: both sets at once would not fit
+        self.collect()
         norm = nn.utils.clip_grad_norm_(self.masters, self.max_grad_norm)
         for group in self.adamw.param_groups:
             group["lr"] = self.lr
@@ -82,6 +79,14 @@ class PolicyOptimizer:
             for average, master in zip(self.averages, self.masters, strict=bool(self.averages)):
                 average.lerp_(master, 1 - self.ema_decay)
         return norm
+
+    def collect(self) -> None:
+        """Add the gradients of narrow parameters to their masters' in fp32; call it after each micro-batch."""
+        for master, p in zip(self.masters, self.parameters, strict=True):
+            if master is not p and p.grad is not None:
+                wide = p.grad.to(master.dtype)
+                master.grad = wide if master.grad is None else master.grad.add_(wide)
+                p.grad = None  # one tensor at a time: both sets at once would not fit
 
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[None]:

@@ -61,6 +61,7 @@ def update_policy(
             kl = _kl(executor, part, v, conditioning, kl_variance) if kl_weight else torch.zeros_like(loss)
             loss = ((loss + kl_weight * kl) * weight[batch].to(loss.dtype)).sum() * share
             loss.backward()
+            optimizer.collect()
             tally.add(loss, kl, surrogate.ratio, surrogate.clipped, mask, first=number == 0)
         tally.grad_norm(optimizer.step())
     return tally.read(sum(len(b) for step in batches for b in step), len(batches))

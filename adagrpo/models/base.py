@@ -76,5 +76,5 @@ class FlowModel(Protocol):
     def trainable(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """Named parameters the optimizer updates."""
 
-    def export(self, folder: Path) -> str:
-        """Write what stock diffusers needs; returns the call that loads it."""
+    def export(self, folder: Path, shift: float) -> str:
+        """Write what stock diffusers needs to sample with time shift ``shift``; returns the call that loads it."""

@@ -199,13 +199,19 @@ class FluxModel:
         if unexpected:
             raise InputError(f"{folder}: weights of another model ({len(unexpected)} names differ, e.g. {unexpected[0]})")
 
-    def export(self, folder: Path) -> str:
-        """Write a complete pipeline folder, or the LoRA file; returns how stock diffusers loads it."""
+    def export(self, folder: Path, shift: float) -> str:
+        """Write a complete pipeline folder whose scheduler has the fixed time shift ``shift`` of the training, or the LoRA
+        file; returns how stock diffusers loads it."""
         if self.is_lora:
             self.save_portable(folder)
-            return f"pipe.load_lora_weights({str(folder)!r})"
+            scheduler = f"FlowMatchEulerDiscreteScheduler(shift={shift:g})"
+            return f"pipe.load_lora_weights({str(folder)!r}); pipe.scheduler = {scheduler}"
         if self.pipeline is None:
             raise InputError("a model of random weights has no pipeline to export")
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        fixed = {"shift": shift, "use_dynamic_shifting": False}
+        self.pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.pipeline.scheduler.config, **fixed)
         self.pipeline.save_pretrained(folder)
         return f"FluxPipeline.from_pretrained({str(folder)!r})"
 
@@ -290,8 +296,8 @@ def load_pipeline(path: str, dtype: torch.dtype) -> Any:
     try:
         with _quiet():
             return FluxPipeline.from_pretrained(folder if folder.is_dir() else path, torch_dtype=dtype)
-    except (OSError, ValueError, RuntimeError, AttributeError) as error:
-        first = str(error).strip().splitlines()[0]
+    except Exception as error:  # safetensors and the Hub raise types of their own
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"model.path = {path}: cannot be loaded as a FLUX pipeline: {first}") from error
 
 

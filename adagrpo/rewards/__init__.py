@@ -48,6 +48,12 @@ def build_reward(name: str, kwargs: Mapping[str, Any], key: str = "rewards") -> 
     Raises:
         InputError: unknown name, import failure, arguments it does not take, or a result that is not a reward.
     """
-    reward = check_reward(name, kwargs, key)(**kwargs)
+    factory = check_reward(name, kwargs, key)
+    try:
+        reward = factory(**kwargs)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{key} = {name}: cannot be built: {type(error).__name__}: {error}") from error
     check_call(reward, key, f"{name}(...)", 2, {})
     return reward

@@ -68,30 +68,68 @@ def save_checkpoint(
         (draft / INDEX).write_text(json.dumps({"iteration": iteration, "held_out": held_out, "files": index}, indent=1))
         for path in [*files, draft / INDEX, *{p.parent for p in files}, draft]:
             _flush(path)
-        shutil.rmtree(target, ignore_errors=True)
+        replaced = _set_aside(target)
         draft.rename(target)
         _flush(folder)
+        shutil.rmtree(replaced, ignore_errors=True)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
     for old in retention.removable(checkpoints(folder)):
-        shutil.rmtree(old)
+        if old != target:
+            remove(old)
     return target
 
 
-def require_space(folder: Path, checkpoint_bytes: int, keep_last: int) -> None:
-    """Refuse to start where the checkpoints would not fit: ``keep_last`` of them and the one being written.
+def remove(checkpoint: Path) -> None:
+    """Delete a checkpoint; killed half-way it is gone, not damaged."""
+    shutil.rmtree(_set_aside(checkpoint), ignore_errors=True)
+
+
+def tidy(folder: Path) -> None:
+    """Clear up after a killed run: drafts and half-deleted checkpoints go, a checkpoint set aside but not replaced returns."""
+    for leftover in folder.glob(".step-*.removed"):
+        home = folder / leftover.name.removeprefix(".").removesuffix(".removed")
+        if not home.exists() and (leftover / INDEX).is_file() and _is_whole(leftover):
+            leftover.rename(home)
+    for leftover in folder.glob(".step-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def abandon_later(folder: Path, iteration: int) -> list[Path]:
+    """Rename checkpoints after ``iteration`` to ``abandoned-step-…``, so that none is taken for this run's newest."""
+    later = [path for path in checkpoints(folder) if _index(path)["iteration"] > iteration]
+    for path in later:
+        target = path.with_name(f"abandoned-{path.name}")
+        shutil.rmtree(target, ignore_errors=True)
+        path.rename(target)
+    return later
+
+
+def _set_aside(checkpoint: Path) -> Path:
+    """Take a checkpoint out of the list in one step; returns where it lies now."""
+    aside = checkpoint.with_name(f".{checkpoint.name}.removed")
+    if checkpoint.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        checkpoint.rename(aside)
+    return aside
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    return all((checkpoint / name).is_file() for name in _index(checkpoint)["files"])
+
+
+def require_space(folder: Path, checkpoint_bytes: int, kept: int) -> None:
+    """Refuse to start where the checkpoints would not fit: ``kept`` of them and the one being written.
 
     Raises:
         InputError: naming the folder, what is needed and what is free.
     """
-    needed, free = checkpoint_bytes * (keep_last + 1), shutil.disk_usage(folder).free
-    present = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
-    if needed - present > free:
-        raise InputError(
-            f"{folder}: {keep_last + 1} checkpoints of {checkpoint_bytes / 1e9:.1f} GB need {(needed - present) / 1e9:.1f} GB, "
-            f"{free / 1e9:.1f} GB are free; name another --out or lower output.keep_last"
-        )
+    free = shutil.disk_usage(folder).free
+    missing = max(1, kept + 1 - len(checkpoints(folder)))
+    if missing * checkpoint_bytes > free:
+        needed = f"{missing} more checkpoints of {checkpoint_bytes / 1e9:.1f} GB do not fit into {free / 1e9:.1f} GB"
+        raise InputError(f"{folder}: {needed}; name another --out or lower output.keep_last")
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -105,12 +143,20 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     Raises:
         InputError: missing, truncated or altered files.
     """
-    files = _index(checkpoint)["files"]
-    for name, expected in files.items():
+    verify(checkpoint)
+    return torch.load(checkpoint / STATE, map_location="cpu", mmap=True, weights_only=True)
+
+
+def verify(checkpoint: Path) -> None:
+    """Check size and SHA-256 of every file.
+
+    Raises:
+        InputError: missing, truncated or altered files.
+    """
+    for name, expected in _index(checkpoint)["files"].items():
         path = checkpoint / name
         if not path.is_file() or path.stat().st_size != expected["bytes"] or _digest(path) != expected["sha256"]:
             raise InputError(f"{path}: missing, truncated or altered; resume from an older checkpoint with --resume PATH")
-    return torch.load(checkpoint / STATE, map_location="cpu", mmap=True, weights_only=True)
 
 
 def _index(checkpoint: Path) -> dict[str, Any]:

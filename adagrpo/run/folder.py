@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import math
 import os
 import platform
 import subprocess
+import uuid
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,7 +20,7 @@ import torch
 from ..config import Config
 from ..errors import InputError
 from ..recipe import load_recipe, to_toml
-from .checkpoint import checkpoints
+from .checkpoint import checkpoints, tidy
 
 PACKAGES = ("adagrpo", "torch", "triton", "diffusers", "transformers", "peft", "torchao", "safetensors", "numpy")
 
@@ -65,11 +69,30 @@ class RunFolder:
         file = path / "config.toml"
         if not file.is_file():
             raise InputError(f"--out {path}: no run to resume there (config.toml is missing)")
-        before, now = (to_toml(c).splitlines() for c in (load_recipe(file), config))
-        if before != now:
-            difference = [f"- {a}  + {b}" for a, b in zip(before, now, strict=False) if a != b] or ["(other keys)"]
-            raise InputError(f"--out {path}: holds a run of another recipe: " + "; ".join(difference))
+        before, now = (_flat(dataclasses.asdict(c)) for c in (load_recipe(file), config))
+        changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+        if changed:
+            difference = "; ".join(f"{key} = {before.get(key)} there, {now.get(key)} here" for key in changed)
+            raise InputError(
+                f"--out {path}: holds a run of another recipe: {difference}; drop the change or name another --out"
+            )
+        tidy(path / "checkpoints")
         return cls(path)
+
+    def check_prompts(self, digest: str) -> None:
+        """Refuse to continue on other prompts than the run began with.
+
+        Raises:
+            InputError: the digest differs from the manifest's.
+        """
+        manifest = self.read_json("manifest.json") or {}
+        if manifest.get("prompts_sha256", digest) != digest:
+            raise InputError(f"--out {self.path}: the prompts changed since this run began; restore them or name another --out")
+
+    def name(self) -> str:
+        """The folder's name and the run's own id, for dashboards."""
+        manifest = self.read_json("manifest.json") or {}
+        return f"{self.path.name}-{manifest.get('id', '')}".rstrip("-")
 
     def write_start(self, config: Config, device: torch.device, extra: dict[str, Any]) -> None:
         """Create the folder; record the resolved recipe and the machine.
@@ -83,7 +106,7 @@ class RunFolder:
         except OSError as error:
             raise InputError(f"--out {self.path}: cannot be created: {error.strerror}") from error
         (self.path / "config.toml").write_text(to_toml(config), "utf-8")
-        self.write_json("manifest.json", {**describe_machine(device), **extra})
+        self.write_json("manifest.json", {"id": uuid.uuid4().hex[:8], **describe_machine(device), **extra})
 
     def write_json(self, name: str, value: Any) -> None:
         """Write ``name`` in one piece."""
@@ -159,6 +182,21 @@ def _commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return found.stdout.strip() if tracked.returncode == 0 and found.returncode == 0 else None
+
+
+def prompts_digest(*lists: Sequence[str]) -> str:
+    """SHA-256 of prompt lists, for the manifest."""
+    return hashlib.sha256(json.dumps(lists, ensure_ascii=False).encode()).hexdigest()
+
+
+def _flat(table: Any, prefix: str = "") -> dict[str, Any]:
+    """``{"section.key": value}`` of nested tables and lists of tables."""
+    items = table.items() if isinstance(table, dict) else enumerate(table)
+    flat: dict[str, Any] = {}
+    for key, value in items:
+        nested = isinstance(value, dict) or (isinstance(value, list | tuple) and any(isinstance(v, dict) for v in value))
+        flat |= _flat(value, f"{prefix}{key}.") if nested and value else {f"{prefix}{key}": value}
+    return flat
 
 
 def _iteration(line: str) -> float:

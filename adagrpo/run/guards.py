@@ -77,8 +77,9 @@ class Guards:
         values = {name: float(record[key]) for name, key in METRICS.items() if key in record}
         finite = math.isfinite(record["policy/loss"]) and math.isfinite(record["policy/grad_norm"])
         values["non_finite"] = 0.0 if finite else 1.0
-        self.trained.append(record["reward/train"])
-        if "reward/held_out" in record:
+        if math.isfinite(record["reward/train"]):
+            self.trained.append(record["reward/train"])
+        if self.trained and math.isfinite(record.get("reward/held_out", math.nan)):
             values["reward_hacking"] = self._fall(record["reward/held_out"])
         return values
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -47,14 +50,23 @@ class ModuleLogger:
         self._module.finish()
 
 
+def check_loggers(names: Sequence[str]) -> None:
+    """Refuse a dashboard whose package is missing.
+
+    Raises:
+        InputError: naming the package and how to install it.
+    """
+    for name in names:
+        if name not in sys.modules and importlib.util.find_spec(name) is None:
+            raise InputError(f"output.loggers: {name} is not installed; pip install 'adagrpo[log]'")
+
+
 def open_loggers(names: Sequence[str], run_name: str, folder: Path, config: dict[str, Any]) -> list[Logger]:
     """The loggers of ``output.loggers``.
 
     Raises:
         InputError: a package is missing.
     """
-    import importlib
-
     loggers: list[Logger] = []
     for name in names:
         try:

@@ -42,7 +42,7 @@ def test_one_iteration_syncs_nothing_and_costs_what_arithmetic_says() -> None:
 
     trainer.executor.velocity = counted
     metrics = trainer.iteration()
-    assert all(value.device.type == "meta" for name, value in metrics.items() if name != "policy/lr")
+    assert all(value.device.type == "meta" for value in metrics.values() if isinstance(value, torch.Tensor))
     counts = {phase: (count.evaluations, count.calls) for phase, count in trainer.executor.counts.items()}
     assert counts == COUNTS
     per_image = {phase: flops[phase] / counts[phase][0] / 1e12 for phase in counts}
@@ -55,7 +55,7 @@ def test_one_iteration_syncs_nothing_and_costs_what_arithmetic_says() -> None:
         "evaluations_and_calls": counts,
         "tflop_per_image_forward": {phase: round(tflop, 3) for phase, tflop in per_image.items()},
         "pflop_no_grad": round(sum(flops[p] for p in ("probe", "prefix", "rollout")) / 1e15, 3),
-        "host_syncs": 0,
+        "reads_by_the_host": "none: each would raise on the meta device (copies to the device are not seen by it)",
         "seconds_on_this_machine": round(time.perf_counter() - started, 1),
     }
     RECORD.parent.mkdir(parents=True, exist_ok=True)
