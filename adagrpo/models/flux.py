@@ -289,12 +289,12 @@ def check_pipeline_path(path: str) -> None:
 
 def load_pipeline(path: str, dtype: torch.dtype) -> Any:
     """``FluxPipeline.from_pretrained`` with one readable error instead of a traceback."""
-    from diffusers import FluxPipeline
-
     check_pipeline_path(path)
     folder = Path(path)
     try:
         with _quiet():
+            from diffusers import FluxPipeline
+
             return FluxPipeline.from_pretrained(folder if folder.is_dir() else path, torch_dtype=dtype)
     except Exception as error:  # safetensors and the Hub raise types of their own
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -304,8 +304,11 @@ def load_pipeline(path: str, dtype: torch.dtype) -> Any:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """No notes and no deprecation notice (of an argument name that older diffusers need); bars only on a terminal."""
-    import diffusers.utils.logging as diffusers_logging
     import transformers.utils.logging as transformers_logging
+
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    import diffusers.utils.logging as diffusers_logging
 
     libraries = () if sys.stderr.isatty() else (diffusers_logging, transformers_logging)
     shown = [library for library in libraries if library.is_progress_bar_enabled()]
@@ -316,6 +319,7 @@ def _quiet() -> Iterator[None]:
             warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:
+        transformers_logging.set_verbosity(verbosity)
         for library in shown:
             library.enable_progress_bar()
 
