@@ -99,7 +99,6 @@ def test_other_strategies_and_several_rewards(strategy: str) -> None:
     assert_same_training(*runs)
 
 
-@pytest.mark.proof
 def test_tiny_recipe_picks_the_same_prompts() -> None:
     """Five one-slot iterations of the shipped tiny recipe, on the interpreter and on the references."""
     from adagrpo.build import build_trainer
