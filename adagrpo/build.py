@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from adagrpo_kernels._dispatch import device_problem
 
 from .config import Config, ModelConfig
 from .errors import InputError
@@ -50,6 +51,17 @@ def check_model(config: ModelConfig) -> None:
         check_pipeline_path(config.path)
 
 
+def check_kernels(config: Config) -> None:
+    """Refuse ``engine.kernels = triton`` where it cannot run."""
+    if config.engine.kernels != "triton":
+        return
+    problem = device_problem({choose_device(config.model.device).type})
+    if config.rollout.storage == "fp64":
+        problem = "the kernels do not store fp64 latents"
+    if problem:
+        raise InputError(f"engine.kernels = triton: {problem}; or use auto or reference")
+
+
 def build_model(config: ModelConfig) -> FlowModel:
     """Load the policy and mark what is trained."""
     from .models.flux import add_lora, load_flux
@@ -83,6 +95,7 @@ def build_trainer(config: Config) -> tuple[Trainer, list[str]]:
         InputError: anything wrong with the recipe or what it names.
     """
     check(config)
+    check_kernels(config)
     prompts, held_out = load_data(config)
     select, fuse = load_plugins(config)
     rewards = [build_reward(r.name, r.kwargs, f"rewards.{i}") for i, r in enumerate(config.rewards)]

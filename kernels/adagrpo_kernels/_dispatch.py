@@ -47,7 +47,7 @@ def use_triton(op: str, impl: str | None, tensors: Sequence[Tensor | None], prob
         raise ValueError(f"unknown implementation {name!r}: one of {', '.join(IMPLS)}")
     devices = {t.device.type for t in tensors if t is not None}
     if name == "triton":
-        problem = problem or _device_problem(devices)
+        problem = problem or device_problem(devices)
         if problem:
             raise RuntimeError(f"impl='triton' cannot run {op}: {problem}")
     on_cuda = devices == {"cuda"} and problem is None and importlib.util.find_spec("triton") is not None
@@ -97,7 +97,8 @@ def device_word(value: int | Tensor, like: Tensor) -> Tensor:
     return torch.full((), value - (1 << 64) if value >= 1 << 63 else value, dtype=torch.int64, device=like.device)
 
 
-def _device_problem(devices: set[str]) -> str | None:
+def device_problem(devices: set[str]) -> str | None:
+    """Why kernels cannot run on tensors of these device types; None when they can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if devices in ({"cuda"}, {"meta"}):

@@ -165,7 +165,7 @@ def measure(case: Case) -> dict[str, int]:
     divisible = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(names)
-        if signature[name].startswith("*") or name in ("numel",) or name.endswith("_stride")
+        if signature[name].startswith("*") or (signature[name] == "i32" and (name == "numel" or name.endswith("_stride")))
     }
     source = ASTSource(case.function, signature, constants, divisible)
     options = {"num_warps": case.warps, "enable_fp_fusion": False}

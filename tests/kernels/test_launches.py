@@ -99,7 +99,6 @@ def test_other_strategies_and_several_rewards(strategy: str) -> None:
     assert_same_training(*runs)
 
 
-@pytest.mark.proof
 def test_tiny_recipe_picks_the_same_prompts() -> None:
     """Five one-slot iterations of the shipped tiny recipe, on the interpreter and on the references."""
     from adagrpo.build import build_trainer
@@ -115,3 +114,17 @@ def test_tiny_recipe_picks_the_same_prompts() -> None:
         )
         runs.append(trained(build_trainer(one_slot)[0], 5))
     assert_same_training(*runs)
+
+
+def test_triton_that_cannot_run_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    from adagrpo.build import check_kernels
+    from adagrpo.errors import InputError
+
+    config = recipe("triton", model={"device": "cpu"})
+    check_kernels(config)
+    with pytest.raises(InputError, match="fp64"):
+        check_kernels(recipe("triton", model={"device": "cpu"}, rollout={"storage": "fp64"}))
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(InputError, match=r"engine\.kernels = triton.*TRITON_INTERPRET"):
+        check_kernels(config)
+    check_kernels(recipe("auto"))

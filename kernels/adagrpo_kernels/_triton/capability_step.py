@@ -12,17 +12,12 @@ from torch import Tensor
 from .._dispatch import launch
 from ..capability_step import MIN_VAR, NO_CANDIDATE, NO_UPDATE
 from ..philox import Draw
-from .common import MIN_BLOCK
-from .philox import draw_arguments
+from .common import MIN_BLOCK, finite
+from .philox import NO_DRAW, draw_arguments
 
 TILE = 1024
 WARPS = 4
 FLOOR, NONE_LEFT, NOT_MOVED = tl.constexpr(MIN_VAR), tl.constexpr(NO_CANDIDATE), tl.constexpr(NO_UPDATE)
-
-
-@triton.jit
-def finite(values):
-    return tl.abs(values) < float("inf")
 
 
 @triton.jit
@@ -134,9 +129,6 @@ def capability_step_kernel(
         missing += gone.to(tl.int32)
     status = tl.where(missing > 0, NONE_LEFT, 0) + tl.where(moved < number, NOT_MOVED, 0)
     tl.store(status_ptr, status.to(tl.int64))
-
-
-NO_DRAW = {"seed_ptr": None, "row_ptr": None, "iteration_ptr": None, "step_ptr": None, "step_stride": 0, "stream": 0}
 
 
 def capability_step(

@@ -33,6 +33,12 @@ def round_to(x, dtype: tl.constexpr):
     return tl.where(x != x, x, rounded)
 
 
+@triton.jit
+def finite(values):
+    """Neither NaN nor infinite."""
+    return tl.abs(values) < float("inf")
+
+
 def tile(numel: int) -> tuple[int, int, int]:
     """(rows per program, elements per program and row, programs per row) for rows of ``numel`` elements.
 

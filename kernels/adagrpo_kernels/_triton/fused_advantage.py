@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .._dispatch import launch
 from ..fused_advantage import EPS, EQUAL_TOLERANCE, MIN_MASS, STATISTICS
-from .common import MIN_BLOCK
+from .common import MIN_BLOCK, finite
 
 TILE = 256
 WARPS = 4
@@ -78,11 +78,6 @@ def clamp(values, CLIP: tl.constexpr):
 @triton.jit
 def sign(values):
     return (values > 0).to(tl.int32) - (values < 0).to(tl.int32)
-
-
-@triton.jit
-def finite(values):
-    return tl.abs(values) < float("inf")
 
 
 @triton.jit

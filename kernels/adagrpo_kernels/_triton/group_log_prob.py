@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from .._dispatch import launch
 from ..step_table import StepTable
-from .common import BLOCK, MIN_BLOCK, WARPS, arrival_counter, as_rows
+from .common import BLOCK, MIN_BLOCK, WARPS, arrival_counter, as_rows, finite
 
 
 @triton.jit
@@ -27,7 +27,7 @@ def mean_block(x_ptr, v_ptr, a_ptr, b_ptr, k, x_at, v_at, mask):
 def gap_block(ptr, mean, mask):
     """float32 ``successor - mean``; elements of failed samples, which are not finite, are left out."""
     successor = tl.load(ptr, mask=mask, other=0).to(tl.float32)
-    return tl.where(tl.abs(successor) < float("inf"), successor, mean) - mean
+    return tl.where(finite(successor), successor, mean) - mean
 
 
 @triton.jit

@@ -83,6 +83,9 @@ def philox_normal_kernel(
     tl.store(out_ptr + at, noise.to(out_ptr.dtype.element_ty), mask=inside[:, None] & (d < numel)[None, :])
 
 
+NO_DRAW = {"seed_ptr": None, "row_ptr": None, "iteration_ptr": None, "step_ptr": None, "step_stride": 0, "stream": 0}
+
+
 def draw_arguments(draw: Draw) -> dict[str, object]:
     """Kernel arguments of a draw whose numbers are on the device."""
     assert isinstance(draw.step, Tensor)

@@ -13,7 +13,7 @@ from .._dispatch import launch
 from ..philox import Draw
 from ..step_table import StepTable
 from .common import WARPS, arrival_counter, as_rows, round_to, tile
-from .philox import draw_arguments, normal_tile
+from .philox import NO_DRAW, draw_arguments, normal_tile
 
 
 @triton.jit
@@ -97,9 +97,6 @@ def sde_step_kernel(
             scale = tl.load(scale_ptr + step).to(tl.float32)
             logp = tl.load(const_ptr + step).to(tl.float32) - scale * mean_square
             tl.store(logp_ptr + one, tl.where((at < 0) | (scale <= 0), 0.0, logp))
-
-
-NO_DRAW = {"seed_ptr": None, "row_ptr": None, "iteration_ptr": None, "step_ptr": None, "step_stride": 0, "stream": 0}
 
 
 def row_argument(name: str, x: Tensor | None) -> dict[str, object]:
