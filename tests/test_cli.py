@@ -62,8 +62,8 @@ def test_errors_are_one_message_with_code_two(capsys, args: tuple[str, ...], wor
 def test_dry_run_prints_the_cost(capsys) -> None:
     code, out, _ = run(capsys, "train", "tiny", "--dry-run")
     assert code == 0
-    # 8 slots: 8 x 8 candidates x 8 steps; 8 x 4 forks; 8 x 8 x (7 + 6 + 5 + 4); 8 x 4
-    assert "probe 512, prefix 32, rollout 1408, update 32" in out
+    # 12 slots: 12 x 8 candidates x 8 steps; 12 x 4 forks; 12 x 8 x (7 + 6 + 5 + 4); 12 x 4
+    assert "probe 768, prefix 48, rollout 2112, update 48" in out
 
 
 def test_doctor_names_torch_and_device(capsys) -> None:

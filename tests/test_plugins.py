@@ -126,7 +126,7 @@ def test_prompt_sources_are_called_at_the_start(source: str) -> None:
 @pytest.mark.parametrize(
     ("section", "key", "value", "words"),
     [
-        ("selection", "strategy", "myparts:scalar", r"selection\.strategy returned \(\); .* \(8,\), one index per slot"),
+        ("selection", "strategy", "myparts:scalar", r"selection\.strategy returned \(\); .* \(12,\), one index per slot"),
         ("selection", "strategy", "myparts:broken", r"selection\.strategy = myparts:broken failed: KeyError"),
         ("advantage", "function", "myparts:wrong_shape", r"advantage\.function returned \(3,\)"),
     ],

@@ -163,8 +163,9 @@ def test_reference_is_the_initial_policy(tuning: str) -> None:
     text = model.encode(PROMPTS)
     with torch.no_grad():
         before = model.velocity(x, sigma, text)
-        trainer.iteration()
-        trainer.iteration()
+    trainer.iteration()
+    trainer.iteration()
+    with torch.no_grad():
         after = model.velocity(x, sigma, text)
         with model.reference():
             reference = model.velocity(x, sigma, text)
@@ -179,7 +180,7 @@ def test_bad_models_are_named(tmp_path) -> None:
     with pytest.raises(InputError, match=r"model_index\.json"):
         load_flux(str(tmp_path), torch.float32, cpu, 32, 32)
     (tmp_path / "model_index.json").write_text("{")
-    with pytest.raises(InputError, match="cannot be loaded as a FLUX pipeline"):
+    with pytest.raises(InputError, match=r"model_index\.json cannot be read"):
         load_flux(str(tmp_path), torch.float32, cpu, 32, 32)
     with pytest.raises(InputError, match="multiples of 8"):
         load_flux(str(tiny_flux_path()), torch.float32, cpu, 32, 36)

@@ -25,7 +25,7 @@ def test_wheel_works_elsewhere(tmp_path) -> None:
     where = run(sys.executable, "-c", start + "print(adagrpo.__file__)")
     assert where.startswith(str(tmp_path))
     call = lambda *args: run(sys.executable, "-c", start + f"sys.exit(main({list(args)!r}))")  # noqa: E731
-    assert "probe 512" in call("train", "tiny", "--dry-run")
+    assert "probe 768" in call("train", "tiny", "--dry-run")
     quick = ["--train.iterations", "1", "--train.slots", "1", "--evaluation.final-prompts", "2", "--evaluation.prompts", "2"]
     assert "held-out reward" in call("train", "tiny", "--out", "run", *quick)
     assert (tmp_path / "run" / "report.html").stat().st_size > 10_000
