@@ -211,6 +211,8 @@ class OutputConfig:
     """Checkpoints at multiples of this iteration number are never removed; 0 is none."""
     keep_best: bool = False
     """Keep the checkpoint with the highest held-out reward."""
+    trace_at: int = 0
+    """Record a profiler trace of this iteration into `traces/`, for Perfetto; 0 records none."""
     loggers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Also send the metrics there; needs `adagrpo[log]`."""
 

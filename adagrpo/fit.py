@@ -141,7 +141,7 @@ class Fit:
         started = time.perf_counter()
         if self.trainer.model.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.trainer.model.device)
-        metrics = self.trainer.iteration()
+        metrics = self._traced_iteration()
         self._record_kernels()
         picked = metrics.pop("selection/picked")
         done, output = self.trainer.iterations_done, self.config.output
@@ -167,6 +167,18 @@ class Fit:
         if evaluated:
             self._report()
         return record, trips
+
+    def _traced_iteration(self) -> dict[str, Any]:
+        """One iteration of the trainer, under the profiler if the recipe wants its trace."""
+        number = self.trainer.iterations_done + 1
+        if number != self.config.output.trace_at:
+            return self.trainer.iteration()
+        with torch.profiler.profile() as profiler:
+            metrics = self.trainer.iteration()
+        folder = self.run.path / "traces"
+        folder.mkdir(exist_ok=True)
+        profiler.export_chrome_trace(str(folder / f"iteration-{number:06d}.json.gz"))
+        return metrics
 
     def _record_kernels(self) -> None:
         """Once per process: what ran for each operator of the algorithm, in the manifest."""

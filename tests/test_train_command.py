@@ -1,5 +1,6 @@
 """`adagrpo train` from recipe file to run folder, in process, with a toy model named by import path."""
 
+import gzip
 import hashlib
 import json
 import shutil
@@ -49,6 +50,15 @@ def test_a_run_writes_its_folder(recipe, tmp_path, capsys) -> None:
     assert {name.split("/")[0] for name in record} - {"iteration"} == {"reward", "advantage", "policy", "selection", "perf"}
     spent = sum(v for k, v in record.items() if k.endswith("_seconds"))
     assert spent == pytest.approx(record["perf/seconds"], rel=1e-6)  # phases and "other" add up
+
+
+def test_a_trace_names_the_phases(recipe, tmp_path) -> None:
+    out = tmp_path / "run"
+    assert main(["train", recipe(output={"grid_every": 0, "trace_at": 2}), "--out", str(out)]) == 0
+    (trace,) = (out / "traces").iterdir()
+    assert trace.name == "iteration-000002.json.gz"
+    names = {event.get("name") for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]}
+    assert {"probe", "prefix", "rollout", "decode", "reward", "advantage", "update"} <= names
 
 
 def test_resume_modes(recipe, tmp_path, capsys) -> None:

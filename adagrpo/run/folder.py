@@ -29,7 +29,7 @@ class RunFolder:
     """Paths and records of one run.
 
     Layout: ``config.toml``, ``manifest.json``, ``metrics.jsonl``, ``events.jsonl``, ``samples/``, ``checkpoints/``,
-    ``result.json``, ``report.html``.
+    ``traces/``, ``result.json``, ``report.html``.
     """
 
     def __init__(self, path: Path) -> None:
