@@ -151,7 +151,7 @@ def _add_tiny(commands: argparse._SubParsersAction) -> None:
     tiny = commands.add_parser("tiny", help="the built-in world").add_subparsers(
         dest="tiny_command", required=True, metavar="COMMAND"
     )
-    build = tiny.add_parser("build", help="train tiny-flux from scratch (about 20 minutes on 2 cores)")
+    build = tiny.add_parser("build", help="train tiny-flux from scratch (about 12 minutes on 2 cores)")
     build.add_argument("out", type=Path, help="new pipeline folder")
     build.add_argument("--seed", type=int, default=0)
     build.set_defaults(run=_tiny)

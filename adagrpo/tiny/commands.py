@@ -16,7 +16,7 @@ from adagrpo.tiny.scenes import CATEGORIES, parse_prompt
 
 
 def build_command(out: Path, seed: int = 0) -> None:
-    """Train tiny-flux into a new folder (about a quarter of an hour on two cores) and print its rewards.
+    """Train tiny-flux into a new folder (about 12 minutes on two cores) and print its rewards.
 
     Raises `FileExistsError` where the folder already holds a pipeline.
     """
