@@ -85,8 +85,8 @@ def _check_ranges(c: Config) -> typing.Iterator[Problem]:
         "train.steps_per_iteration": 1, "optimizer.lr": 0, "optimizer.eps": 0, "optimizer.weight_decay": 0,
         "optimizer.warmup_steps": 0, "engine.max_rows": 0, "evaluation.every": 0, "evaluation.prompts": 1,
         "evaluation.noises": 1, "evaluation.final_prompts": 0, "evaluation.final_noises": 1, "output.grid_every": 0,
-        "output.grid_prompts": 1, "output.checkpoint_every": 0, "output.keep_last": 1, "output.keep_every": 0, "output.trace_at": 0,
-        "guards.max_rollbacks": 0,
+        "output.grid_prompts": 1, "output.checkpoint_every": 0, "output.keep_last": 1, "output.keep_every": 0,
+        "output.trace_at": 0, "guards.max_rollbacks": 0,
     }  # fmt: skip
     at_most = {
         "rollout.steps": 4096, "rollout.group_size": 4096, "train.slots": 4096, "train.accumulation": 4096,
