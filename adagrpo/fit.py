@@ -63,7 +63,7 @@ class Fit:
         self.guards = Guards(self.config.guards)
         self.category = prompt_category(self.config.data.prompts)
         self.rollbacks = 0
-        self._kernels_recorded = False
+        self._kernels_recorded = self._saved_now = False
         self.best = -math.inf
         trainer.say = lambda message: self._event("memory", message)
         if self.config.loss.kl_weight:
@@ -182,10 +182,12 @@ class Fit:
 
     def _record_kernels(self) -> None:
         """Once per process: what ran for each operator of the algorithm, in the manifest."""
-        manifest = self.run.read_json("manifest.json")
-        if manifest is not None and not self._kernels_recorded:
-            self.run.write_json("manifest.json", manifest | {"kernels": implementations()})
+        if self._kernels_recorded:
+            return
         self._kernels_recorded = True
+        manifest = self.run.read_json("manifest.json")
+        if manifest is not None:
+            self.run.write_json("manifest.json", manifest | {"kernels": implementations()})
 
     def save(self, held_out: float | None = None) -> Path:
         """Write a checkpoint; its portable part holds the weight EMA where one is kept.

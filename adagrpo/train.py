@@ -65,7 +65,7 @@ class Trainer:
         model: the policy.
         rewards: one per entry of ``config.rewards``.
         prompts: the training prompts.
-        select, fuse: replacements of ``select_prompt`` and ``multi_reward_advantage``; None for the recipe's own.
+        select, fuse: replacements of ``capability_step``'s pick and of ``reward_advantage``; None for the recipe's own.
         say: receives notices for the user.
     """
 

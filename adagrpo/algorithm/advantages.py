@@ -23,7 +23,6 @@ __all__ = [
     "global_advantage",
     "groups_with_signal",
     "local_advantage",
-    "multi_reward_advantage",
     "reward_advantage",
     "reward_statistics",
 ]
@@ -61,18 +60,6 @@ def reward_advantage(
         rewards, state.mean, state.std, state.count, reward_weights, clip, weight, calibration, impl=impl
     )
     return RewardAdvantage(found.advantage, [dict(zip(STATISTICS, row.unbind(), strict=True)) for row in found.statistics])
-
-
-def multi_reward_advantage(
-    rewards: Tensor,
-    state: CapabilityState,
-    reward_weights: Tensor,
-    clip: float,
-    weight: float,
-    calibration: str,
-) -> Tensor:
-    """The advantages [groups, G] of ``reward_advantage``."""
-    return reward_advantage(rewards, state, reward_weights, clip, weight, calibration).advantage
 
 
 def groups_with_signal(rewards: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import statistics
 import pytest
 import torch
 
-from adagrpo.algorithm.advantages import CALIBRATIONS, advantage_statistics, multi_reward_advantage
+from adagrpo.algorithm.advantages import CALIBRATIONS, advantage_statistics, reward_advantage
 from adagrpo.algorithm.selection import CapabilityState
 
 NAN = math.nan
@@ -53,7 +53,7 @@ def test_several_rewards(calibration: str, weight: float, clip: float) -> None:
     """A sample that failed in one reward is failed in all: 0 for itself, invisible to the others."""
     weights = [0.7, 1.5]
     rewards = torch.tensor(REWARDS, dtype=torch.float64)
-    advantage = multi_reward_advantage(rewards, capability(MEAN, STD), torch.tensor(weights), clip, weight, calibration)
+    advantage = reward_advantage(rewards, capability(MEAN, STD), torch.tensor(weights), clip, weight, calibration).advantage
     assert advantage.shape == (3, 4)
     for group in range(3):
         valid = [i for i in range(4) if all(math.isfinite(REWARDS[m][group][i]) for m in range(2))]
@@ -69,7 +69,7 @@ def test_several_rewards(calibration: str, weight: float, clip: float) -> None:
 
 def test_single_reward_in_float32() -> None:
     rewards = torch.tensor([REWARDS[0][:1]])
-    advantage = multi_reward_advantage(rewards, capability(MEAN[:1], STD[:1]), torch.ones(1), 5.0, 1.0, "mass")
+    advantage = reward_advantage(rewards, capability(MEAN[:1], STD[:1]), torch.ones(1), 5.0, 1.0, "mass").advantage
     assert advantage.dtype is torch.float32
     expected = truth_part(REWARDS[0][0], MEAN[0], STD[0], 5.0, 1.0, "mass")
     assert advantage[0].tolist() == pytest.approx(expected, rel=1e-5)
@@ -79,7 +79,7 @@ def test_without_fusion_the_level_is_not_read() -> None:
     """Weight 0 is plain group-relative advantage: even a broken level must not reach it."""
     rewards = torch.tensor(REWARDS, dtype=torch.float64)
     broken = capability((NAN, NAN), (NAN, NAN))
-    advantage = multi_reward_advantage(rewards, broken, torch.ones(2), 5.0, 0.0, "mass")
+    advantage = reward_advantage(rewards, broken, torch.ones(2), 5.0, 0.0, "mass").advantage
     assert bool(advantage.isfinite().all())
     assert float(advantage.abs().max()) > 0.5
 
