@@ -20,6 +20,7 @@ TESTS = {
     "correctness-step": ["tests/kernels/test_triton_sde_step.py", "tests/kernels/test_triton_philox.py"],
     "correctness-replay": ["tests/kernels/test_triton_group_log_prob.py"],
     "correctness-groups": ["tests/kernels/test_triton_fused_advantage.py", "tests/kernels/test_triton_capability_step.py"],
+    "correctness-rows": ["tests/kernels/test_rows.py"],
     "on-device": ["tests/gpu"],
 }
 BENCHES = ("sde_step", "philox", "group_log_prob", "fused_advantage", "capability_step")

@@ -1,4 +1,5 @@
-"""Operators of flow-based GRPO: one module per operator, each with its specification in plain PyTorch.
+"""Operators of flow-based GRPO, and of the FP8 transformer it samples with: one module per operator, each with its
+specification in plain PyTorch.
 
 The functions named ``*_reference`` are the specification, the CPU path and the oracle of every test; those without the
 suffix run them or a Triton kernel (``impl``, see ``_dispatch``). This package knows torch only, and triton once a kernel is
@@ -26,7 +27,9 @@ from .fused_advantage import (
     multi_reward_advantage_reference,
     reward_statistics_reference,
 )
+from .gelu_join import gelu_join, gelu_join_reference
 from .group_log_prob import group_log_prob, group_log_prob_reference
+from .layer_norm_modulate import layer_norm_modulate, layer_norm_modulate_reference
 from .philox import (
     MAX_STEP,
     Draw,
@@ -36,6 +39,7 @@ from .philox import (
     philox_normal_reference,
     philox_uniform_reference,
 )
+from .quantize import Quantized, quantize_rowwise, quantize_rowwise_reference, quantize_tensorwise
 from .rounding import round_to_storage
 from .sde_step import Guidance, History, SdeStep, affine_mean, sde_step, sde_step_reference
 from .step_table import SCHEMES, StepTable, sigma_schedule, step_table
@@ -51,6 +55,7 @@ __all__ = [
     "Guidance",
     "History",
     "MultiRewardAdvantage",
+    "Quantized",
     "SdeStep",
     "StepTable",
     "Stream",
@@ -61,11 +66,15 @@ __all__ = [
     "capability_update_reference",
     "fused_advantage",
     "fused_advantage_reference",
+    "gelu_join",
+    "gelu_join_reference",
     "global_advantage_reference",
     "group_log_prob",
     "group_log_prob_reference",
     "implementations",
     "launch_counts",
+    "layer_norm_modulate",
+    "layer_norm_modulate_reference",
     "local_advantage_reference",
     "multi_reward_advantage",
     "multi_reward_advantage_reference",
@@ -73,6 +82,9 @@ __all__ = [
     "philox_normal",
     "philox_normal_reference",
     "philox_uniform_reference",
+    "quantize_rowwise",
+    "quantize_rowwise_reference",
+    "quantize_tensorwise",
     "reset_counts",
     "reward_statistics_reference",
     "round_to_storage",

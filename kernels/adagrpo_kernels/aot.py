@@ -50,6 +50,7 @@ def cases() -> Iterator[Case]:
     yield from _group_log_prob_cases()
     yield from _advantage_cases()
     yield from _capability_cases()
+    yield from _row_cases()
 
 
 def _sde_step_cases() -> Iterator[Case]:
@@ -146,6 +147,38 @@ def _capability_cases() -> Iterator[Case]:
             constants = {"ALPHA": 0.8, "STRATEGY": strategy, "CANDIDATES": 16, "TILE": 128}
             shape = f"{strategy}, {'several rewards' if weights else 'one reward'}"
             yield Case("capability_step", shape, capability_step_kernel, types, constants, WARPS)
+
+
+def _row_cases() -> Iterator[Case]:
+    """Token rows of FLUX.1: width 3072, MLP 12288, single block's last product 15360."""
+    from ._triton.gelu_join import gelu_join_kernel
+    from ._triton.layer_norm_modulate import layer_norm_modulate_kernel
+    from ._triton.quantize import quantize_rowwise_kernel
+    from ._triton.rows import blocks
+
+    def case(
+        name: str, function: Any, columns: int, storage: str, fp8: bool, inputs: str, strides: str, **constants: Any
+    ) -> Case:
+        block, warps = blocks(columns)
+        types = {f"{n}_ptr": POINTERS[storage] for n in inputs.split()} | {f"{n}_stride": "i32" for n in strides.split()}
+        types |= {"out_ptr": "*fp8e4nv", "scale_ptr": "*fp32"} if fp8 else {"out_ptr": POINTERS[storage]}
+        types |= {"length": "i32", "numel": "i32"}
+        shape = f"{storage} to {'fp8' if fp8 else storage}, long rows, {columns}"
+        return Case(name, shape, function, types, constants | {"BLOCK": block, "ROUND_E4M3": False}, warps)
+
+    for storage in ("bf16", "fp32"):
+        for columns in (3072, 12288, 15360):
+            yield case("quantize_rowwise", quantize_rowwise_kernel, columns, storage, True, "x", "x_batch x_row")
+        for fp8 in (True, False):
+            yield case(
+                "layer_norm_modulate", layer_norm_modulate_kernel, 3072, storage, fp8, "x shift mod_scale",
+                "x_batch x_row shift mod_scale", EPS=1e-6,
+            )  # fmt: skip
+            for columns, first in ((12288, 0), (15360, 3072)):
+                yield case(
+                    "gelu_join", gelu_join_kernel, columns, storage, fp8, "mlp first" if first else "mlp",
+                    "mlp_batch mlp_row first_batch first_row", FIRST=first,
+                )  # fmt: skip
 
 
 def measure(case: Case) -> dict[str, int]:

@@ -95,6 +95,30 @@ MUTANTS: dict[str, dict[str, tuple[str, str, str]]] = {
             "_triton/group_log_prob.py", "const - scale * (square / numel))", "const - scale * (square * (g + 1) / numel))",
         ),
     },
+    "scale of the row halved": {
+        "reference": ("quantize.py", "keepdim=True).clamp_min(TINY)", "keepdim=True).clamp_min(TINY) / 2"),
+        "triton": ("_triton/rows.py", "tl.div_rn(amax, 448.0)", "tl.div_rn(amax, 896.0)"),
+    },
+    "broken rows pass for sound ones": {
+        "reference": ("quantize.py", "all(-1, keepdim=True), amax, torch.nan)", "all(-1, keepdim=True), amax, 1.0)"),
+        "triton": ("_triton/rows.py", "tl.where(bad > 0,", "tl.where(bad > 1,"),
+    },
+    "variance around zero": {
+        "reference": ("layer_norm_modulate.py", "centred.square().mean", "values.square().mean"),
+        "triton": ("_triton/layer_norm_modulate.py", "tl.sum(centred * centred)", "tl.sum(x * x)"),
+    },
+    "scale without its one": {
+        "reference": ("layer_norm_modulate.py", "* (1 + scale.to(wide)", "* (scale.to(wide)"),
+        "triton": ("_triton/layer_norm_modulate.py", "* (1.0 + scale)", "* scale"),
+    },
+    "the other GELU": {
+        "reference": ("gelu_join.py", 'approximate="tanh"', 'approximate="none"'),
+        "triton": ("_triton/gelu_join.py", "0.044715", "0.0"),
+    },
+    "parts in the other order": {
+        "reference": ("gelu_join.py", "torch.cat([first.to(wide), y], -1)", "torch.cat([y, first.to(wide)], -1)"),
+        "triton": ("_triton/gelu_join.py", "y = tl.where(column < FIRST, first, y)", "y = tl.where(column < FIRST, 0.0, y)"),
+    },
 }  # fmt: skip
 
 
@@ -210,9 +234,32 @@ def check_capability(package: ModuleType, impl: str) -> None:
     assert float(found.var) == pytest.approx(0.8 * 4 + 0.2 * statistics.pvariance([1.2, 11.0, 2.0, 5.8]))
 
 
+def check_rows(package: ModuleType, impl: str) -> None:
+    """Quantisation, adaptive norm and GELU beside another part, value by value."""
+    x = values(2, 5) * torch.tensor([[1.0], [30.0]]) + 2
+    q = package.quantize_rowwise(x, impl)
+    for r in range(2):
+        row = x[r].tolist()
+        scale = max(map(abs, row)) / 448
+        assert float(q.scale[r]) == pytest.approx(scale)
+        assert (q.values[r].float() * q.scale[r]).tolist() == pytest.approx(row, rel=1 / 15)
+    broken = package.quantize_rowwise(torch.tensor([[1.0, math.inf, 2.0]]), impl)
+    assert math.isnan(float(broken.scale))
+    shift, scale = values(1, 5), values(1, 5).flip(1)
+    found = package.layer_norm_modulate(x[:1].unsqueeze(0), shift, scale, impl=impl).flatten().tolist()
+    row = x[0].tolist()
+    mean, deviation = statistics.fmean(row), math.sqrt(statistics.pvariance(row) + 1e-6)
+    for d in range(5):
+        assert found[d] == pytest.approx((row[d] - mean) / deviation * (1 + float(scale[0, d])) + float(shift[0, d]), abs=1e-5)
+    joined = package.gelu_join(x.unsqueeze(0), values(1, 2, 3) + 4, impl=impl)[0, 0].tolist()
+    inner = [math.sqrt(2 / math.pi) * (v + 0.044715 * v**3) for v in row]
+    expected = [v / 2 * (1 + math.tanh(u)) for v, u in zip(row, inner, strict=True)]
+    assert joined == pytest.approx([*(values(1, 2, 3)[0, 0] + 4).tolist(), *expected], abs=1e-5)
+
+
 def check(package: ModuleType, impl: str) -> None:
     """The compact suite."""
-    for part in (check_table, check_step, check_replay, check_advantage, check_capability):
+    for part in (check_table, check_step, check_replay, check_advantage, check_capability, check_rows):
         part(package, impl)
 
 
