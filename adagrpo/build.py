@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import torch
 from adagrpo_kernels._dispatch import device_problem
 
-from .config import Config, ModelConfig
+from .config import Config, ModelConfig, bucket_size
+from .engine.backends import require_backends
+from .engine.memory import MemoryPlan, free_bytes
 from .errors import InputError
 from .models.base import FlowModel
+from .planning import memory_plan, rehearse
 from .plugins import checked, is_import_path, load_callable
 from .prompts import load_prompts
 from .recipe import check
 from .rewards import build_reward
 from .tiny import tiny_flux_path
 from .train import DTYPES, Fuse, Select, Trainer
+
+if TYPE_CHECKING:
+    from .models.flux import FluxModel
 
 BUILT_IN_MODEL = "tiny-flux"
 
@@ -51,11 +60,13 @@ def check_model(config: ModelConfig) -> None:
         check_pipeline_path(config.path)
 
 
-def check_kernels(config: Config) -> None:
-    """Refuse ``engine.kernels = triton`` where it cannot run."""
-    if config.engine.kernels != "triton":
+def check_engine(config: Config) -> None:
+    """Refuse ``engine`` keys that cannot run on the recipe's device, without loading the model."""
+    e, device = config.engine, choose_device(config.model.device)
+    require_backends(device, e.forward, e.precision == "fp8", e.attention, e.fp8_attention)
+    if e.kernels != "triton":
         return
-    problem = device_problem({choose_device(config.model.device).type})
+    problem = device_problem({device.type})
     if config.rollout.storage == "fp64":
         problem = "the kernels do not store fp64 latents"
     if problem:
@@ -64,7 +75,7 @@ def check_kernels(config: Config) -> None:
 
 def build_model(config: ModelConfig) -> FlowModel:
     """Load the policy and mark what is trained."""
-    from .models.flux import add_lora, load_flux
+    from .models.flux import load_flux
 
     if is_import_path(config.family):
         device = choose_device(config.device)
@@ -81,48 +92,65 @@ def build_model(config: ModelConfig) -> FlowModel:
         config.guidance,
         config.prompt_cache,
     )
+    _prepare(model, config)
+    return model
+
+
+def build_architecture(config: ModelConfig) -> FlowModel:
+    """The policy on the meta device, as ``build_model`` would load it; an adapter named by import path is loaded.
+
+    Raises:
+        InputError: an architecture that is not known here.
+    """
+    if is_import_path(config.family):
+        return build_model(config)
+    from .models.random_flux import flux_architecture
+
+    path = str(tiny_flux_path()) if config.path == BUILT_IN_MODEL else config.path
+    c = config
+    model = flux_architecture(path, DTYPES[c.dtype], c.height, c.width, c.max_text_tokens, c.guidance, c.prompt_cache)
+    _prepare(model, config)
+    return model
+
+
+def _prepare(model: FluxModel, config: ModelConfig) -> None:
+    """Adapters and checkpointing, where the recipe wants them."""
+    from .models.flux import add_lora
+
     if config.tuning == "lora":
         add_lora(model.transformer, config.lora_rank, config.lora_alpha, config.lora_targets)
     if config.gradient_checkpointing:
         model.transformer.enable_gradient_checkpointing()
-    return model
 
 
-def build_trainer(config: Config) -> tuple[Trainer, list[str]]:
+def build_trainer(config: Config, planned: Callable[[MemoryPlan], object] | None = None) -> tuple[Trainer, list[str]]:
     """A trainer at its initial weights, and the held-out prompts.
 
+    Args:
+        planned: receives the memory plan, once it is known to fit and before anything is allocated for training.
+
     Raises:
-        InputError: anything wrong with the recipe or what it names.
+        InputError: anything wrong with the recipe or what it names, or a training state that cannot fit.
     """
     check(config)
-    check_kernels(config)
+    check_engine(config)
     prompts, held_out = load_data(config)
     select, fuse = load_plugins(config)
     rewards = [build_reward(r.name, r.kwargs, f"rewards.{i}") for i, r in enumerate(config.rewards)]
     model = build_model(config.model)
-    require_memory(model, config.optimizer.ema_decay > 0)
+    for bucket in config.model.buckets:
+        try:
+            model.resize(*bucket_size(bucket))
+        except InputError as error:
+            raise InputError(f"model.buckets: {error}") from error
+    if config.model.buckets:
+        model.resize(config.model.height, config.model.width)
+    if planned is not None or model.device.type == "cuda":
+        plan = memory_plan(config, model, rehearse(model, prompts[0]), rewards, len(prompts), len(held_out))
+        plan.check(free_bytes(model.device), device=str(model.device))
+        if planned is not None:
+            planned(plan)
     return Trainer(config, model, rewards, prompts, select, fuse), held_out
-
-
-def require_memory(model: FlowModel, averages: bool) -> None:
-    """Refuse a training state that cannot fit beside the loaded model: gradients, master weights, moments, weight EMA.
-
-    Raises:
-        InputError: naming what is needed and what is free.
-    """
-    if model.device.type != "cuda":
-        return
-    needed = 0
-    for _, p in model.trainable():
-        wide = max(p.element_size(), 4)
-        copies = 3 + averages + (p.element_size() < 4)  # gradient and two moments; average; master
-        needed += p.numel() * wide * copies
-    free, _ = torch.cuda.mem_get_info(model.device)
-    if needed > free:
-        raise InputError(
-            f"model.tuning = full needs {needed / 1e9:.0f} GB for gradients, masters and moments; {model.device} has "
-            f"{free / 1e9:.0f} GB free: use model.tuning = lora (recipe flux1-dev-lora)"
-        )
 
 
 def load_data(config: Config) -> tuple[list[str], list[str]]:

@@ -51,15 +51,18 @@ def _dispatch(argv: list[str]) -> int:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an input error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_train(commands)
+    _add_fidelity(commands)
+    _add_plan(commands)
     _add_sample(commands)
     _add_export(commands)
     _add_report(commands)
     _add_tiny(commands)
     commands.add_parser("doctor", help="what this machine has, and what that means").set_defaults(run=_doctor)
     args, rest = parser.parse_known_args(argv)
-    if rest and args.command != "train":
+    takes_keys = args.command in ("train", "plan", "fidelity")
+    if rest and not takes_keys:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    return args.run(args, rest) if args.command == "train" else args.run(args)
+    return args.run(args, rest) if takes_keys else args.run(args)
 
 
 def _add_train(commands: argparse._SubParsersAction) -> None:
@@ -96,13 +99,54 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> int:
     return train(config, args.out, args.resume)
 
 
-def _override(config: Config, overrides: list[str], recipe: str) -> Config:
+def _add_plan(commands: argparse._SubParsersAction) -> None:
+    plan = commands.add_parser(
+        "plan",
+        allow_abbrev=False,
+        help="memory plan and predicted seconds of a recipe, without its model",
+        description="Print what a recipe will hold in memory and at least take in time. Nothing is downloaded, no GPU is "
+        "needed. Every key can be set as --section.key VALUE.",
+    )
+    plan.add_argument("recipe", help=f"{', '.join(recipe_names())}, or a TOML file")
+    plan.set_defaults(run=_plan)
+
+
+def _plan(args: argparse.Namespace, overrides: list[str]) -> int:
+    config = _override(load_recipe(args.recipe), overrides, args.recipe, "plan")
+    check(config)
+    from .commands import plan
+
+    return plan(config)
+
+
+def _override(config: Config, overrides: list[str], recipe: str, command: str = "train") -> Config:
     """Apply --section.key VALUE; tyro prints help and errors, nearest option included, and exits with code 2."""
     if not overrides:
         return config
     import tyro
 
-    return tyro.cli(Config, default=config, args=overrides, prog=f"adagrpo train {recipe}")
+    return tyro.cli(Config, default=config, args=overrides, prog=f"adagrpo {command} {recipe}")
+
+
+def _add_fidelity(commands: argparse._SubParsersAction) -> None:
+    fidelity = commands.add_parser(
+        "fidelity",
+        allow_abbrev=False,
+        help="how faithful faster rollouts are to the policy's own",
+        description="Sample the same prompts and noise by the policy and under the recipe's engine and tail keys, and compare "
+        "images, reward ranks and picks. Any key can be set as --section.key VALUE.",
+    )
+    fidelity.add_argument("source", help="recipe, run folder or checkpoint folder")
+    fidelity.add_argument("--slots", type=int, default=20, help="prompts to pick, each among B candidates (default: 20)")
+    fidelity.add_argument("--out", type=Path, help="report file (default: runs/fidelity/<recipe>-<levers>.json)")
+    fidelity.set_defaults(run=_fidelity)
+
+
+def _fidelity(args: argparse.Namespace, overrides: list[str]) -> int:
+    from .commands import fidelity, source_config
+
+    config, checkpoint = source_config(args.source)
+    return fidelity(_override(config, overrides, args.source, "fidelity"), checkpoint, args.slots, args.out)
 
 
 def _add_sample(commands: argparse._SubParsersAction) -> None:

@@ -9,36 +9,49 @@ from pathlib import Path
 from tqdm import tqdm
 
 from .algorithm.sde import Stream
-from .build import build_model, build_trainer, check_model, choose_device, load_data, load_plugins
+from .build import build_architecture, build_model, build_trainer, check_engine, check_model, load_data, load_plugins
 from .config import Config
-from .engine.plans import branch_plan, probe_plan, trajectory_plan
+from .engine.backends import resolve_forward
+from .engine.memory import MemoryPlan, size_text
+from .engine.roofline import H100
 from .errors import InputError
 from .evaluation import sample_images
+from .fidelity import changed_levers, compare
 from .fit import Fit
 from .models.base import FlowModel
+from .planning import iteration_prediction, memory_plan, planned_evaluations, rehearse
 from .recipe import check, load_recipe
-from .rewards import check_reward
+from .rewards import build_reward, check_reward
 from .run.checkpoint import INDEX, verify
-from .run.folder import RunFolder, next_free, prompts_digest
+from .run.folder import RunFolder, next_free, prompts_digest, write_json
 from .run.grid import to_pil
 from .run.loggers import check_loggers
 from .run.report import write_report
 from .train import build_executor
 
+# What the driver leaves of 80 and 141 GB, about.
+GPU_BYTES = {"H100 80 GB": int(78.5 * 2**30), "H200 141 GB": 139 * 2**30}
+
 
 def train(config: Config, out: Path | None, resume: str | None) -> int:
     """Train a checked recipe to its end; returns the exit code."""
     run, checkpoint = _open_run(config, out, resume)
-    trainer, held_out = build_trainer(config)
+    plans: list[MemoryPlan] = []
+    trainer, held_out = build_trainer(config, plans.append)
     digest = prompts_digest(trainer.stream.prompts, held_out)
     if (run.path / "config.toml").exists():
         run.check_prompts(digest)
     else:
-        backends = {"attention": attention_backend(trainer.model.transformer), "dtype": str(trainer.model.dtype)}
+        backends = {
+            "attention": attention_backend(trainer.model.transformer),
+            "dtype": str(trainer.model.dtype),
+            "forward": resolve_forward(config.engine.forward, trainer.model),
+            "rollout_copy_bytes": trainer.executor.rollout.own_bytes,
+        }
         extra = {"latent_shape": list(trainer.model.latent_shape), "backends": backends, "prompts_sha256": digest}
         run.write_start(config, trainer.model.device, extra)
     tqdm.write(f"{config.name}: {config.train.iterations} iterations on {trainer.model.device}, run folder {run.path}")
-    fit = Fit(trainer, run, held_out)
+    fit = Fit(trainer, run, held_out, plan=plans[0])
     if checkpoint is not None:
         fit.resume(checkpoint)
     else:
@@ -51,7 +64,7 @@ def train(config: Config, out: Path | None, resume: str | None) -> int:
 
 def dry_run(config: Config, out: Path | None = None) -> int:
     """Check what can be checked without loading the model, and print what an iteration would cost."""
-    choose_device(config.model.device)
+    check_engine(config)
     check_model(config.model)
     prompts, held_out = load_data(config)
     load_plugins(config)
@@ -73,25 +86,22 @@ def report(folders: Sequence[Path], out: Path | None) -> int:
     return 0
 
 
-def planned_evaluations(config: Config) -> dict[str, int]:
-    """Transformer image-forwards of one iteration by phase, from the plans alone."""
-    r, slots = config.rollout, config.train.slots * config.train.accumulation
-    candidates = slots * config.selection.candidates
-    if r.plan == "fork":
-        forks = max(1, round(len(r.sde_steps) * r.trained_share))
-        counts = {"probe": probe_plan(range(candidates), r.steps).evaluations()}
-        if r.fork_velocity == "fresh":
-            counts["prefix"] = slots * forks
-        counts["rollout"] = branch_plan(slots, r.sde_steps, r.group_size, r.steps).evaluations()
-        return {**counts, "update": slots * forks}
-    stochastic = r.window_size if r.plan == "window" else len(r.sde_steps)
-    transitions = slots * r.group_size * max(1, round(stochastic * r.trained_share))
-    probing = config.selection.candidates > 1 or config.advantage.weight > 0
-    counts = {"probe": candidates * r.steps} if probing else {}
-    counts["rollout"] = trajectory_plan(slots, r.group_size, r.steps, (), ()).evaluations()
-    if config.loss.old_logp == "recompute":
-        counts["recompute"] = transitions
-    return {**counts, "update": transitions}
+def plan(config: Config) -> int:
+    """Print the memory plan and the predicted seconds of an iteration; nothing is downloaded, nothing is trained."""
+    model = build_architecture(config.model)
+    rehearsal = rehearse(model, "a prompt")
+    memory = memory_plan(config, model, rehearsal)
+    print(f"{config.name}: memory plan for one GPU\n\n{memory.table()}\n")
+    for name, size in GPU_BYTES.items():
+        try:
+            memory.check(size, device=name)
+            print(f"{name}: fits, {size_text(size - memory.peak)} to spare")
+        except InputError as error:
+            print(f"{name}: does not fit: {error}")
+    if not isinstance(rehearsal, str):
+        prediction = iteration_prediction(config, rehearsal, H100)
+        print(f"\n{prediction.table()}")
+    return 0
 
 
 def sample(source: str, prompts: Sequence[str], count: int, seed: int | None, out: Path) -> int:
@@ -109,6 +119,32 @@ def sample(source: str, prompts: Sequence[str], count: int, seed: int | None, ou
         to_pil(image).save(path)
         print(path)
     return 0
+
+
+FIDELITY = Path("runs") / "fidelity"
+
+
+def fidelity(config: Config, checkpoint: Path | None, slots: int, out: Path | None) -> int:
+    """Compare the recipe's rollouts with the policy's own; exit code 1 when they are not faithful enough."""
+    if slots < 1:
+        raise InputError(f"--slots {slots}: must be at least 1")
+    check(config)
+    check_engine(config)
+    if not changed_levers(config):
+        keys = "engine.precision, engine.fp8_attention, engine.forward, engine.attention or rollout.tail_steps"
+        raise InputError(f"{config.name}: its rollouts are the policy's own; set {keys}")
+    prompts, _ = load_data(config)
+    rewards = [build_reward(r.name, r.kwargs, f"rewards.{i}") for i, r in enumerate(config.rewards)]
+    model = build_model(config.model)
+    if checkpoint is not None:
+        model.load_portable(checkpoint)
+    with tqdm(total=slots, unit="slot", disable=None) as bar:
+        found = compare(config, model, rewards, prompts, slots, lambda done: bar.update(done - bar.n))
+    path = out or FIDELITY / f"{config.name}-{'-'.join(str(v) for v in found.levers.values())}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, found.as_json())
+    print(f"{found}\n{path}")
+    return 0 if found.passed else 1
 
 
 def export(source: str, out: Path) -> int:

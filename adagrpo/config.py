@@ -27,6 +27,9 @@ class ModelConfig:
     """Image height in pixels; a multiple of the VAE's scale times the patch size."""
     width: int = 32
     """Image width in pixels."""
+    buckets: tuple[str, ...] = ()
+    """Image sizes to train on, as HEIGHTxWIDTH; each iteration draws one of them. Empty: height x width. Evaluation and sample
+    grids always use height x width."""
     max_text_tokens: int = 256
     """Length of the T5 prompt, in tokens."""
     guidance: float = 3.5
@@ -77,6 +80,10 @@ class RolloutConfig:
     velocities of the probe (the released code)."""
     storage: Literal["bf16", "fp16", "fp32", "fp64"] = "fp32"
     """Precision of stored latents; log-probabilities are of the rounded values."""
+    tail_steps: int = 0
+    """Evaluations after a fork, at most (lossy, plan fork): longer steps to the image; 0 takes every step of the grid."""
+    tail_solver: Literal["dpmpp2m", "euler"] = "dpmpp2m"
+    """Solver of those longer steps: DPM-Solver++ 2M (second order) or Euler."""
 
 
 @dataclass(frozen=True)
@@ -163,13 +170,32 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How it runs; never what it computes."""
+    """How it runs. Only `precision`, `attention` and `fp8_attention` change what rollouts compute, and log-probabilities never:
+    those belong to the training weights in training precision."""
 
     max_rows: int = 0
-    """Largest batch of the transformer and the decoder, in images; 0 is unlimited."""
+    """Largest batch of the transformer, in images; 0 is unlimited."""
+    decode_rows: int = 0
+    """Largest batch of decoder and rewards, in images, where it is less than max_rows; 0 is max_rows."""
     kernels: Literal["auto", "triton", "reference"] = "auto"
     """Implementation of the algorithm's operators: auto (the environment variable ADAGRPO_IMPL, else Triton on CUDA), triton
     (or an error), reference (plain PyTorch). The manifest records what ran."""
+    forward: Literal["auto", "eager", "compile", "fused"] = "auto"
+    """The rollouts' forward. eager: the library's. compile: the same under torch.compile, block by block. fused: our own over
+    the same weights. auto: compile on CUDA, eager elsewhere. `adagrpo doctor` tells what runs here."""
+    precision: Literal["auto", "bf16", "fp8"] = "auto"
+    """Precision of the rollouts: auto is that of the model (lossless); fp8 (lossy) multiplies in e4m3, from Hopper on."""
+    fp8_scaling: Literal["rowwise", "tensorwise"] = "rowwise"
+    """One FP8 scale per token and output channel, or one per tensor."""
+    attention: Literal["auto", "native", "cudnn", "flash", "flash3"] = "auto"
+    """Attention of rollouts and training: auto is torch's choice, native torch's kernels, cudnn cuDNN's, flash and flash3 those
+    of the flash-attn packages."""
+    fp8_attention: bool = False
+    """Rollouts attend in FP8 (lossy); needs forward = fused."""
+    cuda_graphs: bool = False
+    """Capture the rollout's steps as CUDA graphs, one per number of rows. On the CPU: run under the capture's contract."""
+    overlap: bool = True
+    """Decode and score on a second CUDA stream while the next chunk of `max_rows` is sampled."""
 
 
 @dataclass(frozen=True)
@@ -276,3 +302,13 @@ class Config:
     output: OutputConfig = field(default_factory=OutputConfig)
     guards: GuardsConfig = field(default_factory=GuardsConfig)
     rewards: tuple[RewardConfig, ...] = (RewardConfig(),)
+
+
+def bucket_size(bucket: str) -> tuple[int, int]:
+    """Height and width of ``HEIGHTxWIDTH``.
+
+    Raises:
+        ValueError: another form.
+    """
+    height, width = bucket.split("x")
+    return int(height), int(width)

@@ -41,7 +41,7 @@ def sample_latents(executor: RolloutExecutor, prompts: Sequence[str], noises: in
     rows = torch.arange(len(prompts)).repeat_interleave(noises)
     plan = probe_plan(rows.tolist(), executor.num_steps)
     x = executor.initial_noise(plan.noise_row, 0, stream)
-    return executor.run(plan, x, conditioning, 0, "evaluation").final
+    return executor.run(plan, x, conditioning, 0, "evaluation", on_policy=True).final
 
 
 def sample_images(executor: RolloutExecutor, prompts: Sequence[str], noises: int, stream: Stream) -> Tensor:
@@ -51,7 +51,7 @@ def sample_images(executor: RolloutExecutor, prompts: Sequence[str], noises: int
 
 def decode(executor: RolloutExecutor, latents: Tensor) -> Tensor:
     """Pictures [R, 3, H, W] in [0, 1] of latents [R, L, C], in batches the executor allows."""
-    return torch.cat([executor.model.decode(latents[part]) for part in executor.chunks(latents.shape[0])])
+    return torch.cat([executor.model.decode(latents[part]) for part in executor.decode_chunks(latents.shape[0])])
 
 
 def evaluate(executor: RolloutExecutor, score: Scorer, prompts: Sequence[str], noises: int, stream: Stream) -> Tensor:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from .algorithm.sde import Stream
 from .config import Config
+from .engine.memory import MemoryPlan, PeakMeter, checkpoint_bytes
 from .errors import InputError, RunError
 from .evaluation import PairedGain, decode, evaluate, paired_gain, sample_latents
 from .prompts import prompt_category
@@ -31,7 +32,7 @@ from .run.report import write_report
 from .run.signals import StopRequest
 from .train import Trainer
 
-BASELINE = "baseline.json"
+BASELINE, MEMORY = "baseline.json", "memory.json"
 EXIT_GUARD = 3
 
 
@@ -51,12 +52,19 @@ class Fit:
         run: the folder.
         held_out: prompts of the held-out evaluation.
         say: receives lines for the user.
+        plan: of the memory; compared with what the run took.
     """
 
     def __init__(
-        self, trainer: Trainer, run: RunFolder, held_out: Sequence[str], say: Callable[[str], None] = tqdm.write
+        self,
+        trainer: Trainer,
+        run: RunFolder,
+        held_out: Sequence[str],
+        say: Callable[[str], None] = tqdm.write,
+        plan: MemoryPlan | None = None,
     ) -> None:
         self.trainer, self.run, self.say = trainer, run, say
+        self.plan, self.meter = plan, PeakMeter(trainer.model.device)
         self.config: Config = trainer.config
         e = self.config.evaluation
         self.held_out, self.final_prompts = list(held_out)[: e.prompts], list(held_out)[: e.final_prompts]
@@ -94,16 +102,34 @@ class Fit:
         """
         o, total = self.config.output, self.config.train.iterations
         kept = o.keep_last + o.keep_best + (total // o.keep_every if o.keep_every else 0)
-        require_space(self.run.checkpoints, self._checkpoint_bytes(), kept)
+        size = checkpoint_bytes(self.trainer.optimizer.parameters, bool(self.trainer.optimizer.averages))
+        require_space(self.run.checkpoints, size, kept)
+        self._plan_memory()
         self.trainer.with_memory(self._try_rewards)
         with contextlib.ExitStack() as closing:
             loggers = self._open_loggers(closing)
             before = self._before()
-            outcome = self._train(loggers)
+            try:
+                outcome = self._train(loggers)
+            finally:
+                self._compare_memory()
         if not outcome.exit_code:
             outcome = Outcome(0, self._compare(before))
         self._report()
         return outcome
+
+    def _plan_memory(self) -> None:
+        """The plan, in a line and in the run folder."""
+        if self.plan is not None:
+            self.say(self.plan.summary())
+            self.run.write_json(MEMORY, {"plan": self.plan.as_dict()})
+
+    def _compare_memory(self) -> None:
+        """What the run took beside the plan."""
+        if self.plan is not None:
+            measured, line = self.meter.report(self.plan)
+            self.run.write_json(MEMORY, {"plan": self.plan.as_dict(), "measured": measured, "comparison": line})
+            self.say(line)
 
     def _open_loggers(self, closing: contextlib.ExitStack) -> list[Logger]:
         """The dashboards, closed by ``closing``."""
@@ -139,13 +165,14 @@ class Fit:
     def _one_iteration(self) -> tuple[dict[str, Any], list[Trip]]:
         """Train, evaluate, judge, then (only if it is sound) save."""
         started = time.perf_counter()
+        self.meter.observe()
         if self.trainer.model.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.trainer.model.device)
         metrics = self._traced_iteration()
         self._record_kernels()
-        picked = metrics.pop("selection/picked")
         done, output = self.trainer.iterations_done, self.config.output
-        record: dict[str, Any] = {"iteration": done, **read_metrics(metrics)}
+        numbers, picked = read_metrics(metrics)
+        record: dict[str, Any] = {"iteration": done, **numbers}
         record |= self._performance(time.perf_counter() - started)
         if self.category is not None:
             record["selection/categories"] = dict(Counter(map(self.category, picked)))
@@ -259,6 +286,8 @@ class Fit:
         for phase, count in self.trainer.executor.counts.items():
             record |= {f"perf/{phase}_evaluations": count.evaluations, f"perf/{phase}_calls": count.calls}
         if self.trainer.model.device.type == "cuda":
+            if self.trainer.executor.graphs is not None:
+                record["mem/graph_bytes"] = self.trainer.executor.graphs.pool_bytes
             record["mem/peak_bytes"] = torch.cuda.max_memory_allocated(self.trainer.model.device)
         return record
 
@@ -337,20 +366,16 @@ class Fit:
         self.run.event(self.trainer.iterations_done if iteration is None else iteration, kind, message)
         self.say(message)
 
-    def _checkpoint_bytes(self) -> int:
-        """Size of one checkpoint: portable weights, masters, two moments, weight EMA."""
-        optimizer = self.trainer.optimizer
-        masters = sum(m.numel() * m.element_size() for m in optimizer.masters)
-        portable = sum(p.numel() * p.element_size() for p in optimizer.parameters)
-        return portable + masters * (4 if optimizer.averages else 3)
 
-
-def read_metrics(metrics: dict[str, Any]) -> dict[str, float]:
-    """The metrics that are tensors or numbers, as numbers, in one copy to the host."""
+def read_metrics(metrics: dict[str, Any]) -> tuple[dict[str, float], list[str]]:
+    """Metrics that are tensors or numbers, as numbers, and the picked prompts: the one copy to the host of an iteration."""
+    picked: PromptRows = metrics["selection/picked"]
     tensors = {name: value for name, value in metrics.items() if isinstance(value, Tensor)}
-    values = torch.stack([value.detach().double().reshape(()) for value in tensors.values()])
+    values = [value.detach().double().reshape(1) for value in tensors.values()]
+    read = torch.cat([*values, picked.text_index.double()]).tolist()
     numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
-    return dict(zip(tensors, values.tolist(), strict=True)) | numbers
+    texts = [picked.texts[int(i)] for i in read[len(tensors) :]]
+    return dict(zip(tensors, read, strict=False)) | numbers, texts
 
 
 def _finite(record: dict[str, Any]) -> bool:

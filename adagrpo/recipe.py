@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import tomllib
 import types
 import typing
@@ -68,7 +69,8 @@ def check(config: Config) -> None:
     Raises:
         InputError: naming the key, the value and what is allowed.
     """
-    for rule in (_check_ranges, _check_plugins, _check_dead_keys, _check_rollout, _check_training, _check_rewards):
+    rules = (_check_ranges, _check_plugins, _check_dead_keys, _check_sizes, _check_rollout, _check_training, _check_rewards)
+    for rule in rules:
         for key, value, remedy in rule(config):
             raise InputError(f"{key} = {value}: {remedy}")
 
@@ -83,10 +85,11 @@ def _check_ranges(c: Config) -> typing.Iterator[Problem]:
         "rollout.window_stride": 0, "rollout.window_every": 1, "selection.candidates": 1, "loss.clip_range": 0,
         "loss.kl_weight": 0, "train.iterations": 1, "train.seed": 0, "train.slots": 1, "train.accumulation": 1,
         "train.steps_per_iteration": 1, "optimizer.lr": 0, "optimizer.eps": 0, "optimizer.weight_decay": 0,
-        "optimizer.warmup_steps": 0, "engine.max_rows": 0, "evaluation.every": 0, "evaluation.prompts": 1,
+        "optimizer.warmup_steps": 0, "engine.max_rows": 0, "engine.decode_rows": 0, "evaluation.every": 0,
+        "evaluation.prompts": 1,
         "evaluation.noises": 1, "evaluation.final_prompts": 0, "evaluation.final_noises": 1, "output.grid_every": 0,
         "output.grid_prompts": 1, "output.checkpoint_every": 0, "output.keep_last": 1, "output.keep_every": 0,
-        "output.trace_at": 0, "guards.max_rollbacks": 0,
+        "output.trace_at": 0, "rollout.tail_steps": 0, "guards.max_rollbacks": 0,
     }  # fmt: skip
     at_most = {
         "rollout.steps": 4096, "rollout.group_size": 4096, "train.slots": 4096, "train.accumulation": 4096,
@@ -122,7 +125,13 @@ def _check_ranges(c: Config) -> typing.Iterator[Problem]:
 def _check_dead_keys(c: Config) -> typing.Iterator[Problem]:
     """Keys changed from their defaults where nothing reads them."""
     r, plugin = c.rollout, is_import_path(c.model.family)
+    fp8 = c.engine.precision == "fp8"
     rules = [
+        (plugin, "model.family = flux", [f"engine.{k}" for k in ("forward", "precision", "attention", "fp8_attention")]),
+        (not fp8, "engine.precision = fp8", ["engine.fp8_scaling"]),
+        (c.engine.forward != "fused", "engine.forward = fused", ["engine.fp8_attention"]),
+        (r.plan != "fork", "rollout.plan = fork", ["rollout.tail_steps"]),
+        (r.tail_steps == 0, "rollout.tail_steps above 0", ["rollout.tail_solver"]),
         (c.model.tuning != "lora", "model.tuning = lora", ["model.lora_rank", "model.lora_alpha", "model.lora_targets"]),
         (plugin, "model.family = flux", ["model.tuning", "model.gradient_checkpointing", "model.max_text_tokens"]),
         (plugin, "model.family = flux", ["model.guidance", "model.prompt_cache"]),
@@ -162,6 +171,12 @@ def _check_rollout(c: Config) -> typing.Iterator[Problem]:
             )
     if r.fork_velocity == "probe" and r.plan != "fork":
         yield "rollout.fork_velocity", r.fork_velocity, "needs rollout.plan = fork"
+    if r.fork_velocity == "probe" and _is_lossy(c):
+        yield (
+            "rollout.fork_velocity",
+            r.fork_velocity,
+            "the probe runs in another precision than the update, and its velocity would enter a log-probability: use fresh",
+        )
     if r.shared_noise and r.plan == "fork":
         yield (
             "rollout.shared_noise",
@@ -170,6 +185,20 @@ def _check_rollout(c: Config) -> typing.Iterator[Problem]:
         )
     if (c.model.dtype == "fp64") != (r.storage == "fp64"):
         yield "rollout.storage", r.storage, "fp64 latents go with model.dtype = fp64, and only with it"
+
+
+def _is_lossy(c: Config) -> bool:
+    """Whether rollouts compute something else than the policy does."""
+    e = c.engine
+    return e.precision == "fp8" or e.fp8_attention or (e.precision == "bf16" and c.model.dtype != "bf16")
+
+
+def _check_sizes(c: Config) -> typing.Iterator[Problem]:
+    for i, bucket in enumerate(c.model.buckets):
+        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", bucket):
+            yield f"model.buckets.{i}", bucket, "must be HEIGHTxWIDTH in pixels, such as 512x768"
+    if len(set(c.model.buckets)) < len(c.model.buckets):
+        yield "model.buckets", list(c.model.buckets), "names a size twice"
 
 
 def _check_training(c: Config) -> typing.Iterator[Problem]:

@@ -7,8 +7,9 @@ R rollout rows; one latent is [L, C].
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -16,13 +17,18 @@ from torch import Tensor
 
 from .algorithm.advantages import advantage_statistics, groups_with_signal, reward_advantage, reward_statistics
 from .algorithm.sde import Draw as NoiseDraw
-from .algorithm.sde import StepTable, Stream, philox_uniform, sigma_schedule, step_table
+from .algorithm.sde import Stream, philox_uniform, sigma_schedule
 from .algorithm.selection import STRATEGIES, CapabilityState, capability_step
-from .config import Config
+from .config import Config, bucket_size
+from .engine.backends import build_forward
 from .engine.executor import Rollout, RolloutExecutor
+from .engine.graphs import StepGraphs
 from .engine.optimizer import PolicyOptimizer
+from .engine.overlap import Overlap
 from .engine.plans import probe_plan, window_steps
 from .engine.sampling import Samples, merge_slots, sample_forks, sample_trajectories
+from .engine.scoring import Scorer
+from .engine.tables import RolloutTable, rollout_table
 from .engine.update import update_policy
 from .errors import RunError
 from .models.base import Conditioning, FlowModel
@@ -31,6 +37,7 @@ from .rewards import PromptRows, Reward
 from .run.timing import PhaseTimer
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+PRECISION: dict[str, torch.dtype | str | None] = {"auto": None, "bf16": torch.bfloat16, "fp8": "fp8"}
 T = TypeVar("T")
 Select = Callable[[Tensor, CapabilityState], Tensor]
 Fuse = Callable[[Tensor, CapabilityState, Tensor], Tensor]
@@ -83,8 +90,11 @@ class Trainer:
         self._select, self._fuse = select, fuse
         self.slots = config.train.slots * config.train.accumulation
         self.phase = PhaseTimer(model.device)
-        self.executor = build_executor(config, model, self.phase)
+        self.executor = build_executor(config, model, self.phase, rollouts=True, say=lambda message: self.say(message))
+        overlapping = config.engine.overlap and model.device.type == "cuda"
+        self.score_stream = torch.cuda.Stream(model.device) if overlapping else None
         self.impl = self.executor.impl
+        self.score = Scorer(self.executor, self.rewards, [r.name for r in config.rewards])
         self.optimizer = _optimizer(config, model)
         self.stream = PromptStream(prompts, config.train.seed)
         self.capability = CapabilityState.for_rewards(len(rewards), model.device)
@@ -96,13 +106,31 @@ class Trainer:
     def iteration(self) -> dict[str, Any]:
         """One iteration; its metrics stay on the device. ``selection/picked`` holds the picked prompts."""
         self.executor.reset_counts()
-        draw = self.draw(self.slots)
-        if self.config.advantage.equal_groups == "refill":
-            draw = self.refill(draw)
-        advantage, statistics = self.fuse(draw.rewards)
-        policy = self.update(draw, advantage)
+        with self.phase("sync"):
+            self.executor.refresh()
+        with self._bucket():
+            draw = self.draw(self.slots)
+            if self.config.advantage.equal_groups == "refill":
+                draw = self.refill(draw)
+            advantage, statistics = self.fuse(draw.rewards)
+            policy = self.update(draw, advantage)
         self.iterations_done += 1
         return statistics | policy | self.selection_metrics(draw)
+
+    @contextlib.contextmanager
+    def _bucket(self) -> Iterator[None]:
+        """Within it the model has the iteration's picture size, drawn from ``model.buckets``."""
+        m = self.config.model
+        if not m.buckets:
+            yield
+            return
+        generator = torch.Generator().manual_seed(self.config.train.seed * 1_000_003 + self.iterations_done)
+        drawn = int(torch.randint(len(m.buckets), (), generator=generator))
+        self.model.resize(*bucket_size(m.buckets[drawn]))
+        try:
+            yield
+        finally:
+            self.model.resize(m.height, m.width)
 
     def draw(self, slots: int) -> Draw:
         """Draw groups for ``slots`` prompts."""
@@ -129,32 +157,28 @@ class Trainer:
     def _draw(self, prompts: Sequence[str], slots: int, capability: CapabilityState) -> Draw:
         self.capability = capability
         candidates = self.model.encode(prompts)
-        anchors = self.probe(candidates, slots)
-        scores = self.probe_scores(anchors, prompts, slots)
+        anchors, scores = self.probe(candidates, prompts, slots)
         picks = self.select(scores, slots)
         chosen, conditioning = self.gather(candidates, picks)
-        samples = self.rollout(anchors, chosen, conditioning)
         picked = PromptRows(prompts, chosen)
-        rewards = self.group_rewards(samples, picked, picks)
+        samples, rewards = self.rollout(anchors, picked, picks, conditioning)
         return Draw(picked, conditioning, scores, picks, samples, rewards)
 
-    def probe(self, candidates: Conditioning, slots: int) -> Rollout | None:
-        """Sample all P·B candidates by the deterministic ODE; forks start from these trajectories."""
+    def probe(self, candidates: Conditioning, prompts: Sequence[str], slots: int) -> tuple[Rollout | None, Tensor | None]:
+        """Sample all P·B candidates by the deterministic ODE, which forks start from, and score them: [M, P, B].
+
+        Either is None where nothing would read it.
+        """
         r = self.config.rollout
         if r.plan != "fork" and not self._scores_needed:
-            return None
-        rows = slots * self.config.selection.candidates
-        plan = probe_plan(range(rows), r.steps, keep=r.sde_steps if r.plan == "fork" else ())
-        with self.phase("probe"):
-            x = self.executor.initial_noise(plan.noise_row, self.draws, Stream.PROBE_INIT)
-            return self.executor.run(plan, x, candidates, self.draws, "probe")
-
-    def probe_scores(self, anchors: Rollout | None, prompts: Sequence[str], slots: int) -> Tensor | None:
-        """Scores [M, P, B] of the probes; None where nothing would read them."""
-        if anchors is None or not self._scores_needed:
-            return None
+            return None, None
+        plan = probe_plan(range(len(prompts)), r.steps, keep=r.sde_steps if r.plan == "fork" else ())
         everyone = torch.arange(len(prompts), device=self.model.device)
-        return self.score(anchors.final, PromptRows(prompts, everyone)).unflatten(1, (slots, -1))
+        with self.phase("probe"):
+            x = self.executor.initial_noise(everyone, self.draws, Stream.PROBE_INIT)
+        scores = self._overlapped(PromptRows(prompts, everyone)) if self._scores_needed else None
+        anchors = self.executor.run(plan, x, candidates, self.draws, "probe", finished=scores)
+        return anchors, None if scores is None else scores.result().unflatten(1, (slots, -1))
 
     def select(self, scores: Tensor | None, slots: int) -> Tensor:
         """Fold the scores into the capability EMA, then pick one candidate per slot: [P]; -1 where none has a score."""
@@ -179,10 +203,17 @@ class Trainer:
         chosen = first + picks.clamp_min(0)
         return chosen, candidates.rows(chosen)
 
-    def rollout(self, anchors: Rollout | None, chosen: Tensor, conditioning: Conditioning) -> Samples:
-        """Draw the groups by the recipe's plan."""
+    def rollout(
+        self, anchors: Rollout | None, picked: PromptRows, picks: Tensor, conditioning: Conditioning
+    ) -> tuple[Samples, Tensor]:
+        """Draw the groups by the recipe's plan, and score them: rewards [M, groups, G], NaN for slots without a probe."""
         r, train = self.config.rollout, self.config.train
         stochastic = self._stochastic_steps()
+        trained = self._trained_steps(stochastic)
+        slots = picks.shape[0]
+        per_slot = r.group_size * (len(trained) if r.plan == "fork" else 1)
+        slot = torch.arange(slots, device=picks.device).repeat_interleave(per_slot)
+        scores = self._overlapped(PromptRows(picked.texts, picked.text_index.index_select(0, slot)))
         shared: dict[str, Any] = {
             "executor": self.executor,
             "conditioning": conditioning,
@@ -190,47 +221,20 @@ class Trainer:
             "group_size": r.group_size,
             "optimizer_steps": train.steps_per_iteration,
             "slots_per_batch": train.slots,
+            "finished": scores,
         }
         if r.plan == "fork":
             assert anchors is not None
-            steps = self._trained_steps(stochastic)
-            return sample_forks(anchors, chosen, steps=steps, fresh_velocity=r.fork_velocity == "fresh", **shared)
-        trained = self._trained_steps(stochastic)
-        return sample_trajectories(chosen.shape[0], stochastic, trained, shared_noise=r.shared_noise, **shared)
+            fresh = r.fork_velocity == "fresh"
+            samples = sample_forks(anchors, picked.text_index, steps=trained, fresh_velocity=fresh, **shared)
+        else:
+            samples = sample_trajectories(slots, stochastic, trained, shared_noise=r.shared_noise, **shared)
+        rewards = torch.where(picks[slot] >= 0, scores.result(), torch.nan)
+        return samples, rewards.unflatten(1, (samples.groups, -1))
 
-    def score(self, latents: Tensor, prompts: PromptRows) -> Tensor:
-        """Decode and score: [M, R]. Images leave memory chunk by chunk and never leave the device.
-
-        Raises:
-            RunError: a reward fails, or does not return one number per image.
-        """
-        parts = []
-        for part in self.executor.chunks(latents.shape[0]):
-            with self.phase("decode"):
-                images = self.model.decode(latents[part])
-            with self.phase("reward"):
-                parts.append(torch.stack([self._reward(m, images, prompts[part]) for m in range(len(self.rewards))]))
-        return torch.cat(parts, 1)
-
-    def _reward(self, number: int, images: Tensor, prompts: PromptRows) -> Tensor:
-        name = f"rewards.{number} ({self.config.rewards[number].name})"
-        try:
-            scores = self.rewards[number](images, prompts)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            raise RunError(f"{name} failed: {type(error).__name__}: {error}") from error
-        if not isinstance(scores, Tensor) or scores.shape != (images.shape[0],):
-            got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-            raise RunError(f"{name} returned {got}; it must return a tensor of shape ({images.shape[0]},), a score per image")
-        return scores.to(images.device, torch.float64)
-
-    def group_rewards(self, samples: Samples, picked: PromptRows, picks: Tensor) -> Tensor:
-        """Rewards [M, groups, G] of the rollout; NaN for slots whose probes all failed."""
-        per_slot = samples.final.shape[0] // picks.shape[0]
-        slot = torch.arange(picks.shape[0], device=picks.device).repeat_interleave(per_slot)
-        rewards = self.score(samples.final, PromptRows(picked.texts, picked.text_index[slot]))
-        return torch.where(picks[slot] >= 0, rewards, torch.nan).unflatten(1, (samples.groups, -1))
+    def _overlapped(self, prompts: PromptRows) -> Overlap:
+        """Scores the rows of a rollout chunk by chunk, beside the next chunk's rollout."""
+        return Overlap(lambda latents, rows: self.score(latents, prompts.rows(rows)), self.score_stream)
 
     def refill(self, draw: Draw) -> Draw:
         """Draw the slots whose groups all lack spread once more, from new prompts; reads one flag per slot."""
@@ -367,13 +371,34 @@ class Trainer:
         return tuple(stochastic[i] for i in order.tolist())
 
 
-def build_executor(config: Config, model: FlowModel, phase: PhaseTimer | None = None) -> RolloutExecutor:
-    """The executor of a recipe: deterministic rows of its step table, then the stochastic ones."""
+def build_executor(
+    config: Config,
+    model: FlowModel,
+    phase: PhaseTimer | None = None,
+    rollouts: bool = False,
+    say: Callable[[str], None] = print,
+) -> RolloutExecutor:
+    """The executor of a recipe; ``rollouts`` also builds what the recipe's ``engine`` keys ask for to compute them.
+
+    Raises:
+        InputError: this machine cannot run what they ask for.
+    """
+    e, table = config.engine, recipe_table(config)
+    impl = None if e.kernels == "auto" else e.kernels
+    forward, graphs = None, None
+    if rollouts:
+        precision = PRECISION[e.precision]
+        on_device = table.to(model.device, torch.float64 if model.dtype is torch.float64 else torch.float32)
+        forward = build_forward(model, on_device, e.forward, precision, e.fp8_scaling, e.attention, e.fp8_attention, impl)
+        graphs = StepGraphs(model.device, say) if e.cuda_graphs else None
+    storage = DTYPES[config.rollout.storage]
+    return RolloutExecutor(model, table, config.train.seed, storage, e.max_rows, phase, impl, forward, graphs, e.decode_rows)
+
+
+def recipe_table(config: Config) -> RolloutTable:
+    """Every step the recipe's rollouts can take."""
     r = config.rollout
-    sigmas = sigma_schedule(r.steps, r.shift)
-    table = StepTable.concat([step_table("ode", sigmas), step_table(r.scheme, sigmas, r.eta)])
-    impl = None if config.engine.kernels == "auto" else config.engine.kernels
-    return RolloutExecutor(model, table, config.train.seed, DTYPES[r.storage], config.engine.max_rows, phase, impl)
+    return rollout_table(sigma_schedule(r.steps, r.shift), r.scheme, r.eta, r.sde_steps, r.tail_steps, r.tail_solver)
 
 
 def _optimizer(config: Config, model: FlowModel) -> PolicyOptimizer:

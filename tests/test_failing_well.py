@@ -40,7 +40,7 @@ def test_failed_scores_are_masked_and_counted() -> None:
 
     trainer = toy_trainer(toy_config(), reward=flaky)
     before = [p.detach().clone() for _, p in trainer.model.trainable()]
-    metrics = read_metrics(trainer.iteration())
+    metrics = read_metrics(trainer.iteration())[0]
     assert metrics["advantage/failed"] == 0.25
     assert all(torch.isfinite(p).all() for _, p in trainer.model.trainable())
     assert any(not torch.equal(a, b) for a, (_, b) in zip(before, trainer.model.trainable(), strict=True))
@@ -134,8 +134,8 @@ def test_groups_without_spread_are_refilled_from_new_prompts(plan: str) -> None:
     def flat_at_first(images, prompts):
         calls.append(len(images))
         scores = half_bright(images, prompts)
-        if len(calls) == 2:  # the rollout of the first draw: the first half belongs to slot 0
-            scores[: len(scores) // 2] = 0.5
+        if len(calls) == 2:  # the rollout of the first draw; slot 0 has the first three candidates
+            scores[prompts.text_index < 3] = 0.5
         return scores
 
     config = toy_config(
@@ -146,7 +146,7 @@ def test_groups_without_spread_are_refilled_from_new_prompts(plan: str) -> None:
     )
     trainer = toy_trainer(config, reward=flat_at_first)
     metrics = trainer.iteration()
-    numbers = read_metrics(metrics)
+    numbers, _ = read_metrics(metrics)
     assert trainer.draws == 2 and trainer.stream.position == 2 * 3 + 1 * 3
     assert numbers["advantage/equal_groups"] == 0 and numbers["policy/ratio_deviation"] <= 1e-6
     picked = metrics["selection/picked"]
@@ -166,7 +166,7 @@ def test_skipped_groups_leave_the_average() -> None:
     norms = {}
     for mode in ("keep", "skip"):
         config = toy_config(advantage={"equal_groups": mode})
-        norms[mode] = read_metrics(toy_trainer(config, reward=half_flat).iteration())["policy/grad_norm"]
+        norms[mode] = read_metrics(toy_trainer(config, reward=half_flat).iteration())[0]["policy/grad_norm"]
     assert norms["skip"] == pytest.approx(2 * norms["keep"], rel=1e-4)
 
 
@@ -180,5 +180,5 @@ def test_merged_groups_keep_the_ratio_at_one_with_batch_dependent_rounding() -> 
         )
 
     config = toy_config(advantage={"equal_groups": "refill"})
-    metrics = read_metrics(toy_trainer(config, ToyModel(row_noise=1e-3), flat_at_first).iteration())
+    metrics = read_metrics(toy_trainer(config, ToyModel(row_noise=1e-3), flat_at_first).iteration())[0]
     assert metrics["policy/ratio_deviation"] <= 1e-6

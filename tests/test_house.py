@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     {"__main__", "cli"},
     {"commands", "doctor"},
-    {"fit", "build"},
+    {"fit", "build", "fidelity"},
+    {"planning"},
     {"train", "evaluation"},
     {"engine", "rewards", "run", "tiny", "prompts"},
     {"recipe"},

@@ -57,6 +57,14 @@ class ToyModel:
         text = torch.stack([torch.sin(torch.arange(16) * (1 + s / 100)) for s in seeds])
         return Conditioning({"text": text.to(self.device, self.dtype)})
 
+    def resize(self, height: int, width: int) -> None:
+        """One size only."""
+
+    def around(self, transformer: nn.Module) -> ToyModel:
+        sibling = copy.copy(self)
+        sibling.transformer = sibling._active = transformer
+        return sibling
+
     def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         rows = x.shape[0]
         self.calls.append(rows)
@@ -115,6 +123,22 @@ def toy_config(**sections) -> Config:
     }
     built = {name: cls(**{**keys, **sections.pop(name, {})}) for name, (cls, keys) in defaults.items()}
     return Config(**built, **sections)
+
+
+def recorded(trainer: Trainer) -> tuple[list[Tensor], list[Tensor]]:
+    """Lists that receive the picks [P] and the group rewards [M, groups, G] of every draw from now on."""
+    picks: list[Tensor] = []
+    rewards: list[Tensor] = []
+    select, rollout = trainer.select, trainer.rollout
+
+    def keep_rewards(*args):
+        samples, found = rollout(*args)
+        rewards.append(found)
+        return samples, found
+
+    trainer.select = lambda *args: picks.append(select(*args)) or picks[-1]  # type: ignore[method-assign,func-returns-value]
+    trainer.rollout = keep_rewards  # type: ignore[method-assign]
+    return picks, rewards
 
 
 def toy_trainer(config: Config, model: ToyModel | None = None, reward=half_bright) -> Trainer:

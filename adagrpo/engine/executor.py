@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Hashable, Iterable, Sequence
 
 import torch
-from adagrpo_kernels import MAX_STEP
+from adagrpo_kernels import MAX_STEP, History
 from adagrpo_kernels._dispatch import device_word
 from torch import Tensor
 
-from ..algorithm.sde import Draw, StepTable, Stream, affine_mean, group_log_prob, philox_normal, sde_step
+from ..algorithm.sde import Draw, Stream, affine_mean, group_log_prob, philox_normal, sde_step
 from ..errors import RunError
 from ..models.base import Conditioning, FlowModel
 from ..run.timing import PhaseTimer
-from .plans import Plan
+from .forwards import Forward, PolicyForward
+from .graphs import StepGraphs
+from .plans import KEPT_PLANS, Plan, device_integers, entered
+from .tables import RolloutTable
+
+Finished = Callable[[Tensor, Tensor], None]
+MAX_LANES = 16
 
 
 @dataclasses.dataclass
@@ -74,43 +80,106 @@ class Rollout:
     transitions: Transitions | None
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Chunk:
+    """Rows of a plan that advance in one batch, ordered by the step they enter; indices on the device.
+
+    Attributes:
+        rows: int64 [r], their place in the plan.
+        entered: how many of them have entered at each step.
+        index: int64 [r, S]. conditioning, noise_row: int64 [r].
+    """
+
+    rows: Tensor
+    entered: tuple[int, ...]
+    index: Tensor
+    conditioning: Tensor
+    noise_row: Tensor
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Lane:
+    """The tensors of a rolling chunk that steps read and write in place.
+
+    Attributes:
+        chunk: the rows.
+        x: [r, L, C], latents.
+        clean: [r, L, C] in the compute dtype, previews of the step before; None for first-order plans.
+        step, iteration: int64 0-dim.
+        prepared: what the calls share, by forward.
+    """
+
+    chunk: _Chunk
+    x: Tensor
+    clean: Tensor | None
+    step: Tensor
+    iteration: Tensor
+    prepared: tuple[Conditioning, ...]
+
+    def statics(self) -> list[Tensor]:
+        """Every tensor a captured step refers to."""
+        chunk = (self.chunk.index, self.chunk.conditioning, self.chunk.noise_row)
+        own = [t for t in (self.x, self.clean, self.step, self.iteration) if t is not None]
+        return [*own, *chunk, *(t for c in self.prepared for t in c.tensors.values())]
+
+
 class RolloutExecutor:
-    """Advances rows through a step table.
+    """Advances rows through a table of steps.
 
     Args:
         model: the policy.
-        table: 2T rows: deterministic, then stochastic, float64 or float32; moved to the model's device.
+        table: every step a rollout can take; moved to the model's device.
         seed: of the counter-based noise.
         storage: dtype in which latents are kept between steps.
         max_rows: largest batch of one transformer call; 0 is unlimited.
         phase: timer of the trainer's phases.
         impl: implementation of the operators (``adagrpo_kernels._dispatch``).
+        rollout: what computes the velocities of rollouts; None is the policy itself.
+        graphs: capture the rollout's steps.
+        decode_rows: largest batch of decoder and rewards, where it is less than ``max_rows``; 0 is ``max_rows``.
     """
 
     def __init__(
         self,
         model: FlowModel,
-        table: StepTable,
+        table: RolloutTable,
         seed: int,
         storage: torch.dtype,
         max_rows: int = 0,
         phase: PhaseTimer | None = None,
         impl: str | None = None,
+        rollout: Forward | None = None,
+        graphs: StepGraphs | None = None,
+        decode_rows: int = 0,
     ) -> None:
-        self.model, self.seed, self.storage, self.max_rows = model, seed, storage, max_rows
+        self.model, self.seed, self.storage, self.max_rows, self.decode_rows = model, seed, storage, max_rows, decode_rows
         self.phase, self.impl = phase or PhaseTimer(model.device), impl
         self._largest, self._halved = 0, False
-        self.num_steps = len(table) // 2
+        self.num_steps = table.num_steps
         if self.num_steps > MAX_STEP:
             raise ValueError(f"{self.num_steps} steps: the counter of the noise holds {MAX_STEP}")
         wide = torch.float64 if storage is torch.float64 else torch.float32
-        self.table = table.to(model.device, wide)
-        self._seed, self._steps = self._word(seed), torch.arange(self.num_steps, device=model.device)
+        self.rollout_table = table.to(model.device, wide)
+        self.table = self.rollout_table.steps
+        self.policy: Forward = PolicyForward(model, self.rollout_table)
+        self.rollout, self.graphs = rollout or self.policy, graphs
+        self._seed, self._zero = self._word(seed), self._word(0)
+        self._chunks: OrderedDict[tuple[int, int], tuple[Plan, list[_Chunk]]] = OrderedDict()
+        self._lanes: dict[Hashable, _Lane] = {}
         self.counts: dict[str, Count] = defaultdict(Count)
+
+    def refresh(self) -> None:
+        """Let the rollout's weights follow the policy's."""
+        self.rollout.refresh()
 
     def reset_counts(self) -> None:
         """Forget all counts."""
         self.counts.clear()
+
+    def decode_chunks(self, rows: int) -> list[slice]:
+        """Slices of at most ``max_rows`` and ``decode_rows`` rows."""
+        size = min(limit for limit in (self.max_rows, self.decode_rows, max(rows, 1)) if limit)
+        return [slice(first, min(first + size, rows)) for first in range(0, rows, size)]
 
     def chunks(self, rows: int) -> list[slice]:
         """Slices of at most ``max_rows`` rows."""
@@ -139,17 +208,18 @@ class RolloutExecutor:
                 "resolution, or free device memory (model.prompt_cache, model.tuning = lora)"
             ) from error
         self._halved, self.max_rows, self._largest = True, self._largest // 2, 0
+        self._forget_lanes()
 
     def initial_noise(self, noise_row: Tensor, iteration: int, stream: Stream) -> Tensor:
         """Starting latents [R, L, C] in the storage dtype for global rows ``noise_row``."""
         length, channels = self.model.latent_shape
         rows = noise_row.to(self.model.device)
         number = self._word(iteration)
-        noise = philox_normal(self._seed, rows, length * channels, number, stream, self._steps[0], self.storage, self.impl)
+        noise = philox_normal(self._seed, rows, length * channels, number, stream, self._zero, self.storage, self.impl)
         return noise.reshape(-1, length, channels)
 
     def velocity(self, x: Tensor, index: Tensor, conditioning: Conditioning, slot: Tensor, phase: str) -> Tensor:
-        """The model's velocity [R, L, C] at table rows ``index`` for conditioning rows ``slot``, in chunks, counted."""
+        """The policy's velocity [R, L, C] at table rows ``index`` for conditioning rows ``slot``, in chunks, counted."""
         sigma = self.table.sigma.index_select(0, index)
         parts = []
         for part in self.chunks(x.shape[0]):
@@ -159,35 +229,92 @@ class RolloutExecutor:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     @torch.no_grad()
-    def run(self, plan: Plan, x: Tensor, conditioning: Conditioning, iteration: int, phase: str) -> Rollout:
-        """Advance every row of ``plan`` from its entry latent ``x`` [R, L, C] to the last step."""
-        device, num_steps = x.device, plan.num_steps
-        order = torch.argsort(plan.start, stable=True)
-        entered = torch.bincount(plan.start, minlength=num_steps + 1).cumsum(0).tolist()
-        undo = torch.argsort(order).to(device)
-        x = x.index_select(0, order.to(device))
-        index = plan.index[order].to(device)
-        slot, noise_row = plan.conditioning[order].to(device), plan.noise_row[order].to(device)
-        latents, velocities, stored = {}, {}, {}
-        number = self._word(iteration)
-        for k in range(num_steps):
-            live = entered[k]
+    def run(
+        self,
+        plan: Plan,
+        x: Tensor,
+        conditioning: Conditioning,
+        iteration: int,
+        phase: str,
+        on_policy: bool = False,
+        finished: Finished | None = None,
+    ) -> Rollout:
+        """Advance every row of ``plan`` from its entry latent to the last step, one chunk of ``max_rows`` after the other.
+
+        Args:
+            x: entry latents [R, L, C].
+            conditioning: of the prompts that ``plan.conditioning`` counts.
+            iteration: of the noise.
+            phase: name under which work is counted and timed.
+            on_policy: by the policy itself, whatever computes rollouts.
+            finished: told the final latents [r, L, C] and the places int64 [r] of each chunk's rows when they are sampled.
+        """
+        forwards: tuple[Forward, ...] = (self.policy if on_policy else self.rollout,)
+        if plan.stochastic and forwards[0].lossy:
+            forwards += (self.policy,)  # a Gaussian that is to be reinforced has the policy's own mean
+        prepared = tuple(forward.prepare(conditioning) for forward in forwards)
+        chunks = self._chunked(plan)
+        parts = []
+        for chunk in chunks:
+            with self.phase(phase):
+                lane = self._lane(plan, chunk, x, prepared, iteration, keep=not on_policy)
+                parts.append(self._advance(plan, lane, forwards, phase))
+            if finished is not None:
+                finished(parts[-1].final, chunk.rows)
+        if len(parts) == 1 and _in_order(plan):
+            return parts[0]
+        return _merged(parts, torch.cat([chunk.rows for chunk in chunks]), len(plan.record))
+
+    def _advance(self, plan: Plan, lane: _Lane, forwards: tuple[Forward, ...], phase: str) -> Rollout:
+        """All steps of one chunk; results in the chunk's row order."""
+        latents, velocities, stored = {}, {}, []
+        kept_lane = any(lane is other for other in self._lanes.values())
+        for k in range(plan.num_steps):
+            live = lane.chunk.entered[k]
             if live == 0:
                 continue
-            before = x[:live]
-            v = self.velocity(before, index[:live, k], conditioning, slot[:live], phase)
-            noise = None
-            if plan.stochastic_at(k):
-                noise = Draw(self._seed, noise_row[:live], number, plan.noise_stream, self._steps[k])
-            recorded = k in plan.record
-            step = sde_step(before, v, self.table, index[:live, k], noise, with_mean=recorded, impl=self.impl)
-            if k in plan.keep:
-                latents[k], velocities[k] = (t.index_select(0, undo) for t in (before, v))
+            noisy, recorded, kept = k in plan.stochastic, k in plan.record, k in plan.keep
+            before = lane.x[:live].clone() if recorded or kept else None
+            which = len(forwards) - 1 if noisy else 0
+
+            def step(live=live, noisy=noisy, recorded=recorded, which=which):
+                return self._step(plan, lane, live, noisy, recorded, forwards[which], which)
+
+            lane.step.fill_(k)
+            if self.graphs is not None and kept_lane:
+                key = (id(lane), phase, live, noisy, recorded, which)
+                v, mean, logp = (t.clone() for t in self.graphs(key, step, lane.statics()))
+            else:
+                v, mean, logp = step()
+            self.counts[phase].calls += 1
+            self.counts[phase].evaluations += live
+            if kept:
+                assert before is not None
+                latents[k], velocities[k] = before, v
             if recorded:
-                stored[k] = (before, step.next, step.mean, step.logp)
-            x = step.next if live == x.shape[0] else torch.cat([step.next, x[live:]])
-        transitions = self._collect(plan, stored, device) if stored else None
-        return Rollout(x.index_select(0, undo), latents, velocities, transitions)
+                assert before is not None
+                stored.append((before, lane.x.clone(), mean, logp))
+        transitions = self._collect(plan, lane.chunk, stored) if stored else None
+        return Rollout(lane.x.clone(), latents, velocities, transitions)
+
+    def _step(
+        self, plan: Plan, lane: _Lane, live: int, noisy: bool, recorded: bool, forward: Forward, which: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One step of the first ``live`` rows, in place; a function of the lane's tensors alone, so that it can be captured."""
+        chunk, x = lane.chunk, lane.x[:live]
+        index = chunk.index[:live].gather(1, lane.step.reshape(1, 1).expand(live, 1)).squeeze(1)
+        v = forward.velocity(x, index, lane.prepared[which], chunk.conditioning[:live])
+        noise = Draw(self._seed, chunk.noise_row[:live], lane.iteration, plan.noise_stream, lane.step) if noisy else None
+        history = None
+        if lane.clean is not None:
+            assert self.rollout_table.history is not None
+            history = History(lane.clean[:live], self.rollout_table.history)
+        second = lane.clean is not None
+        step = sde_step(x, v, self.table, index, noise, history=history, with_mean=recorded, with_clean=second, impl=self.impl)
+        x.copy_(step.next)
+        if lane.clean is not None and step.clean is not None:
+            lane.clean[:live].copy_(step.clean)
+        return v, step.mean, step.logp
 
     @torch.no_grad()
     def fork(self, x: Tensor, v: Tensor, index: Tensor, slot: Tensor, noise_row: Tensor, iteration: int) -> Transitions:
@@ -231,7 +358,6 @@ class RolloutExecutor:
         """Log-probabilities [N, G] under the current weights, in the geometry of the update's micro-batches."""
         logp = torch.empty_like(transitions.logp)
         for batch in batches:
-            batch = batch.to(logp.device)
             part = transitions.rows(batch)
             v = self.update_velocity(part, conditioning, phase)
             fresh = group_log_prob(part.latent, v, part.successors, self.table, part.index, self.impl)
@@ -242,17 +368,92 @@ class RolloutExecutor:
         """A number of the noise's counter on the device, by a fill: no copy from the host, and a graph can change it."""
         return device_word(value, self.table.a)
 
-    def _collect(self, plan: Plan, stored: Mapping[int, tuple[Tensor, ...]], device: torch.device) -> Transitions:
+    def _chunked(self, plan: Plan) -> list[_Chunk]:
+        """The plan's rows in batches, in the order they enter; copied to the device once."""
+        key = (id(plan), self.max_rows)
+        if key not in self._chunks:
+            order = torch.argsort(plan.start, stable=True)
+            chunks = []
+            for part in self.chunks(plan.num_rows):
+                rows = order[part]
+                tensors = (plan.index[rows], plan.conditioning[rows], plan.noise_row[rows])
+                on_device = (t.to(self.model.device) for t in tensors)
+                chunks.append(_Chunk(rows.to(self.model.device), entered(plan.start[rows], plan.num_steps), *on_device))
+            self._chunks[key] = (plan, chunks)  # holding the plan keeps its id
+            if len(self._chunks) > KEPT_PLANS:
+                self._chunks.popitem(last=False)
+        self._chunks.move_to_end(key)
+        for chunk in (chunks := self._chunks[key][1]):
+            self._largest = max(self._largest, chunk.rows.shape[0])
+        return chunks
+
+    def _lane(
+        self, plan: Plan, chunk: _Chunk, x: Tensor, prepared: tuple[Conditioning, ...], iteration: int, keep: bool
+    ) -> _Lane:
+        """The chunk's tensors, filled; with graphs always the same ones."""
+        shapes = tuple((name, tuple(t.shape)) for c in prepared for name, t in c.tensors.items())
+        key = (id(chunk), tuple(x.shape[1:]), shapes)
+        if self.graphs is None or not keep:
+            return self._new_lane(plan, chunk, x, prepared, iteration)
+        lane = self._lanes.get(key)
+        if lane is None:
+            if len(self._lanes) >= MAX_LANES:
+                self._forget_lanes()
+            own = tuple(Conditioning({name: t.clone() for name, t in c.tensors.items()}) for c in prepared)
+            lane = self._lanes[key] = self._new_lane(plan, chunk, x, own, iteration)
+            return lane
+        lane.x.copy_(x.index_select(0, chunk.rows))
+        if lane.clean is not None:
+            lane.clean.zero_()  # a first step gives the past no weight, but 0 * NaN of a failed sample would stay
+        lane.iteration.copy_(self._word(iteration))
+        for mine, fresh in zip(lane.prepared, prepared, strict=True):
+            for name, t in fresh.tensors.items():
+                mine.tensors[name].copy_(t)
+        return lane
+
+    def _forget_lanes(self) -> None:
+        self._lanes.clear()
+        if self.graphs is not None:
+            self.graphs.forget()
+
+    def _new_lane(self, plan: Plan, chunk: _Chunk, x: Tensor, prepared: tuple[Conditioning, ...], iteration: int) -> _Lane:
+        x = x.index_select(0, chunk.rows)
+        clean = torch.zeros_like(x, dtype=self.table.a.dtype) if plan.history else None
+        return _Lane(chunk, x, clean, self._word(0), self._word(iteration), prepared)
+
+    def _collect(self, plan: Plan, chunk: _Chunk, stored: Sequence[tuple[Tensor, ...]]) -> Transitions:
         """Transitions ordered (row, step) from per-step tensors; recorded plans start all rows at step 0."""
-        latent, successor, mean, logp = (torch.stack(parts, 1).flatten(0, 1) for parts in zip(*stored.values(), strict=True))
-        steps = list(stored)
-        rows = torch.arange(plan.num_rows, device=device).repeat_interleave(len(steps))
+        latent, successor, mean, logp = (torch.stack(parts, 1).flatten(0, 1) for parts in zip(*stored, strict=True))
+        steps = device_integers(plan.record, chunk.rows.device)
         return Transitions(
             latent=latent,
             successors=successor.unsqueeze(1),
             mean=mean,
             logp=logp.unsqueeze(1),
-            index=plan.index[:, steps].flatten().to(device),
-            slot=plan.conditioning.to(device)[rows],
-            sample=rows.unsqueeze(1),
+            index=chunk.index.index_select(1, steps).flatten(),
+            slot=chunk.conditioning.repeat_interleave(len(steps)),
+            sample=chunk.rows.repeat_interleave(len(steps)).unsqueeze(1),
         )
+
+
+def _in_order(plan: Plan) -> bool:
+    """Whether rows enter in the plan's order."""
+    return bool((plan.start[1:] >= plan.start[:-1]).all())
+
+
+def _merged(parts: list[Rollout], rows: Tensor, recorded: int) -> Rollout:
+    """Chunks of a rollout put together in the plan's order; ``rows`` int64 [R] are the places of their rows."""
+    undo = torch.argsort(rows)
+    order = lambda tensors: torch.cat(list(tensors)).index_select(0, undo)  # noqa: E731
+    by_step = lambda kept: {k: order(getattr(part, kept)[k] for part in parts) for k in getattr(parts[0], kept)}  # noqa: E731
+    transitions = None
+    if parts[0].transitions is not None:
+        steps = torch.arange(recorded, device=rows.device)
+        moved = (undo.unsqueeze(1) * recorded + steps).flatten()
+        transitions = Transitions(
+            **{
+                f.name: torch.cat([getattr(part.transitions, f.name) for part in parts]).index_select(0, moved)
+                for f in dataclasses.fields(Transitions)
+            }
+        )
+    return Rollout(order(part.final for part in parts), by_step("latents"), by_step("velocities"), transitions)

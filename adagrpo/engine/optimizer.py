@@ -57,7 +57,10 @@ class PolicyOptimizer:
         self.max_grad_norm, self.ema_decay, self.steps = max_grad_norm, ema_decay, 0
         self._schedule = lambda step: lr_share(step, total_steps, schedule, warmup, final_share)
         self._lr = lr
-        self.adamw = torch.optim.AdamW(self.masters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        # On CUDA torch's default works on all parameters at once, with temporaries as large as they are; one kernel needs none.
+        fused = all(m.is_cuda for m in self.masters) and bool(self.masters)
+        keywords = {"fused": True} if fused else {}
+        self.adamw = torch.optim.AdamW(self.masters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **keywords)
         self.averages = [m.detach().clone() for m in self.masters] if ema_decay else []
 
     @property

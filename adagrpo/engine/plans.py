@@ -1,29 +1,36 @@
 """Rollout plans: ODE probing, forked groups, whole trajectories and windows are rows with different indices, not loops.
 
-The executor's step table holds the deterministic rows 0 … T-1, then the stochastic rows T … 2T-1. A plan gives every row
-the step at which it enters and its table row at each step; all live on the host, so planning never reads the device.
+The executor's table holds the deterministic rows 0 … T-1, then the stochastic rows T … 2T-1, then those of shortened tails
+(``tables``). A plan gives every row the step at which it enters and its table row at each step; all live on the host, so
+planning never reads the device. Equal arguments give the same plan object, so that what the executor keeps for it on the
+device is reused.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 
 import torch
 from adagrpo_kernels import Stream
 from torch import Tensor
 
+KEPT_PLANS = 64
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
-    """R rows that advance together over T steps.
+    """R rows that advance together over S steps.
 
     Attributes:
-        start: int64 [R], the first step each row takes; a row that starts at T is already finished.
-        index: int64 [R, T], table row taken at each step.
+        start: int64 [R], the first step each row takes; a row that starts at S is already finished.
+        index: int64 [R, S], table row taken at each step.
         conditioning: int64 [R], row of the conditioning batch.
         noise_row: int64 [R], global row number of the noise, counted over all ranks.
         noise_stream: the ``Stream`` of its stochastic steps.
+        stochastic: steps that draw noise.
+        history: steps are second order: each row carries the preview of its step before.
         keep: steps at which the executor keeps the latents (and velocities) of all rows, before the step.
         record: steps whose transitions are stored for the update.
     """
@@ -33,6 +40,8 @@ class Plan:
     conditioning: Tensor
     noise_row: Tensor
     noise_stream: Stream = Stream.TRAJECTORY_STEP
+    stochastic: tuple[int, ...] = ()
+    history: bool = False
     keep: tuple[int, ...] = ()
     record: tuple[int, ...] = ()
 
@@ -44,40 +53,88 @@ class Plan:
     def num_steps(self) -> int:
         return self.index.shape[1]
 
-    def stochastic_at(self, step: int) -> bool:
-        """Whether any row takes a stochastic step here."""
-        return bool((self.index[:, step] >= self.num_steps).any())
-
     def evaluations(self) -> int:
         """Transformer evaluations of the plan, in rows."""
         return int((self.num_steps - self.start).sum())
 
+    def calls(self, max_rows: int = 0) -> list[int]:
+        """Rows of each batched transformer call, in order; 0 is unlimited."""
+        order = self.start.sort().values
+        return [rows for part in order.split(max_rows or self.num_rows) for rows in entered(part, self.num_steps) if rows]
+
+
+def entered(start: Tensor, num_steps: int) -> tuple[int, ...]:
+    """How many of the rows that start at ``start`` [r] have entered at each step."""
+    return tuple(torch.bincount(start, minlength=num_steps + 1).cumsum(0)[:num_steps].tolist())
+
+
+def chunk_sizes(rows: int, max_rows: int) -> list[int]:
+    """Sizes of the batches that ``rows`` rows run in; 0 is unlimited."""
+    size = max_rows or max(rows, 1)
+    return [min(size, rows - first) for first in range(0, rows, size)]
+
 
 def probe_plan(conditioning: Sequence[int], num_steps: int, keep: Sequence[int] = ()) -> Plan:
     """Deterministic sampling of every row from step 0; also what held-out evaluation uses."""
-    rows = torch.as_tensor(conditioning, dtype=torch.int64)
+    return _probe_plan(tuple(conditioning), num_steps, tuple(keep))
+
+
+@functools.lru_cache(KEPT_PLANS)
+def _probe_plan(conditioning: tuple[int, ...], num_steps: int, keep: tuple[int, ...]) -> Plan:
+    rows = torch.tensor(conditioning, dtype=torch.int64)
     return Plan(
         start=torch.zeros_like(rows),
         index=torch.arange(num_steps).repeat(len(rows), 1),
         conditioning=rows,
         noise_row=torch.arange(len(rows)),
-        keep=tuple(keep),
+        keep=keep,
     )
 
 
-def branch_plan(slots: int, steps: Sequence[int], group_size: int, num_steps: int, first_slot: int = 0) -> Plan:
+def branch_plan(
+    slots: int,
+    steps: Sequence[int],
+    group_size: int,
+    num_steps: int,
+    first_slot: int = 0,
+    tails: Mapping[int, Sequence[int]] | None = None,
+) -> Plan:
     """The tails of forked groups: rows ordered (slot, fork step, member), each entering after its fork step.
 
     The fork itself is ``RolloutExecutor.fork``; branches merge with earlier ones as soon as they enter.
+
+    Args:
+        tails: table rows of each fork step's tail (``RolloutTable.tails``); they end together, so that all merge. None takes
+            every step of the grid.
     """
-    forks = torch.as_tensor(tuple(steps), dtype=torch.int64)
-    rows = slots * len(forks) * group_size
+    rows = tuple(tuple(tails[k]) for k in steps) if tails else None
+    return _branch_plan(slots, tuple(steps), group_size, num_steps, first_slot, rows)
+
+
+@functools.lru_cache(KEPT_PLANS)
+def _branch_plan(
+    slots: int,
+    steps: tuple[int, ...],
+    group_size: int,
+    num_steps: int,
+    first_slot: int,
+    tails: tuple[tuple[int, ...], ...] | None,
+) -> Plan:
+    if tails is None:
+        start = torch.tensor(steps, dtype=torch.int64) + 1
+        index = torch.arange(num_steps).repeat(len(steps), 1)
+    else:
+        longest = max(map(len, tails))
+        start = torch.tensor([longest - len(tail) for tail in tails])
+        index = torch.tensor([(0,) * (longest - len(tail)) + tail for tail in tails])
+    rows = slots * len(steps) * group_size
     return Plan(
-        start=(forks + 1).repeat_interleave(group_size).repeat(slots),
-        index=torch.arange(num_steps).repeat(rows, 1),
-        conditioning=torch.arange(slots).repeat_interleave(len(forks) * group_size),
-        noise_row=torch.arange(rows) + first_slot * len(forks) * group_size,
+        start=start.repeat_interleave(group_size).repeat(slots),
+        index=index.repeat_interleave(group_size, 0).repeat(slots, 1),
+        conditioning=torch.arange(slots).repeat_interleave(len(steps) * group_size),
+        noise_row=torch.arange(rows) + first_slot * len(steps) * group_size,
         noise_stream=Stream.FORK,
+        history=tails is not None,
     )
 
 
@@ -90,6 +147,13 @@ def trajectory_plan(
     first_slot: int = 0,
 ) -> Plan:
     """Whole trajectories, rows ordered (slot, member): stochastic at some steps, deterministic at the others."""
+    return _trajectory_plan(slots, group_size, num_steps, tuple(stochastic), tuple(trained), first_slot)
+
+
+@functools.lru_cache(KEPT_PLANS)
+def _trajectory_plan(
+    slots: int, group_size: int, num_steps: int, stochastic: tuple[int, ...], trained: tuple[int, ...], first_slot: int
+) -> Plan:
     row = torch.arange(num_steps)
     row[list(stochastic)] += num_steps
     rows = slots * group_size
@@ -98,7 +162,8 @@ def trajectory_plan(
         index=row.repeat(rows, 1),
         conditioning=torch.arange(slots).repeat_interleave(group_size),
         noise_row=torch.arange(rows) + first_slot * group_size,
-        record=tuple(trained),
+        stochastic=stochastic,
+        record=trained,
     )
 
 
@@ -112,8 +177,15 @@ def window_steps(iteration: int, num_steps: int, size: int, stride: int, every: 
     return tuple(range(first, first + size))
 
 
+@functools.lru_cache(KEPT_PLANS)
 def update_batches(
-    slots: int, samples: int, steps: int, optimizer_steps: int, slots_per_batch: int, max_rows: int
+    slots: int,
+    samples: int,
+    steps: int,
+    optimizer_steps: int,
+    slots_per_batch: int,
+    max_rows: int,
+    device: torch.device | str = "cpu",
 ) -> list[list[Tensor]]:
     """Transitions of each optimizer step, dealt into micro-batches.
 
@@ -125,6 +197,7 @@ def update_batches(
         optimizer_steps: divides ``steps``; the trained steps are dealt to them in order.
         slots_per_batch: slots that share a micro-batch.
         max_rows: largest micro-batch; 0 is unlimited.
+        device: of the result, which is made once and reused: not to be written to.
 
     Returns:
         For each optimizer step its micro-batches, int64 index vectors into the transitions.
@@ -133,5 +206,11 @@ def update_batches(
     batches = []
     for share in ids.tensor_split(optimizer_steps, dim=2):
         parts = [part.reshape(-1) for part in share.split(slots_per_batch)]
-        batches.append([piece for part in parts for piece in part.split(max_rows or len(part))])
+        batches.append([piece.to(device) for part in parts for piece in part.split(max_rows or len(part))])
     return batches
+
+
+@functools.lru_cache(KEPT_PLANS)
+def device_integers(values: tuple[int, ...], device: torch.device) -> Tensor:
+    """int64 vector on ``device``, copied there once: not to be written to."""
+    return torch.tensor(values, dtype=torch.int64, device=device)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..algorithm.sde import Stream
 from ..models.base import Conditioning
-from .executor import Rollout, RolloutExecutor, Transitions
-from .plans import branch_plan, trajectory_plan, update_batches
+from .executor import Finished, Rollout, RolloutExecutor, Transitions
+from .plans import branch_plan, device_integers, trajectory_plan, update_batches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +46,7 @@ def sample_forks(
     optimizer_steps: int = 1,
     slots_per_batch: int = 1,
     first_slot: int = 0,
+    finished: Finished | None = None,
 ) -> Samples:
     """Fork ``group_size`` samples off each slot's ODE anchor at each of ``steps``, then follow the ODE to the end.
 
@@ -56,26 +57,30 @@ def sample_forks(
         fresh_velocity: compute the fork velocities anew, in the micro-batches of the update (same rows, same kernels),
             instead of taking the probe's.
         first_slot: global number of the first slot, over all ranks.
+        finished: see ``RolloutExecutor.run``.
     """
     slots, forks = anchor_row.shape[0], len(steps)
     device = anchor_row.device
     flat = lambda kept: torch.stack([kept[k].index_select(0, anchor_row) for k in steps], 1).flatten(0, 1)  # noqa: E731
     latent = flat(anchors.latents)
-    index = (torch.tensor(list(steps), device=device) + executor.num_steps).repeat(slots)
+    index = (device_integers(tuple(steps), device) + executor.num_steps).repeat(slots)
     slot = torch.arange(slots, device=device).repeat_interleave(forks)
-    batches = update_batches(slots, 1, forks, optimizer_steps, slots_per_batch, executor.max_rows)
+    batches = update_batches(slots, 1, forks, optimizer_steps, slots_per_batch, executor.max_rows, device)
     if fresh_velocity:
         v = torch.empty(latent.shape, dtype=executor.model.dtype, device=device)
         with torch.no_grad(), executor.phase("prefix"):
-            for rows in (batch.to(device) for step in batches for batch in step):
-                v[rows] = executor.velocity(latent[rows], index[rows], conditioning, slot[rows], "prefix")
+            for rows in (batch for step in batches for batch in step):
+                fresh = executor.velocity(latent[rows], index[rows], conditioning, slot[rows], "prefix")
+                v.index_copy_(0, rows, fresh)
     else:
         v = flat(anchors.velocities)
-    plan = branch_plan(slots, steps, group_size, executor.num_steps, first_slot)
-    noise_row = plan.noise_row.reshape(slots * forks, group_size).to(device)
+    plan = branch_plan(slots, steps, group_size, executor.num_steps, first_slot, executor.rollout_table.tails)
+    first_row = first_slot * forks * group_size
+    noise_row = torch.arange(first_row, first_row + plan.num_rows, device=device).reshape(slots * forks, group_size)
     with executor.phase("rollout"):
         transitions = executor.fork(latent, v, index, slot, noise_row, iteration)
-        rollout = executor.run(plan, transitions.successors.flatten(0, 1), conditioning, iteration, "rollout")
+    start = transitions.successors.flatten(0, 1)
+    rollout = executor.run(plan, start, conditioning, iteration, "rollout", finished=finished)
     return Samples(rollout.final, slots * forks, transitions, batches)
 
 
@@ -92,15 +97,17 @@ def sample_trajectories(
     optimizer_steps: int = 1,
     slots_per_batch: int = 1,
     first_slot: int = 0,
+    finished: Finished | None = None,
 ) -> Samples:
     """Whole trajectories, ``group_size`` per slot: stochastic at some steps, of which ``trained`` are stored."""
     plan = trajectory_plan(slots, group_size, executor.num_steps, stochastic, trained, first_slot)
-    start_row = plan.noise_row // group_size if shared_noise else plan.noise_row
+    start_row = torch.arange(plan.num_rows, device=executor.model.device) + first_slot * group_size
+    start_row = start_row // group_size if shared_noise else start_row
     x = executor.initial_noise(start_row, iteration, Stream.TRAJECTORY_INIT)
-    with executor.phase("rollout"):
-        rollout = executor.run(plan, x, conditioning, iteration, "rollout")
+    rollout = executor.run(plan, x, conditioning, iteration, "rollout", finished=finished)
     assert rollout.transitions is not None
-    batches = update_batches(slots, group_size, len(trained), optimizer_steps, slots_per_batch, executor.max_rows)
+    device = x.device
+    batches = update_batches(slots, group_size, len(trained), optimizer_steps, slots_per_batch, executor.max_rows, device)
     return Samples(rollout.final, slots, rollout.transitions, batches)
 
 

@@ -42,7 +42,7 @@ def update_policy(
         kl, grad_norm``.
     """
     transitions, device = samples.transitions, advantage.device
-    batches = [[batch.to(device) for batch in step] for step in samples.batches]
+    batches = samples.batches
     if old_logp == "recompute":
         fresh = executor.recompute_logp(transitions, conditioning, [b for step in batches for b in step])
         transitions = transitions.with_logp(fresh)

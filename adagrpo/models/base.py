@@ -55,6 +55,12 @@ class FlowModel(Protocol):
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Embeddings of N prompts, first dimension N."""
 
+    def resize(self, height: int, width: int) -> None:
+        """Sample pictures of this size, in pixels, from now on; ``latent_shape`` follows. Only needed for model.buckets."""
+
+    def around(self, transformer: torch.nn.Module) -> FlowModel:
+        """This model around another transformer of the same architecture. Only needed for engine.forward and precision."""
+
     def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """Velocity (noise minus clean) [R, L, C] in the model's dtype at latents [R, L, C], noise levels [R]."""
 

@@ -74,19 +74,50 @@ class FluxModel:
         pipeline: Any = None,
     ) -> None:
         self.transformer, self.vae, self.encoder, self.pipeline = transformer, vae, encoder, pipeline
-        self.height, self.width, self.guidance = height, width, guidance
+        self.guidance = guidance
         self.scale = 2 ** (len(vae.config.block_out_channels) - 1)
+        self._active = transformer
+        self._reference: nn.Module | None = None
+        self._ids: dict[tuple[tuple[int, int], torch.device], Tensor] = {}
+        self._size = [0, 0]  # one list for this model and those `around` makes: they change size together
+        self.resize(height, width)
+
+    def resize(self, height: int, width: int) -> None:
+        """Sample pictures of this size from now on.
+
+        Raises:
+            InputError: sizes that do not divide into patches.
+        """
         if height % (2 * self.scale) or width % (2 * self.scale):
             raise InputError(
                 f"model.height x model.width = {height} x {width}: both must be multiples of {2 * self.scale} for this model"
             )
-        self._grid = (height // (2 * self.scale), width // (2 * self.scale))
-        self._active = transformer
-        self._reference: nn.Module | None = None
-        rows = torch.arange(self._grid[0]).repeat_interleave(self._grid[1])
-        columns = torch.arange(self._grid[1]).repeat(self._grid[0])
-        ids = torch.stack([torch.zeros_like(rows), rows, columns], 1)
-        self._image_ids = ids.to(self.device, self.dtype)
+        self._size[:] = height, width
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of latent patches."""
+        return self._size[0] // (2 * self.scale), self._size[1] // (2 * self.scale)
+
+    def around(self, transformer: Any) -> FluxModel:
+        """This model around another transformer of the same architecture; the rest, size included, is shared."""
+        sibling = copy.copy(self)
+        sibling.transformer = sibling._active = transformer
+        return sibling
+
+    def token_ids(self, text_tokens: int) -> Tensor:
+        """Positions [text + image tokens, 3] that the rotary embedding takes; those of text are 0."""
+        return torch.cat([torch.zeros(text_tokens, 3, device=self.device, dtype=self.dtype), self._image_ids()])
+
+    def _image_ids(self) -> Tensor:
+        """Positions [L, 3] of the image's patches, made once per size and device."""
+        key = (self.grid, self.device)
+        if key not in self._ids:
+            rows = torch.arange(self.grid[0]).repeat_interleave(self.grid[1])
+            columns = torch.arange(self.grid[1]).repeat(self.grid[0])
+            ids = torch.stack([torch.zeros_like(rows), rows, columns], 1)
+            self._ids[key] = ids.to(self.device, self.dtype)
+        return self._ids[key]
 
     @property
     def device(self) -> torch.device:
@@ -98,7 +129,7 @@ class FluxModel:
 
     @property
     def latent_shape(self) -> tuple[int, int]:
-        return self._grid[0] * self._grid[1], self.transformer.config.in_channels
+        return self.grid[0] * self.grid[1], self.transformer.config.in_channels
 
     @property
     def is_lora(self) -> bool:
@@ -112,25 +143,30 @@ class FluxModel:
     def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """Velocity [R, L, C], computed as the stock pipeline does, rounding of the timestep included."""
         dtype = self.dtype
-        embeds = conditioning.tensors["prompt_embeds"]
+        embeds, pooled = (conditioning.tensors[name].to(dtype) for name in ("prompt_embeds", "pooled"))
         guidance = None
         if self.transformer.config.guidance_embeds:
             guidance = torch.full((x.shape[0],), self.guidance, device=x.device, dtype=torch.float32)
         return self._active(
             hidden_states=x.to(dtype),
-            timestep=(sigma * 1000).to(dtype) / 1000,
+            timestep=self.timestep(sigma, dtype),
             guidance=guidance,
-            pooled_projections=conditioning.tensors["pooled"],
+            pooled_projections=pooled,
             encoder_hidden_states=embeds,
             txt_ids=torch.zeros(embeds.shape[1], 3, device=x.device, dtype=dtype),
-            img_ids=self._image_ids,
+            img_ids=self._image_ids(),
             return_dict=False,
         )[0]
+
+    @staticmethod
+    def timestep(sigma: Tensor, dtype: torch.dtype) -> Tensor:
+        """The transformer's ``timestep`` of noise levels [R], with the stock pipeline's rounding."""
+        return (sigma * 1000).to(dtype) / 1000
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
         """Images [R, 3, H, W] in [0, 1], in the VAE's dtype."""
-        (rows, columns), channels = self._grid, x.shape[2] // 4
+        (rows, columns), channels = self.grid, x.shape[2] // 4
         z = x.reshape(-1, rows, columns, channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
         z = z.reshape(-1, channels, 2 * rows, 2 * columns).to(self.vae.dtype)
         z = z / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)

@@ -23,6 +23,10 @@ class PromptRows(Sequence[str]):
         self.texts, self.text_index = texts, text_index
         self._rows: list[str] | None = None
 
+    def rows(self, index: Tensor) -> PromptRows:
+        """The images ``index`` (int64 vector on the device); nothing is read."""
+        return PromptRows(self.texts, self.text_index.index_select(0, index))
+
     def _materialised(self) -> list[str]:
         if self._rows is None:
             self._rows = [self.texts[i] for i in self.text_index.tolist()]

@@ -29,7 +29,7 @@ class RunFolder:
     """Paths and records of one run.
 
     Layout: ``config.toml``, ``manifest.json``, ``metrics.jsonl``, ``events.jsonl``, ``samples/``, ``checkpoints/``,
-    ``traces/``, ``result.json``, ``report.html``.
+    ``traces/``, ``memory.json``, ``result.json``, ``report.html``.
     """
 
     def __init__(self, path: Path) -> None:
@@ -110,9 +110,7 @@ class RunFolder:
 
     def write_json(self, name: str, value: Any) -> None:
         """Write ``name`` in one piece."""
-        draft = self.path / f".{name}.partial"
-        draft.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", "utf-8")
-        draft.rename(self.path / name)
+        write_json(self.path / name, value)
 
     def read_json(self, name: str) -> Any:
         """Inverse of ``write_json``; None when the file does not exist."""
@@ -182,6 +180,13 @@ def _commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return found.stdout.strip() if tracked.returncode == 0 and found.returncode == 0 else None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file in one piece."""
+    draft = path.with_name(f".{path.name}.partial")
+    draft.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    draft.rename(path)
 
 
 def prompts_digest(*lists: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from .charts import COLOURS, Chart, Line, Stack, bins, escape, figure, number
 from .report_data import Run
 
-PHASES = ("probe", "select", "prefix", "rollout", "decode", "reward", "advantage", "update", "other")
+PHASES = ("sync", "probe", "select", "prefix", "rollout", "decode", "reward", "advantage", "update", "other")
 CATEGORIES = "selection/categories/"
 _GIB = 1 / 2**30
 _KL = "measured only with loss.kl_weight above 0"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-PHASES = ("probe", "select", "prefix", "rollout", "decode", "reward", "advantage", "update")
+PHASES = ("sync", "probe", "select", "prefix", "rollout", "decode", "reward", "advantage", "update")
 
 
 class PhaseTimer:

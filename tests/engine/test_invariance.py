@@ -4,17 +4,14 @@ import dataclasses
 
 import pytest
 import torch
-from toy import ToyModel, toy_config, toy_trainer
+from toy import ToyModel, recorded, toy_config, toy_trainer
 
 from adagrpo.config import Config, EngineConfig
 
 
 def run(config: Config, iterations: int = 10) -> tuple[list, list, list]:
     trainer = toy_trainer(config, ToyModel(torch.float64 if config.model.dtype == "fp64" else torch.float32))
-    picks, rewards = [], []
-    select, rewards_of = trainer.select, trainer.group_rewards
-    trainer.select = lambda *args: picks.append(select(*args)) or picks[-1]
-    trainer.group_rewards = lambda *args: rewards.append(rewards_of(*args)) or rewards[-1]
+    picks, rewards = recorded(trainer)
     for _ in range(iterations):
         trainer.iteration()
     return picks, rewards, [p.detach().clone() for _, p in trainer.model.trainable()]

@@ -25,7 +25,7 @@ def recipe(scheme: str, plan: str, storage: str, max_rows: int = 0, **rollout) -
 
 
 def deviation(config: Config, row_noise: float = 0.0) -> float:
-    return read_metrics(toy_trainer(config, ToyModel(row_noise=row_noise)).iteration())["policy/ratio_deviation"]
+    return read_metrics(toy_trainer(config, ToyModel(row_noise=row_noise)).iteration())[0]["policy/ratio_deviation"]
 
 
 @pytest.mark.parametrize("row_noise", [0.0, 1e-3])

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 from adagrpo_kernels import implementations, launch_counts, reset_counts
-from toy import ToyModel, toy_config, toy_trainer
+from toy import ToyModel, recorded, toy_config, toy_trainer
 
 from adagrpo.config import Config, EngineConfig
 from adagrpo.fit import read_metrics
@@ -57,14 +57,11 @@ def test_no_host_round_trip_on_meta_tensors(kernels: str, steps: int) -> None:
 
 def trained(trainer: Trainer, iterations: int) -> tuple[list[list[int]], list[torch.Tensor], list[float]]:
     """Picks, rewards and losses of each iteration."""
-    picks, rewards, losses = [], [], []
-    select, group_rewards = trainer.select, trainer.group_rewards
-    trainer.select = lambda *args: picks.append(select(*args)) or picks[-1]  # type: ignore[method-assign]
-    trainer.group_rewards = lambda *args: rewards.append(group_rewards(*args)) or rewards[-1]  # type: ignore[method-assign]
+    losses = []
+    picks, rewards = recorded(trainer)
     for _ in range(iterations):
         metrics = trainer.iteration()
-        metrics.pop("selection/picked")
-        numbers = read_metrics(metrics)
+        numbers, _ = read_metrics(metrics)
         losses.append(numbers["policy/loss"])
         assert numbers["policy/ratio_deviation"] <= 1e-6
     return [p.tolist() for p in picks], rewards, losses
@@ -117,14 +114,14 @@ def test_tiny_recipe_picks_the_same_prompts() -> None:
 
 
 def test_triton_that_cannot_run_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    from adagrpo.build import check_kernels
+    from adagrpo.build import check_engine
     from adagrpo.errors import InputError
 
     config = recipe("triton", model={"device": "cpu"})
-    check_kernels(config)
+    check_engine(config)
     with pytest.raises(InputError, match="fp64"):
-        check_kernels(recipe("triton", model={"device": "cpu"}, rollout={"storage": "fp64"}))
+        check_engine(recipe("triton", model={"device": "cpu"}, rollout={"storage": "fp64"}))
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(InputError, match=r"engine\.kernels = triton.*TRITON_INTERPRET"):
-        check_kernels(config)
-    check_kernels(recipe("auto"))
+        check_engine(config)
+    check_engine(recipe("auto"))

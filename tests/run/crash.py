@@ -27,11 +27,11 @@ def plant(moment: str) -> None:
     """Arrange for death in the fourth iteration, or while its checkpoint is written or renamed."""
     run, step, save, rename = RolloutExecutor.run, PolicyOptimizer.step, torch.save, Path.rename
 
-    def deadly_run(self, plan, x, conditioning, iteration, phase):
+    def deadly_run(self, plan, x, conditioning, iteration, phase, **rest):
         if phase == moment and iteration == 3:
-            run(self, plan, x, conditioning, iteration, phase)
+            run(self, plan, x, conditioning, iteration, phase, **rest)
             die()
-        return run(self, plan, x, conditioning, iteration, phase)
+        return run(self, plan, x, conditioning, iteration, phase, **rest)
 
     def deadly_step(self):
         norm = step(self)

@@ -1,0 +1,172 @@
+"""Which forwards, precisions and attentions this machine can run, and the one a recipe asks for."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import shutil
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..models.base import FlowModel
+from ..models.flux import FluxModel
+from .forwards import CopyForward, Forward
+from .fused_flux import Attend, FusedFluxForward, torch_attention
+from .tables import RolloutTable
+
+ATTENTION = {"native": "native", "cudnn": "_native_cudnn", "flash": "flash", "flash3": "_flash_3"}
+FP8_CAPABILITY = (8, 9)
+
+
+def forward_problem(name: str, device: torch.device) -> str | None:
+    """Why ``engine.forward = name`` cannot run on ``device``; None when it can."""
+    if name == "compile" and device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        return "torch.compile needs triton on CUDA: pip install 'adagrpo[cuda]'"
+    if name == "compile" and not any(shutil.which(compiler) for compiler in ("cc", "gcc", "g++", "clang")):
+        return "torch.compile needs a C compiler: install gcc"
+    return None
+
+
+def precision_problem(name: str, device: torch.device) -> str | None:
+    """Why ``engine.precision = name`` cannot run on ``device``; None when it can."""
+    if name == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+        return "FP8 products need compute capability 8.9 (Ada) or 9.0 (Hopper)"
+    return None
+
+
+def attention_problem(name: str, device: torch.device) -> str | None:
+    """Why ``engine.attention = name`` cannot run on ``device``; None when it can."""
+    if name in ("auto", "native"):
+        return None
+    if device.type != "cuda":
+        return "needs a CUDA device"
+    package = {"flash": "flash_attn", "flash3": "flash_attn_interface"}.get(name)
+    if package is not None and importlib.util.find_spec(package) is None:
+        return f"the package {package} is not installed"
+    if name == "flash3" and torch.cuda.get_device_capability(device)[0] != 9:
+        return "FlashAttention 3 needs Hopper"
+    return None
+
+
+def fp8_attention_problem(device: torch.device) -> str | None:
+    """Why FP8 attention cannot run on ``device``; None when it can. Elsewhere than on CUDA it is simulated."""
+    return attention_problem("flash3", device) if device.type == "cuda" else None
+
+
+def resolve_forward(name: str, model: FlowModel) -> str:
+    """``auto`` becomes compile on CUDA where it can run and the model has a copy, else eager."""
+    if name != "auto":
+        return name
+    able = model.device.type == "cuda" and isinstance(model, FluxModel) and forward_problem("compile", model.device) is None
+    return "compile" if able else "eager"
+
+
+def require_backends(device: torch.device, forward: str, fp8: bool, attention: str, fp8_attention: bool) -> None:
+    """Refuse what cannot run on ``device``, without loading anything.
+
+    Raises:
+        InputError: naming the key and the reason.
+    """
+    for key, value, problem in (
+        ("forward", forward, forward_problem(forward, device)),
+        ("precision", "fp8", precision_problem("fp8", device) if fp8 else None),
+        ("attention", attention, attention_problem(attention, device)),
+        ("fp8_attention", "true", fp8_attention_problem(device) if fp8_attention else None),
+    ):
+        if problem:
+            raise InputError(f"engine.{key} = {value}: {problem}; `adagrpo doctor` tells what runs here")
+
+
+def build_forward(
+    model: FlowModel,
+    table: RolloutTable,
+    forward: str = "auto",
+    precision: torch.dtype | str | None = None,
+    scaling: str = "rowwise",
+    attention: str = "auto",
+    fp8_attention: bool = False,
+    impl: str | None = None,
+) -> Forward | None:
+    """What computes the rollouts; None is the policy itself.
+
+    Args:
+        model: the policy; anything but the default needs a FLUX transformer.
+        table: on the model's device.
+        precision: ``fp8``, or the dtype of the copy; None is the model's.
+        forward, scaling, attention, fp8_attention: as the recipe's ``engine`` keys.
+
+    Raises:
+        InputError: what was asked for cannot run here, with the reason.
+    """
+    name, fp8 = resolve_forward(forward, model), precision == "fp8"
+    if is_policy(model, name, precision) and attention == "auto":
+        return None
+    if not isinstance(model, FluxModel):
+        raise InputError("engine.forward, precision and attention act on FLUX models only; remove these keys")
+    require_backends(model.device, name, fp8, attention, fp8_attention)
+    if attention != "auto":
+        model.transformer.set_attention_backend(ATTENTION[attention])
+    if is_policy(model, name, precision):
+        return None
+    attend = fp8_attend if fp8_attention else _attend(attention)
+    compiled = name == "compile" or (model.device.type == "cuda" and forward_problem("compile", model.device) is None)
+    copy = make_copy(model, table, name, precision, scaling, compiled, attend, impl)
+    copy.lossy |= fp8_attention
+    return copy
+
+
+def is_policy(model: FlowModel, forward: str, precision: torch.dtype | str | None) -> bool:
+    """Whether the policy's own forward is what was asked for."""
+    return forward == "eager" and precision in (None, model.dtype)
+
+
+def make_copy(
+    model: FluxModel,
+    table: RolloutTable,
+    forward: str,
+    precision: torch.dtype | str | None,
+    scaling: str = "rowwise",
+    compiled: bool = False,
+    attend: Attend | None = None,
+    impl: str | None = None,
+) -> CopyForward | FusedFluxForward:
+    """The rollout copy and its forward, whether or not this machine can run it; on the meta device it takes no memory."""
+    dtype = precision if isinstance(precision, torch.dtype) else model.dtype
+    fp8 = scaling if precision == "fp8" else None
+    if forward == "fused":
+        return FusedFluxForward(model, table, dtype, fp8, attend, compiled, impl)
+    return CopyForward(model, table, dtype, fp8, forward == "compile" and compiled, impl=impl)
+
+
+def _attend(attention: str) -> Attend | None:
+    """diffusers' dispatcher for a backend named by the recipe; None is torch's own attention."""
+    if attention == "auto":
+        return None
+    from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+
+    backend = AttentionBackendName(ATTENTION[attention])
+    return lambda q, k, v: dispatch_attention_fn(q, k, v, backend=backend)
+
+
+def fp8_attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention over [R, L, H, D] with Q, K and V in e4m3, one scale per row and head.
+
+    FlashAttention 3 on Hopper; elsewhere the quantisation alone is simulated (its rounding of the probabilities is not).
+    """
+    quantised = [_quantise_heads(t) for t in (q, k, v)]
+    if q.device.type == "cuda":
+        flash: Any = importlib.import_module("flash_attn_interface")
+        (q8, qs), (k8, ks), (v8, vs) = quantised
+        out = flash.flash_attn_func(q8, k8, v8, q_descale=qs, k_descale=ks, v_descale=vs)
+        return (out[0] if isinstance(out, tuple) else out).to(q.dtype)
+    q, k, v = ((values.float() * scale[:, None, :, None]).to(q.dtype) for values, scale in quantised)
+    return torch_attention(q, k, v)
+
+
+def _quantise_heads(x: Tensor) -> tuple[Tensor, Tensor]:
+    """e4m3 values [R, L, H, D] and float32 scales [R, H]."""
+    scale = x.abs().amax((1, 3)).float().clamp_min(1e-12) / torch.finfo(torch.float8_e4m3fn).max
+    return (x.float() / scale[:, None, :, None]).to(torch.float8_e4m3fn), scale

@@ -1,0 +1,156 @@
+"""What a recipe will ask for before it runs: calls, memory, seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from .config import Config
+from .engine.backends import is_policy, make_copy
+from .engine.memory import MemoryPlan, plan_memory
+from .engine.plans import branch_plan, chunk_sizes, probe_plan, trajectory_plan, update_batches
+from .engine.rehearsal import NotRehearsable, Rehearsal
+from .engine.roofline import Device, Prediction, predict
+from .models.base import FlowModel
+from .models.flux import FluxModel
+from .train import DTYPES, PRECISION, recipe_table
+
+# Parameters of the built-in rewards' default checkpoints, for plans that do not load them.
+PUBLISHED_PARAMETERS = {"clip": 427_616_513, "pickscore": 986_109_441, "tiny": 0, "brightness": 0}
+
+
+def planned_calls(config: Config) -> dict[str, list[int]]:
+    """Rows of each batched call of one iteration by phase, from the plans alone: of the transformer, and of ``decode``."""
+    r, train, limit = config.rollout, config.train, config.engine.max_rows
+    slots = train.slots * train.accumulation
+    candidates = slots * config.selection.candidates
+    stochastic = r.window_size if r.plan == "window" else len(r.sde_steps)
+    trained = max(1, round(stochastic * r.trained_share))
+    fork, scored = r.plan == "fork", config.advantage.weight > 0
+    scored |= config.selection.candidates > 1 and config.selection.strategy != "random"
+    calls: dict[str, list[int]] = {}
+    if fork or scored:
+        calls["probe"] = probe_plan(range(candidates), r.steps).calls(limit)
+    samples = 1 if fork else r.group_size
+    batches = update_batches(slots, samples, trained, train.steps_per_iteration, train.slots, limit)
+    update = [batch.numel() for step in batches for batch in step]
+    if fork and r.fork_velocity == "fresh":
+        calls["prefix"] = update
+    branches = branch_plan(slots, r.sde_steps, r.group_size, r.steps, tails=recipe_table(config).tails)
+    plan = branches if fork else trajectory_plan(slots, r.group_size, r.steps, (), ())
+    calls["rollout"] = plan.calls(limit)
+    pictures = min(n for n in (limit, config.engine.decode_rows, 2**31) if n)
+    scored_rows = [n for rows in (candidates * scored, plan.num_rows) for n in chunk_sizes(rows, limit)]
+    calls["decode"] = [n for rows in scored_rows for n in chunk_sizes(rows, pictures)]
+    if config.loss.old_logp == "recompute":
+        calls["recompute"] = update
+    calls["update"] = update
+    if config.loss.kl_weight:
+        calls["reference"] = update
+    return calls
+
+
+def planned_evaluations(config: Config) -> dict[str, int]:
+    """Transformer image-forwards of one iteration by phase."""
+    return {phase: sum(rows) for phase, rows in planned_calls(config).items() if phase != "decode"}
+
+
+def rehearse(model: FlowModel, prompt: str) -> Rehearsal | str:
+    """The model's rehearsal, or why there is none."""
+    try:
+        return Rehearsal(model, prompt)
+    except NotRehearsable as error:
+        return str(error)
+
+
+def memory_plan(
+    config: Config,
+    model: FlowModel,
+    rehearsal: Rehearsal | str,
+    rewards: Sequence[object] | None = None,
+    prompts: int | None = None,
+    held_out: int | None = None,
+) -> MemoryPlan:
+    """The memory plan of a recipe.
+
+    Args:
+        rewards: one per entry of ``config.rewards``; None takes what is published of them.
+        prompts, held_out: how many there are, if it is known.
+    """
+    e, o, train = config.evaluation, config.output, config.train
+    slots = train.slots * train.accumulation
+    known = held_out if held_out is not None else max(e.prompts, e.final_prompts, o.grid_prompts)
+    held = {
+        name: min(count, known) for name, count in (("each", e.prompts), ("final", e.final_prompts), ("grid", o.grid_prompts))
+    }
+    rows = max(held["each"] * e.noises * bool(e.every), held["final"] * e.final_noises, held["grid"] * bool(o.grid_every))
+    calls = planned_calls(config)
+    calls["evaluation"] = chunk_sizes(rows, config.engine.max_rows)[:1]
+    pictures = config.engine.decode_rows or rows
+    calls["decode"] = [*calls["decode"], *(n for batch in calls["evaluation"] for n in chunk_sizes(batch, pictures))]
+    capacity = getattr(getattr(model, "encoder", None), "capacity", 0)
+    everything = capacity if prompts is None else prompts + known
+    kept = o.keep_last + o.keep_best + (train.iterations // o.keep_every if o.keep_every else 0)
+    copied = 0 if isinstance(rehearsal, str) else copy_bytes(config, rehearsal.model, model.device.type)
+    loaded: dict[str, object] = {}
+    for i, reward in enumerate(config.rewards):
+        loaded[reward.name] = published_bytes(reward.name, reward.kwargs) if rewards is None else rewards[i]
+    return plan_memory(
+        model,
+        rehearsal,
+        calls,
+        stored=stored_bytes(config, model),
+        batch_prompts=slots * (config.selection.candidates + 1),
+        cached_prompts=min(capacity, everything),
+        evaluation_prompts=max(held.values()) if rows else 0,
+        rewards=loaded,
+        averages=config.optimizer.ema_decay > 0,
+        kl=config.loss.kl_weight > 0,
+        accumulates=len(calls["update"]) > train.steps_per_iteration,
+        checkpoints=kept + 1,
+        rollout_copy=copied,
+    )
+
+
+def copy_bytes(config: Config, model: FlowModel, device: str) -> int:
+    """Memory of the recipe's rollout copy beside the policy, read off a copy of ``model``, which is on the meta device."""
+    e = config.engine
+    forward = e.forward if e.forward != "auto" else "eager" if device == "cpu" else "compile"
+    precision = PRECISION[e.precision]
+    if not isinstance(model, FluxModel) or is_policy(model, forward, precision):
+        return 0
+    return make_copy(model, recipe_table(config), forward, precision, e.fp8_scaling).own_bytes
+
+
+def iteration_prediction(config: Config, rehearsal: Rehearsal, device: Device) -> Prediction:
+    """Predicted seconds of one iteration of a recipe; with forks, FP8 would serve probes and tails."""
+    fp8 = ("probe", "rollout") if config.rollout.plan == "fork" else ("probe",)
+    steps, averages = config.train.steps_per_iteration, config.optimizer.ema_decay > 0
+    return predict(rehearsal, planned_calls(config), device, steps, fp8, averages)
+
+
+def stored_bytes(config: Config, model: FlowModel) -> int:
+    """Latents an iteration keeps: anchors with their velocities, transitions, final latents."""
+    r, slots = config.rollout, config.train.slots * config.train.accumulation
+    length, channels = model.latent_shape
+    latent = DTYPES[r.storage].itemsize
+    wide = 8 if DTYPES[r.storage] is torch.float64 else 4
+    candidates = slots * config.selection.candidates
+    stochastic = r.window_size if r.plan == "window" else len(r.sde_steps)
+    groups = slots * max(1, round(stochastic * r.trained_share))
+    if r.plan == "fork":
+        anchors = candidates * (latent + len(r.sde_steps) * (latent + model.dtype.itemsize))
+        rows = groups * r.group_size
+        transitions = groups * (latent + wide) + rows * latent
+    else:
+        anchors, rows = 0, slots * r.group_size
+        transitions = groups * r.group_size * (2 * latent + wide)
+    return (anchors + transitions + rows * latent) * length * channels
+
+
+def published_bytes(name: str, kwargs: Mapping[str, object]) -> int | None:
+    """Size of a built-in reward with its default checkpoint; None if it is not known."""
+    if "path" in kwargs or name not in PUBLISHED_PARAMETERS:
+        return None
+    return PUBLISHED_PARAMETERS[name] * DTYPES[str(kwargs.get("dtype", "fp32"))].itemsize

@@ -1,0 +1,280 @@
+"""The rollout engine inside whole iterations: on-policy ratio under FP8, capture's contract, chunks, tails, sizes."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+from toy import ToyModel, recorded, toy_config, toy_trainer
+
+from adagrpo.algorithm.sde import sigma_schedule
+from adagrpo.build import build_model
+from adagrpo.commands import planned_evaluations
+from adagrpo.config import Config, EngineConfig, ModelConfig
+from adagrpo.engine.counting import OpCounter
+from adagrpo.engine.graphs import StepGraphs
+from adagrpo.engine.overlap import Overlap
+from adagrpo.engine.plans import branch_plan, probe_plan, trajectory_plan
+from adagrpo.engine.tables import multistep_table, rollout_table
+from adagrpo.errors import InputError
+from adagrpo.fit import read_metrics
+from adagrpo.models.random_flux import TRANSFORMER, random_flux
+from adagrpo.recipe import check
+from adagrpo.rewards import PromptRows, build_reward
+from adagrpo.train import Trainer
+
+WORDS = [f"a {colour} {shape}" for colour in ("red", "blue", "green") for shape in ("circle", "square", "cross", "ring")]
+
+
+def engine(**keys) -> EngineConfig:
+    return dataclasses.replace(EngineConfig(), **keys)
+
+
+def tiny_trainer(config: Config) -> Trainer:
+    check(config)
+    return Trainer(config, build_model(config.model), [build_reward("brightness", {})], WORDS)
+
+
+def small(plan: str = "fork", **sections) -> Config:
+    rollout = {"plan": plan, "steps": 6, "sde_steps": (0, 2), "group_size": 3} | sections.pop("rollout", {})
+    loss = {"old_logp": "rollout" if plan == "fork" else "recompute"}
+    return toy_config(rollout=rollout, loss=loss, train={"iterations": 3, "slots": 1}, **sections)
+
+
+def iteration(trainer: Trainer) -> dict[str, float]:
+    metrics = trainer.iteration()
+    return read_metrics(metrics)[0]
+
+
+@pytest.mark.parametrize("forward", ["eager", "fused"])
+@pytest.mark.parametrize("plan", ["fork", "trajectory"])
+def test_the_ratio_is_one_under_fp8(plan: str, forward: str) -> None:
+    trainer = tiny_trainer(small(plan, engine=engine(forward=forward, precision="fp8")))
+    for _ in range(2):
+        assert iteration(trainer)["policy/ratio_deviation"] <= 1e-6
+
+
+def test_steps_that_are_reinforced_run_on_the_policy_under_fp8() -> None:
+    """A trajectory's stochastic steps draw from a Gaussian whose mean is the policy's, or the ratio would hide a bias."""
+    config = small("trajectory", rollout={"sde_steps": (0, 2, 3)}, engine=engine(forward="fused", precision="fp8"))
+    trainer = tiny_trainer(config)
+    calls: list[tuple[str, int]] = []
+    for name, forward in (("policy", trainer.executor.policy), ("copy", trainer.executor.rollout)):
+        velocity = forward.velocity
+        forward.velocity = lambda x, *rest, name=name, velocity=velocity: calls.append((name, len(x))) or velocity(x, *rest)
+    model, plan = trainer.model, trajectory_plan(1, 3, 6, (0, 2, 3), (0, 2, 3))
+    x = trainer.executor.initial_noise(plan.noise_row, 0, 1)
+    found = trainer.executor.run(plan, x, model.encode(WORDS[:1]), 0, "rollout").transitions
+    assert [name for name, _ in calls] == ["policy", "copy", "policy", "policy", "copy", "copy"]
+    fresh = trainer.executor.recompute_logp(found, model.encode(WORDS[:1]), [torch.arange(9)])
+    torch.testing.assert_close(fresh, found.logp, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("keys", [{"precision": "fp8"}, {"precision": "bf16"}, {"forward": "fused", "fp8_attention": True}])
+def test_a_lossy_probe_never_gives_the_forks_velocity(keys: dict) -> None:
+    config = small(rollout={"fork_velocity": "probe"}, engine=engine(**keys))
+    config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, old_logp="detached"))
+    with pytest.raises(InputError, match=r"rollout.fork_velocity = probe: the probe runs in another precision"):
+        check(config)
+
+
+def runs(config: Config, iterations: int = 3) -> tuple[list[Tensor], list[Tensor], Trainer]:
+    trainer = toy_trainer(config)
+    picks, rewards = recorded(trainer)
+    for _ in range(iterations):
+        trainer.iteration()
+    return picks, rewards, trainer
+
+
+@pytest.mark.parametrize("plan", ["fork", "trajectory"])
+def test_captured_steps_compute_the_same_and_their_tensors_never_move(plan: str) -> None:
+    config = small(plan)
+    picks, rewards, _ = runs(config)
+    captured_picks, captured_rewards, trainer = runs(dataclasses.replace(config, engine=engine(cuda_graphs=True)))
+    assert all(map(torch.equal, picks, captured_picks)) and all(map(torch.equal, rewards, captured_rewards))
+    graphs = trainer.executor.graphs
+    known = graphs.captured
+    rows = {key[2] for key in known if key[1] == "rollout"}
+    assert rows == ({3, 6} if plan == "fork" else {3})
+    trainer.iteration()
+    assert graphs.captured == known
+
+
+def test_a_static_tensor_that_moves_is_an_error() -> None:
+    graphs, x = StepGraphs(torch.device("cpu")), torch.zeros(4)
+    assert graphs("a", lambda: 1, [x]) == 1 and graphs("a", lambda: 2, [x]) == 2
+    for moved in (x.clone(), x[:2], x.reshape(2, 2)):
+        with pytest.raises(RuntimeError, match="moved or changed shape"):
+            graphs("a", lambda: 3, [moved])
+    assert graphs("b", lambda: 4, [x.clone()]) == 4
+
+
+@pytest.mark.parametrize("plan", ["fork", "trajectory"])
+def test_a_captured_fused_fp8_iteration_reads_and_feeds_nothing(plan: str) -> None:
+    """On the meta device every read by the host raises; copies to it are counted, and after the first iteration there is none.
+
+    Widths are FLUX.1-dev's, one block of each kind.
+    """
+    config = small(plan, engine=engine(forward="fused", precision="fp8", cuda_graphs=True))
+    config = dataclasses.replace(config, model=ModelConfig(dtype="bf16", device="meta", height=64, width=64))
+    architecture = TRANSFORMER | {"num_layers": 1, "num_single_layers": 1}
+    model = random_flux(architecture, torch.bfloat16, torch.device("meta"), 64, 64, 8, 3.5)
+    trainer = Trainer(config, model, [build_reward("brightness", {})], WORDS)
+    trainer.iteration()
+    with OpCounter() as second:
+        metrics = trainer.iteration()
+    assert metrics["policy/ratio_deviation"].device.type == "meta"
+    assert not second.transfers and trainer.executor.graphs.captured
+
+
+def test_chunks_are_scored_one_late_and_in_the_rollouts_order() -> None:
+    events = []
+
+    def work(latents: Tensor, rows: Tensor) -> Tensor:
+        events.append(("scored", rows.tolist()))
+        return torch.stack([rows.double(), 10 * rows.double()])
+
+    overlap = Overlap(work)
+    for rows in ([3, 1], [0, 4], [2]):
+        events.append(("sampled", rows))
+        overlap(torch.zeros(len(rows), 1), torch.tensor(rows))
+    assert overlap.result().tolist() == [[0, 1, 2, 3, 4], [0, 10, 20, 30, 40]]
+    assert events == [
+        ("sampled", [3, 1]), ("sampled", [0, 4]), ("scored", [3, 1]), ("sampled", [2]), ("scored", [0, 4]), ("scored", [2]),
+    ]  # fmt: skip
+
+
+def test_equal_plans_are_one_object_and_reach_the_device_once() -> None:
+    assert probe_plan([0, 1], 4) is probe_plan(range(2), 4)
+    trainer = toy_trainer(small())
+    plan = branch_plan(1, (0, 2), 3, 6)
+    first = trainer.executor._chunked(plan)
+    assert trainer.executor._chunked(branch_plan(1, (0, 2), 3, 6)) is first
+
+
+# Shortened tails
+
+
+def test_a_shortened_tail_costs_what_it_says_and_merges_every_branch() -> None:
+    official = {"steps": 16, "sde_steps": (0, 2, 4, 6), "group_size": 12, "tail_steps": 8}
+    config = toy_config(rollout=official, train={"slots": 1}, selection={"candidates": 10})
+    model = ToyModel()
+    trainer = toy_trainer(config, model)
+    assert trainer.iteration()["policy/ratio_deviation"] <= 1e-6
+    counts = {phase: (count.evaluations, count.calls) for phase, count in trainer.executor.counts.items()}
+    assert counts == {"probe": (160, 16), "prefix": (4, 1), "rollout": (8 * 48, 8), "update": (4, 1)}
+    assert planned_evaluations(config) == {phase: evaluations for phase, (evaluations, _) in counts.items()}
+
+
+def test_tails_end_together_and_touch_only_noise_levels_of_the_grid() -> None:
+    table = rollout_table(sigma_schedule(16, 3.0), "flow", 0.7, (0, 6), tail_steps=10)
+    assert {k: len(rows) for k, rows in table.tails.items()} == {0: 10, 6: 9}
+    for k, rows in table.tails.items():
+        steps = table.steps.rows(torch.tensor(rows))
+        assert steps.sigma[0] == table.sigmas[k + 1] and steps.sigma_next[-1] == 0
+        assert torch.equal(steps.sigma[1:], steps.sigma_next[:-1])
+        assert torch.equal(steps.sigma, table.sigmas[table.position[list(rows)]])
+    plan = branch_plan(1, (0, 6), 2, 16, tails=table.tails)
+    assert plan.start.tolist() == [0, 0, 1, 1] and plan.evaluations() == 2 * 19
+
+
+def test_the_tails_solver_is_diffusers_dpm_solver() -> None:
+    from diffusers import DPMSolverMultistepScheduler
+
+    sigmas = sigma_schedule(9, 3.0)[2:]
+    scheduler = DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=2, algorithm_type="dpmsolver++",
+        lower_order_final=True, final_sigmas_type="zero",
+    )  # fmt: skip
+    scheduler.set_timesteps(len(sigmas) - 1)
+    scheduler.sigmas, scheduler.timesteps = sigmas, (sigmas[:-1] * 1000)
+    table, weight = multistep_table(sigmas, 2)
+    generator = torch.Generator().manual_seed(8)
+    x = torch.randn(1, 4, 3, generator=generator, dtype=torch.float64)
+    theirs, clean = x.clone(), torch.zeros_like(x)
+    for i in range(len(table)):
+        v = torch.sin(3 * x + i)
+        theirs = scheduler.step(torch.sin(3 * theirs + i), scheduler.timesteps[i], theirs, return_dict=False)[0]
+        x, clean = table.a[i] * x + table.b[i] * v + weight[i] * clean, x - table.sigma[i] * v
+        torch.testing.assert_close(x, theirs, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("order", "expected"), [(1, 2.0), (2, 4.0)])
+def test_the_tails_error_falls_with_the_solvers_order(order: int, expected: float) -> None:
+    """A flow whose clean image drifts with the noise level, D = sin(2 sigma): the exact path by quadrature."""
+
+    def solve(steps: int, order: int) -> float:
+        sigmas = torch.linspace(0.9, 0.3, steps + 1, dtype=torch.float64)
+        table, weight = multistep_table(torch.cat([sigmas, torch.zeros(1, dtype=torch.float64)]), order)
+        x, clean = 1.0, 0.0
+        for i in range(steps):
+            v = (x - float(torch.sin(2 * sigmas[i]))) / float(sigmas[i])
+            x, clean = float(table.a[i]) * x + float(table.b[i]) * v + float(weight[i]) * clean, x - float(sigmas[i]) * v
+        return x
+
+    exact = solve(200_00, 1) if order == 1 else solve(5_000, 2)
+    coarse, fine = abs(solve(40, order) - exact), abs(solve(80, order) - exact)
+    assert coarse / fine == pytest.approx(expected, rel=0.15)
+
+
+# Mixed sizes
+
+
+def test_an_iteration_takes_one_of_the_recipes_sizes_and_evaluation_its_own() -> None:
+    model = ModelConfig(height=32, width=32, buckets=("32x48", "48x32", "32x32"))
+    trainer = tiny_trainer(dataclasses.replace(small(engine=engine(forward="fused", cuda_graphs=True)), model=model))
+    seen = []
+    update = trainer.update
+    trainer.update = lambda draw, advantage: seen.append(draw.samples.final.shape[1]) or update(draw, advantage)
+    for _ in range(8):
+        assert iteration(trainer)["policy/ratio_deviation"] <= 1e-6
+    assert set(seen) == {24, 16} and trainer.model.latent_shape == (16, 16)
+    assert len(trainer.executor.rollout._rotary) == 3
+    again = tiny_trainer(dataclasses.replace(small(), model=model))
+    again.update = lambda draw, advantage: (_ for _ in ()).throw(AssertionError(draw.samples.final.shape[1]))
+    with pytest.raises(AssertionError, match=str(seen[0])):
+        again.iteration()
+
+
+@pytest.mark.parametrize("bucket", ["32", "0x32", "32x", "axb", "32x32x3"])
+def test_a_size_in_another_form_is_refused(bucket: str) -> None:
+    with pytest.raises(InputError, match=r"model.buckets.0 = .*: must be HEIGHTxWIDTH"):
+        check(dataclasses.replace(Config(), model=ModelConfig(buckets=(bucket,))))
+
+
+def test_a_size_the_model_cannot_take_is_refused_before_training() -> None:
+    from adagrpo.build import build_trainer
+    from adagrpo.recipe import load_recipe
+
+    config = load_recipe("tiny")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, buckets=("32x36",)))
+    with pytest.raises(InputError, match=r"model.buckets.*multiples of 8"):
+        build_trainer(config)
+
+
+def test_prompts_of_rows_need_no_read() -> None:
+    prompts = PromptRows(["a", "b", "c"], torch.tensor([2, 0, 1], device="meta"))
+    assert len(prompts.rows(torch.tensor([1, 2], device="meta"))) == 2
+
+
+def test_a_failed_sample_leaves_nothing_in_the_buffers_of_the_next_iteration() -> None:
+    config = small(rollout={"tail_steps": 3}, engine=engine(cuda_graphs=True))
+    trainer = toy_trainer(config)
+    weight = trainer.model.transformer.out
+    kept = weight.detach().clone()
+    with torch.no_grad():
+        weight.fill_(torch.nan)
+    trainer.draw(1)
+    with torch.no_grad():
+        weight.copy_(kept)
+    assert trainer.draw(1).rewards.isfinite().all()
+
+
+def test_running_out_of_memory_drops_the_buffers_of_larger_batches() -> None:
+    trainer = toy_trainer(small(engine=engine(cuda_graphs=True)))
+    trainer.iteration()
+    executor = trainer.executor
+    assert executor._lanes and executor.graphs.captured
+    executor.halve_rows(torch.OutOfMemoryError())
+    assert not executor._lanes and not executor.graphs.captured
+    trainer.iteration()
