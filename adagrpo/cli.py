@@ -57,7 +57,7 @@ def _dispatch(argv: list[str]) -> int:
     _add_export(commands)
     _add_report(commands)
     _add_tiny(commands)
-    commands.add_parser("doctor", help="what this machine has, and what that means").set_defaults(run=_doctor)
+    _add_doctor(commands)
     args, rest = parser.parse_known_args(argv)
     takes_keys = args.command in ("train", "plan", "fidelity")
     if rest and not takes_keys:
@@ -225,8 +225,30 @@ def _tiny(args: argparse.Namespace) -> int:
     return 0
 
 
+def _add_doctor(commands: argparse._SubParsersAction) -> None:
+    doctor = commands.add_parser("doctor", help="what this machine has, which backends it runs, and why not the others")
+    doctor.add_argument(
+        "--self-test",
+        action=argparse.BooleanOptionalAction,
+        help="kernels against references, on-policy ratio, timed iterations (default: where there is a CUDA device)",
+    )
+    doctor.set_defaults(run=_doctor)
+
+
 def _doctor(args: argparse.Namespace) -> int:
     from .doctor import report
 
     print(report())
-    return 0
+    import torch
+
+    wanted = torch.cuda.is_available() if args.self_test is None else args.self_test
+    if not wanted:
+        return 0
+    from .selftest import self_test
+
+    print("\nSelf-test:", flush=True)
+    failed = False
+    for row in self_test(torch.device("cuda" if torch.cuda.is_available() else "cpu")):
+        print(row, flush=True)
+        failed |= row.passed is False
+    return EXIT_FAILED if failed else 0

@@ -64,8 +64,3 @@ def test_dry_run_prints_the_cost(capsys) -> None:
     assert code == 0
     # 12 slots: 12 x 8 candidates x 8 steps; 12 x 4 forks; 12 x 8 x (7 + 6 + 5 + 4); 12 x 4
     assert "probe 768, prefix 48, rollout 2112, update 48" in out
-
-
-def test_doctor_names_torch_and_device(capsys) -> None:
-    code, out, _ = run(capsys, "doctor")
-    assert code == 0 and "torch" in out and "Device:" in out and "Advice:" in out
