@@ -41,16 +41,16 @@ def test_one_iteration_syncs_nothing_and_costs_what_arithmetic_says() -> None:
     trainer = Trainer(config, build_model(config.model), [build_reward("brightness", {})], [f"p{i}" for i in range(20)])
     parameters = sum(p.numel() for _, p in trainer.model.trainable())
     flops: dict[str, float] = {}
-    velocity, started, phase = trainer.model.velocity, time.perf_counter(), [""]
+    velocity, started, current = trainer.model.velocity, time.perf_counter(), [""]
 
     def counted(*args):
         with FlopCounterMode(display=False) as counter:
             v = velocity(*args)
-        flops[phase[0]] = flops.get(phase[0], 0) + counter.get_total_flops()
+        flops[current[0]] = flops.get(current[0], 0) + counter.get_total_flops()
         return v
 
     trainer.model.velocity = counted
-    trainer.phase.listener = lambda name: phase.__setitem__(0, name)
+    trainer.phase.listener = lambda name: current.__setitem__(0, name)
     metrics = trainer.iteration()
     assert all(value.device.type == "meta" for value in metrics.values() if isinstance(value, torch.Tensor))
     counts = {phase: (count.evaluations, count.calls) for phase, count in trainer.executor.counts.items()}
