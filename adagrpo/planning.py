@@ -8,6 +8,7 @@ import torch
 
 from .config import Config
 from .engine.backends import is_policy, make_copy
+from .engine.counting import tensor_bytes
 from .engine.memory import MemoryPlan, plan_memory
 from .engine.plans import branch_plan, chunk_sizes, probe_plan, trajectory_plan, update_batches
 from .engine.rehearsal import NotRehearsable, Rehearsal
@@ -92,7 +93,11 @@ def memory_plan(
     capacity = getattr(getattr(model, "encoder", None), "capacity", 0)
     everything = capacity if prompts is None else prompts + known
     kept = o.keep_last + o.keep_best + (train.iterations // o.keep_every if o.keep_every else 0)
-    copied = 0 if isinstance(rehearsal, str) else copy_bytes(config, rehearsal.model, model.device.type)
+    candidates = slots * config.selection.candidates
+    copied, prepared = 0, 0
+    if not isinstance(rehearsal, str):
+        copied, prepared = copy_bytes(config, rehearsal, model.device.type, candidates)
+    chunked = config.engine.max_rows and max(candidates, branch_rows(config)) > config.engine.max_rows
     loaded: dict[str, object] = {}
     for i, reward in enumerate(config.rewards):
         loaded[reward.name] = published_bytes(reward.name, reward.kwargs) if rewards is None else rewards[i]
@@ -110,17 +115,30 @@ def memory_plan(
         accumulates=len(calls["update"]) > train.steps_per_iteration,
         checkpoints=kept + 1,
         rollout_copy=copied,
+        prepared=prepared,
+        overlapped=bool(chunked) and config.engine.overlap and model.device.type != "cpu",
     )
 
 
-def copy_bytes(config: Config, model: FlowModel, device: str) -> int:
-    """Memory of the recipe's rollout copy beside the policy, read off a copy of ``model``, which is on the meta device."""
-    e = config.engine
+def branch_rows(config: Config) -> int:
+    """Samples of an iteration."""
+    r, slots = config.rollout, config.train.slots * config.train.accumulation
+    return slots * r.group_size * (len(r.sde_steps) if r.plan == "fork" else 1)
+
+
+def copy_bytes(config: Config, rehearsal: Rehearsal, device: str, prompts: int) -> tuple[int, int]:
+    """Memory of the recipe's rollout copy beside the policy, and of what it prepares for ``prompts``; both read off a copy
+    made on the meta device."""
+    e, model = config.engine, rehearsal.model
     forward = e.forward if e.forward != "auto" else "eager" if device == "cpu" else "compile"
     precision = PRECISION[e.precision]
     if not isinstance(model, FluxModel) or is_policy(model, forward, precision):
-        return 0
-    return make_copy(model, recipe_table(config), forward, precision, e.fp8_scaling).own_bytes
+        return 0, 0
+    table = recipe_table(config).to(torch.device("meta"), torch.float32)
+    copy = make_copy(model, table, forward, precision, e.fp8_scaling, impl="reference")
+    with torch.no_grad():
+        prepared = copy.prepare(rehearsal.conditioning(prompts)).tensors.values()
+    return copy.own_bytes, tensor_bytes(prepared) if forward == "fused" else 0
 
 
 def iteration_prediction(config: Config, rehearsal: Rehearsal, device: Device) -> Prediction:

@@ -166,6 +166,8 @@ def plan_memory(
     kl: bool = False,
     accumulates: bool = False,
     rollout_copy: int = 0,
+    prepared: int = 0,
+    overlapped: bool = False,
     checkpoints: int = 1,
 ) -> MemoryPlan:
     """The plan of a run of ``model``, which is loaded but not trained yet.
@@ -181,6 +183,8 @@ def plan_memory(
         kl: a copy of the initial weights is kept, unless adapters are trained.
         accumulates: an optimizer step has several micro-batches.
         rollout_copy: bytes of a copy of the weights made for sampling.
+        prepared: bytes of what the calls of a rollout share.
+        overlapped: pictures of a chunk are decoded while the next one is sampled.
         checkpoints: kept on disk at most, the one being written included.
     """
     trained = [p for _, p in model.trainable()]
@@ -223,8 +227,13 @@ def plan_memory(
         entries.append(Entry("activations", found, why, "evaluation", 0, "engine.max_rows"))
     rows = _largest(calls, ("decode",))
     entries.append(
-        Entry("activations", rehearsal.decode_peak(rows), f"{rows} pictures, {measured}", "decode", 0, "engine.max_rows")
+        Entry("activations", rehearsal.decode_peak(rows), f"{rows} pictures, {measured}", "decode", 0, "engine.decode_rows")
     )
+    if prepared:
+        entries.append(Entry("prepared prompts", prepared, "modulation of every step and embedded text", "rollout"))
+    if overlapped:
+        why = f"{rows} pictures of the chunk before (engine.overlap)"
+        entries.append(Entry("decoding meanwhile", rehearsal.decode_peak(rows), why, "rollout", 0, "engine.decode_rows"))
     rows = _largest(calls, ("update",))
     found = max(0, rehearsal.update_peak(rows) - narrow) + (rehearsal.forward_peak(rows) if kl else 0)
     checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in model.transformer.modules())

@@ -47,6 +47,10 @@ class Rehearsal:
             raise NotRehearsable(f"{type(error).__name__}: {error}") from error
         self.prompt_bytes = sum(t.numel() * t.element_size() for t in self._conditioning.values())
 
+    def conditioning(self, prompts: int) -> Conditioning:
+        """Embeddings of ``prompts`` prompts, without content."""
+        return Conditioning({n: t.expand(prompts, *t.shape[1:]) for n, t in self._conditioning.items()})
+
     def forward(self, rows: int) -> None:
         """One transformer call without gradient."""
         with torch.no_grad(), fused_attention():

@@ -111,12 +111,12 @@ class Prediction:
         """A readable page with its assumptions."""
         tiers = list(self.phases[0].seconds) if self.phases else []
         lines = [f"one iteration on {self.device.name}: predicted, not measured"]
-        lines.append(f"{'phase':11}{'calls':>7}{'images':>8}{'PFLOP':>9}" + "".join(f"{tier:>15}" for tier in tiers))
+        lines.append(f"{'phase':11}{'calls':>7}{'images':>8}{'PFLOP':>11}" + "".join(f"{tier:>15}" for tier in tiers))
         for p in self.phases:
             seconds = "".join(f"{p.seconds[tier]:13.3g} s" for tier in tiers)
-            lines.append(f"{p.phase:11}{p.calls:7}{p.rows:8}{p.petaflop:9.4g}" + seconds)
+            lines.append(f"{p.phase:11}{p.calls:7}{p.rows:8}{p.petaflop:11.4g}" + seconds)
         petaflop = sum(p.petaflop for p in self.phases)
-        lines.append(f"{'sum':26}{petaflop:9.4g}" + "".join(f"{self.total(tier):13.3g} s" for tier in tiers))
+        lines.append(f"{'sum':26}{petaflop:11.4g}" + "".join(f"{self.total(tier):13.3g} s" for tier in tiers))
         rates = {
             "eager bf16, TFLOP/s": self.device.eager, "bf16 ceiling, TFLOP/s": self.device.bf16,
             "fp8 ceiling, TFLOP/s": self.device.fp8, "memory, TB/s": self.device.bandwidth,

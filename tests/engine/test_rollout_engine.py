@@ -278,3 +278,37 @@ def test_running_out_of_memory_drops_the_buffers_of_larger_batches() -> None:
     executor.halve_rows(torch.OutOfMemoryError())
     assert not executor._lanes and not executor.graphs.captured
     trainer.iteration()
+
+
+def test_a_capture_that_fails_is_told_and_the_rollout_goes_on() -> None:
+    told: list[str] = []
+    graphs = StepGraphs(torch.device("cuda"), told.append)  # never touches the device: the capture itself is replaced
+
+    def refuse(key, step):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    graphs._capture = refuse  # type: ignore[method-assign]
+    x, runs = torch.zeros(2), []
+    for i in range(3):
+        assert graphs("step", lambda i=i: runs.append(i) or i, [x]) == i
+    assert runs == [0, 1, 2] and not graphs.enabled
+    assert told == ["CUDA graphs are off: the step step cannot be captured: operation not permitted when stream is capturing"]
+
+
+def test_a_captured_step_is_replayed_and_its_memory_told() -> None:
+    graphs = StepGraphs(torch.device("cuda"))
+
+    class Graph:
+        replays = 0
+
+        def replay(self) -> None:
+            Graph.replays += 1
+
+    def capture(key, step) -> None:
+        graphs._graphs[key] = (Graph(), step())
+
+    graphs._capture = capture  # type: ignore[method-assign]
+    x, runs = torch.zeros(2), []
+    results = [graphs("step", lambda: runs.append(1) or len(runs), [x]) for _ in range(4)]
+    # The first call runs directly, the second is recorded and replayed, later ones are replayed only.
+    assert results == [1, 2, 2, 2] and Graph.replays == 3
