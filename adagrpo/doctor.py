@@ -1,27 +1,60 @@
-"""``adagrpo doctor``: what this machine has, what of the engine it can run, and what that means for a run."""
+"""``adagrpo doctor``: what this machine has, which backends run on it and why not the others, and whether they are sound."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import math
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-from adagrpo_kernels._dispatch import device_problem
+from adagrpo_kernels._dispatch import VARIABLE, device_problem
 
-from .engine.backends import attention_problem, forward_problem, fp8_attention_problem, precision_problem
+from .engine.backends import (
+    ATTENTION,
+    attention_problem,
+    auto_forward,
+    forward_problem,
+    fp8_attention_problem,
+    precision_problem,
+)
 from .run.folder import PACKAGES, describe_machine
 
-FIDELITY = Path("runs") / "fidelity"
-REPORT_KEYS = {"recipe", "levers", "device", "spearman", "same_pick", "passed"}
+FIDELITY = Path("runs/fidelity")
+MAKE_FIDELITY = "adagrpo fidelity RECIPE --engine.precision fp8"
 
 
-def report(fidelity: Path = FIDELITY) -> str:
-    """A readable page: versions, device, memory and disk, backends with reasons, fidelity reports of a folder, advice."""
+def doctor(self_test: bool | None = None, everything: bool = False) -> int:
+    """Print the report, then the self-test's rows as they come; exit code 1 if a row failed.
+
+    Args:
+        self_test: None is: where there is a CUDA device.
+        everything: ``selftest.self_test``.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    print(report(device), flush=True)
+    if not (device.type == "cuda" if self_test is None else self_test):
+        return 0
+    from . import selftest
+
+    print("\nSelf-test (seconds per iteration are tiny-flux's: they rank nothing for FLUX.1):", flush=True)
+    begun, outcomes = time.perf_counter(), []
+    for row in selftest.self_test(device, everything):
+        print(row, flush=True)
+        outcomes.append(row.outcome)
+    counts = ", ".join(f"{outcomes.count(o)} {o}" for o in (selftest.PASSED, selftest.FAILED, selftest.SKIPPED))
+    print(f"  {counts}; {time.perf_counter() - begun:.0f} s")
+    return 1 if selftest.FAILED in outcomes else 0
+
+
+def report(device: torch.device) -> str:
+    """A readable page: versions, device, memory and disk, backends, FP8, advice."""
     machine = describe_machine(device)
     lines = [f"Python {machine['python']} at {sys.prefix}"]
     lines += [f"  {name:13} {machine['versions'][name] or 'not installed'}" for name in PACKAGES]
@@ -35,56 +68,71 @@ def report(fidelity: Path = FIDELITY) -> str:
         lines.append(f"  {torch.get_num_threads()} threads")
     lines.append(f"  disk {shutil.disk_usage('.').free / 2**30:.0f} GiB free in the current folder")
     lines.append(f"  HF_HUB_OFFLINE={os.environ.get('HF_HUB_OFFLINE', 'unset')}")
-    lines += ["", "Backends:", *backends(device), "", "Fidelity of lossy levers:", *fidelity_lines(fidelity)]
+    lines += ["", "Backends:"]
+    lines += [
+        f"  engine.{key:13} = {value:8} {f'no: {problem}' if problem else 'yes'}" for key, value, problem in backends(device)
+    ]
+    lines += ["", "`auto` here:", *[f"  engine.{key:13} {value}" for key, value in automatic(device)]]
+    lines += ["", "Fidelity of lossy levers:", *[f"  {line}" for line in fidelity(FIDELITY, device)]]
     return "\n".join([*lines, "", "Advice:", *[f"  - {advice}" for advice in _advice(device)]])
 
 
-def backends(device: torch.device) -> Iterator[str]:
-    """One line for each value of the ``engine`` keys: yes, or why not and what helps."""
-    on_cuda = device.type == "cuda"
-    compiled = forward_problem("compile", device)
-    resolved = "compile" if on_cuda and compiled is None else "eager"
-    graphs = None if on_cuda else "needs a CUDA device; here it runs under the capture's contract, without graphs"
-    simulated = None if on_cuda else "needs Hopper; here its rounding is simulated, without any gain"
-    rows: list[tuple[str, str, str | None]] = [
-        ("forward", "eager", None),
-        ("forward", "compile", compiled),
-        ("forward", "fused", None),
-        ("precision", "bf16", None),
-        ("precision", "fp8", precision_problem("fp8", device)),
-        *(("attention", name, attention_problem(name, device)) for name in ("native", "cudnn", "flash", "flash3")),
-        ("fp8_attention", "true", fp8_attention_problem(device) or simulated),
-        ("cuda_graphs", "true", graphs),
-        ("kernels", "triton", device_problem({device.type})),
-    ]
-    for key, value, problem in rows:
-        note = f"no: {problem}" if problem else "yes"
-        if not problem and not on_cuda and (key, value) in (("precision", "fp8"), ("forward", "fused"), ("precision", "bf16")):
-            note = "yes, for tests: it saves no time on a CPU"
-        yield f"  engine.{f'{key} = {value}':24} {note}"
-    yield f"  engine.{'forward = auto':24} means {resolved} here"
+def backends(device: torch.device) -> Iterator[tuple[str, str, str | None]]:
+    """Key of ``engine``, value, and why it cannot run here; None where it can."""
+    for forward in ("eager", "compile", "fused"):
+        yield "forward", forward, forward_problem(forward, device)
+    for precision in ("bf16", "fp8"):
+        yield "precision", precision, precision_problem(precision, device)
+    for attention in ATTENTION:
+        yield "attention", attention, attention_problem(attention, device)
+    yield "fp8_attention", "true", fp8_attention_problem(device)
+    graphs = None if device.type == "cuda" else "needs a CUDA device; elsewhere the steps run directly, under a capture's rules"
+    yield "cuda_graphs", "true", graphs
+    yield "kernels", "triton", device_problem({device.type})
 
 
-def fidelity_lines(folder: Path) -> Iterator[str]:
-    """What the fidelity reports in ``folder`` say; FP8 is recommended by a report that passed, never without one."""
-    found = sorted(folder.glob("*.json")) if folder.is_dir() else []
-    if not found:
-        yield f"  none in {folder}: `adagrpo fidelity RECIPE --engine.precision fp8 --engine.forward fused` makes one"
-    for path in found:
+def automatic(device: torch.device) -> Iterator[tuple[str, str]]:
+    """Key of ``engine`` and what ``auto`` is here, for FLUX models."""
+    yield "forward", auto_forward(device)
+    yield "precision", "the model's own (model.dtype)"
+    yield "attention", "torch's choice"
+    chosen = "triton" if device.type == "cuda" and device_problem({device.type}) is None else "reference"
+    named = os.environ.get(VARIABLE, "auto")
+    yield "kernels", chosen if named == "auto" else f"{named} ({VARIABLE})"
+
+
+def fidelity(folder: Path, device: torch.device) -> Iterator[str]:
+    """What the fidelity reports in ``folder`` say, then whether FP8 is recommended."""
+    recipes = []
+    for path in sorted(folder.glob("*.json")):
         try:
-            report = json.loads(path.read_text("utf-8"))
-            missing = REPORT_KEYS - report.keys()
-        except (OSError, ValueError, AttributeError) as error:
-            yield f"  {path}: cannot be read as a fidelity report ({error}); remove it or make it again"
+            found = json.loads(path.read_text("utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            yield f"{path}: not readable JSON ({type(error).__name__})"
             continue
-        if missing:
-            yield f"  {path}: not a fidelity report (no {', '.join(sorted(missing))})"
+        try:
+            levers = ", ".join(f"{key} = {value}" for key, value in found["levers"].items())
+            figures = f"Spearman {_figure(found['spearman'])}, same pick {_figure(found['same_pick'])}"
+            passed, recipe, where = found["passed"] is True, str(found["recipe"]), found["device"]
+        except (KeyError, TypeError, AttributeError) as error:
+            yield f"{path}: not a fidelity report ({type(error).__name__}: {error})"
             continue
-        levers = ", ".join(f"{key} = {value}" for key, value in report["levers"].items())
-        pick = "" if report["same_pick"] is None else f", same pick {report['same_pick']:.0%}"
-        rank = "undefined" if report["spearman"] is None else f"{report['spearman']:.3f}"
-        verdict = "passed: recommended" if report["passed"] else "not passed: not recommended"
-        yield f"  {levers}, recipe {report['recipe']} on {report['device']}: Spearman {rank}{pick}; {verdict}"
+        yield f"{path}: {levers}; recipe {recipe}, {where}: {figures}: {'passed' if passed else 'NOT passed'}"
+        if passed and found["levers"].get("engine.precision") == "fp8":
+            recipes.append(recipe)
+    problem = precision_problem("fp8", device)
+    if problem:
+        yield f"FP8 cannot run here: {problem}"
+    elif recipes:
+        names = ", ".join(dict.fromkeys(recipes))
+        yield f"FP8 is recommended for {names}, with the levers and on the device of a report that passed"
+    else:
+        yield f"FP8 is not recommended: no report in {folder} passed with it; make one: {MAKE_FIDELITY}"
+
+
+def _figure(value: Any) -> str:
+    measured = isinstance(value, (int, float)) and math.isfinite(value)
+    return f"{value:.3f}" if measured else "not measured"
 
 
 def _advice(device: torch.device) -> list[str]:
@@ -96,4 +144,6 @@ def _advice(device: torch.device) -> list[str]:
         advice.append(f"{gib:.0f} GiB is too little for FLUX.1-dev with its text encoders in bf16 (about 34 GiB) and an update")
     elif gib < 100:
         advice.append("recipe flux1-dev-lora fits with gradient checkpointing; keep engine.max_rows low")
+    if importlib.util.find_spec("triton") is None:
+        advice.append("triton is not installed: pip install 'adagrpo[cuda]'")
     return advice or ["ready: adagrpo train flux1-dev-lora --data.prompts FILE --data.held-out FILE"]

@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # A room may import the rooms of its own and of every later line.
 LAYERS = [
     {"__main__", "cli"},
-    {"commands", "doctor", "selftest"},
+    {"commands", "doctor"},
+    {"selftest"},
     {"fit", "build", "fidelity"},
     {"planning"},
     {"train", "evaluation"},

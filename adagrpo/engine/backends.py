@@ -33,7 +33,7 @@ def forward_problem(name: str, device: torch.device) -> str | None:
 def precision_problem(name: str, device: torch.device) -> str | None:
     """Why ``engine.precision = name`` cannot run on ``device``; None when it can."""
     if name == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
-        return "FP8 products need compute capability 8.9 (Ada) or 9.0 (Hopper)"
+        return "FP8 products need compute capability 8.9 (Ada) or 9.0 (Hopper): use bf16"
     return None
 
 
@@ -42,12 +42,13 @@ def attention_problem(name: str, device: torch.device) -> str | None:
     if name in ("auto", "native"):
         return None
     if device.type != "cuda":
-        return "needs a CUDA device"
+        return "needs a CUDA device: use auto or native"
+    if name == "flash3" and torch.cuda.get_device_capability(device)[0] != 9:
+        return "FlashAttention 3 needs Hopper: use auto or flash"
     package = {"flash": "flash_attn", "flash3": "flash_attn_interface"}.get(name)
     if package is not None and importlib.util.find_spec(package) is None:
-        return f"the package {package} is not installed"
-    if name == "flash3" and torch.cuda.get_device_capability(device)[0] != 9:
-        return "FlashAttention 3 needs Hopper"
+        how = "pip install 'adagrpo[flash]'" if name == "flash" else "build it from hopper/ of the flash-attention repository"
+        return f"the package {package} is not installed: {how}"
     return None
 
 
@@ -57,11 +58,15 @@ def fp8_attention_problem(device: torch.device) -> str | None:
 
 
 def resolve_forward(name: str, model: FlowModel) -> str:
-    """``auto`` becomes compile on CUDA where it can run and the model has a copy, else eager."""
+    """``auto`` becomes ``auto_forward`` where the model has a copy, else eager."""
     if name != "auto":
         return name
-    able = model.device.type == "cuda" and isinstance(model, FluxModel) and forward_problem("compile", model.device) is None
-    return "compile" if able else "eager"
+    return auto_forward(model.device) if isinstance(model, FluxModel) else "eager"
+
+
+def auto_forward(device: torch.device) -> str:
+    """What ``engine.forward = auto`` is for FLUX: compile on CUDA where it can run, else eager."""
+    return "compile" if device.type == "cuda" and forward_problem("compile", device) is None else "eager"
 
 
 def require_backends(device: torch.device, forward: str, fp8: bool, attention: str, fp8_attention: bool) -> None:

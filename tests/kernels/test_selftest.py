@@ -1,44 +1,83 @@
-"""The self-test of the kernels passes on sound ones and fails on perturbed ones."""
+"""The self-test's checks pass with the kernels as they are, and fail once a kernel's result is off."""
 
 from __future__ import annotations
 
 import adagrpo_kernels
 import pytest
 import torch
-from adagrpo_kernels import Quantized
-from adagrpo_kernels.selftest import CHECKS
+from adagrpo_kernels.selftest import CHECKS, Finding, Missing
 from torch import Tensor
 
-PERTURBED = {
-    "philox_normal": "philox_normal", "sde_step": "sde_step", "sde_step, log-probability": "sde_step",
-    "group_log_prob": "group_log_prob", "group_log_prob, gradient": "group_log_prob",
-    "fused_advantage": "multi_reward_advantage", "capability_step": "capability_step", "quantize_rowwise": "quantize_rowwise",
-    "layer_norm_modulate": "layer_norm_modulate", "layer_norm_modulate, e4m3": "layer_norm_modulate",
-    "gelu_join": "gelu_join", "gelu_join, e4m3": "gelu_join",
-}  # fmt: skip
+
+def operator_of(check: str) -> str:
+    name = check.split(",")[0]
+    return "multi_reward_advantage" if name == "fused_advantage" else name
 
 
-@pytest.mark.parametrize("name", CHECKS)
-def test_sound_kernels_pass(device: str, name: str) -> None:
-    found = CHECKS[name](torch.device(device))
+def run(check: str, device: str) -> Finding:
+    try:
+        return CHECKS[check](torch.device(device))
+    except Missing as missing:
+        pytest.skip(str(missing))
+
+
+def nudged(result):
+    """Every number 2 % off, every index one off, every e4m3 value its neighbour."""
+    if not isinstance(result, Tensor):
+        return type(result)(*(t if t is None else nudged(t) for t in result))
+    if result.dtype is torch.float8_e4m3fn:
+        return (result.view(torch.uint8) ^ 1).view(result.dtype)
+    return result * 1.02 if result.is_floating_point() else result + 1
+
+
+def one_off(part: str | None):
+    """One element of a result, or of its field ``part``, off by one number of its dtype."""
+
+    def change(result):
+        if part is not None:
+            return result._replace(**{part: one_off(None)(getattr(result, part))})
+        flat = result.clone().flatten()
+        flat[-1] = torch.nextafter(flat[-1].float(), torch.tensor(9.0)).to(flat.dtype) if flat.dtype is torch.float32 else 9.0
+        return flat.view_as(result)
+
+    return change
+
+
+def broken(monkeypatch, name: str, change) -> None:
+    kernel = getattr(adagrpo_kernels, name)
+    monkeypatch.setattr(adagrpo_kernels, name, lambda *args, **keywords: change(kernel(*args, **keywords)))
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_kernels_pass_and_nudged_ones_do_not(check: str, device: str, monkeypatch) -> None:
+    found = run(check, device)
     assert found.passed, found
+    broken(monkeypatch, operator_of(check), nudged)
+    assert not run(check, device).passed
 
 
-def spoiled(result):
-    """The result with every float a little larger."""
-    if isinstance(result, Quantized):
-        return Quantized(result.values, result.scale * 1.01)
-    if isinstance(result, tuple):
-        return type(result)(*(spoiled(part) for part in result))
-    return result * 1.01 if isinstance(result, Tensor) and result.is_floating_point() else result
+@pytest.mark.parametrize(
+    ("check", "part"),
+    [("philox_normal", None), ("sde_step", "next"), ("sde_step", "mean"), ("sde_step", "clean"), ("capability_step", "mean")],
+)
+def test_one_element_is_enough(check: str, part: str | None, device: str, monkeypatch) -> None:
+    broken(monkeypatch, check, one_off(part))
+    assert not run(check, device).passed
 
 
-def test_every_operator_has_a_check() -> None:
-    assert set(PERTURBED) == set(CHECKS)
+def test_nan_and_wrong_scales_never_pass(device: str, monkeypatch) -> None:
+    assert not Finding(float("nan"), 1.0).passed
+    broken(monkeypatch, "quantize_rowwise", lambda q: q._replace(scale=q.scale * 1.001))
+    assert not run("quantize_rowwise", device).passed
+    monkeypatch.undo()
+    broken(monkeypatch, "quantize_rowwise", lambda q: q._replace(values=q.values.float().flip(-1).to(q.values.dtype)))
+    assert not run("quantize_rowwise", device).passed
+    monkeypatch.undo()
+    broken(monkeypatch, "group_log_prob", lambda logp: logp * torch.nan)
+    assert not run("group_log_prob", device).passed
 
 
-@pytest.mark.parametrize("name", CHECKS)
-def test_perturbed_kernels_fail(device: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    operator = getattr(adagrpo_kernels, PERTURBED[name])
-    monkeypatch.setattr(adagrpo_kernels, PERTURBED[name], lambda *args, **keys: spoiled(operator(*args, **keys)))
-    assert not CHECKS[name](torch.device(device)).passed
+def test_another_dtype_is_an_error(device: str, monkeypatch) -> None:
+    broken(monkeypatch, "philox_normal", lambda noise: noise.double())
+    with pytest.raises(ValueError, match="float64"):
+        run("philox_normal", device)
