@@ -53,13 +53,14 @@ def _dispatch(argv: list[str]) -> int:
     _add_train(commands)
     _add_fidelity(commands)
     _add_plan(commands)
+    _add_profile(commands)
     _add_sample(commands)
     _add_export(commands)
     _add_report(commands)
     _add_tiny(commands)
     _add_doctor(commands)
     args, rest = parser.parse_known_args(argv)
-    takes_keys = args.command in ("train", "plan", "fidelity")
+    takes_keys = args.command in ("train", "plan", "profile", "fidelity")
     if rest and not takes_keys:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return args.run(args, rest) if takes_keys else args.run(args)
@@ -117,6 +118,29 @@ def _plan(args: argparse.Namespace, overrides: list[str]) -> int:
     from .commands import plan
 
     return plan(config)
+
+
+def _add_profile(commands: argparse._SubParsersAction) -> None:
+    profile = commands.add_parser(
+        "profile",
+        allow_abbrev=False,
+        help="where an iteration's time, memory and energy go",
+        description="Run whole iterations of a recipe, one under the profiler and some undisturbed, and write what they took. "
+        "Every key can be set as --section.key VALUE.",
+    )
+    profile.add_argument("recipe", help=f"{', '.join(recipe_names())}, or a TOML file")
+    profile.add_argument("--iterations", type=int, default=3, help="timed iterations (default: 3)")
+    profile.add_argument("--out", type=Path, help="folder (default: profiles/<device>/<recipe>)")
+    profile.set_defaults(run=_profile)
+
+
+def _profile(args: argparse.Namespace, overrides: list[str]) -> int:
+    recipe = load_recipe(args.recipe)
+    config = _override(recipe, overrides, args.recipe, "profile")
+    check(config)
+    from .commands import profile
+
+    return profile(config, recipe, args.iterations, args.out)
 
 
 def _override(config: Config, overrides: list[str], recipe: str, command: str = "train") -> Config:

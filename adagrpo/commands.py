@@ -9,7 +9,16 @@ from pathlib import Path
 from tqdm import tqdm
 
 from .algorithm.sde import Stream
-from .build import build_architecture, build_model, build_trainer, check_engine, check_model, load_data, load_plugins
+from .build import (
+    build_architecture,
+    build_model,
+    build_trainer,
+    check_engine,
+    check_model,
+    choose_device,
+    load_data,
+    load_plugins,
+)
 from .config import Config
 from .engine.backends import resolve_forward
 from .engine.memory import MemoryPlan, size_text
@@ -145,6 +154,24 @@ def fidelity(config: Config, checkpoint: Path | None, slots: int, out: Path | No
     write_json(path, found.as_json())
     print(f"{found}\n{path}")
     return 0 if found.passed else 1
+
+
+PROFILES = Path("profiles")
+
+
+def profile(config: Config, recipe: Config, iterations: int, out: Path | None) -> int:
+    """Record whole iterations of a checked recipe into a folder of profiles; ``recipe`` is what its file says."""
+    from .profile.summary import device_slug, prepare_folder, write_profile
+
+    if iterations < 1:
+        raise InputError(f"--iterations {iterations}: must be at least 1")
+    folder = out or PROFILES / device_slug(choose_device(config.model.device)) / config.name
+    config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, overlap=False))
+    prepare_folder(folder)
+    trainer, _ = build_trainer(config)
+    print(write_profile(trainer, recipe, iterations, folder))
+    print(folder)
+    return 0
 
 
 def export(source: str, out: Path) -> int:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     {"__main__", "cli"},
     {"commands", "doctor"},
-    {"selftest"},
+    {"selftest", "profile"},
     {"fit", "build", "fidelity"},
     {"planning"},
     {"train", "evaluation"},

@@ -270,7 +270,7 @@ class PeakMeter:
     """The most memory a run took: torch's own peak on CUDA; on a CPU that of the whole process, libraries included."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self._cuda_peak, self._start = device, 0, _resident_set()
+        self.device, self._cuda_peak, self._start = device, 0, resident_set()
 
     def observe(self) -> None:
         """Read CUDA's peak, before somebody resets it."""
@@ -339,7 +339,7 @@ def _largest(calls: Mapping[str, Sequence[int]], phases: Sequence[str]) -> int:
     return max((rows for phase in phases for rows in calls.get(phase, ())), default=0)
 
 
-def _resident_set() -> int:
+def resident_set() -> int:
     """Bytes of this process in memory now; where that cannot be read, its peak so far."""
     try:
         return int(Path("/proc/self/statm").read_text("ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")

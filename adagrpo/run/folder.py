@@ -69,10 +69,9 @@ class RunFolder:
         file = path / "config.toml"
         if not file.is_file():
             raise InputError(f"--out {path}: no run to resume there (config.toml is missing)")
-        before, now = (_flat(dataclasses.asdict(c)) for c in (load_recipe(file), config))
-        changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+        changed = changed_keys(load_recipe(file), config)
         if changed:
-            difference = "; ".join(f"{key} = {before.get(key)} there, {now.get(key)} here" for key in changed)
+            difference = "; ".join(f"{key} = {before} there, {now} here" for key, (before, now) in changed.items())
             raise InputError(
                 f"--out {path}: holds a run of another recipe: {difference}; drop the change or name another --out"
             )
@@ -192,6 +191,12 @@ def write_json(path: Path, value: Any) -> None:
 def prompts_digest(*lists: Sequence[str]) -> str:
     """SHA-256 of prompt lists, for the manifest."""
     return hashlib.sha256(json.dumps(lists, ensure_ascii=False).encode()).hexdigest()
+
+
+def changed_keys(before: Config, now: Config) -> dict[str, tuple[Any, Any]]:
+    """Keys in which two recipes differ, as ``section.key``, with both values; None where a key is missing."""
+    one, other = (_flat(dataclasses.asdict(config)) for config in (before, now))
+    return {key: (one.get(key), other.get(key)) for key in {**one, **other} if one.get(key) != other.get(key)}
 
 
 def _flat(table: Any, prefix: str = "") -> dict[str, Any]:

@@ -13,10 +13,11 @@ An exception of a kernel is never swallowed.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ VARIABLE = "ADAGRPO_IMPL"
 
 _launches: Counter[str] = Counter()
 _ran: dict[str, set[str]] = {}
+_observers: list[Callable[[str, Any, dict[str, Any]], object]] = []
 
 
 def use_triton(op: str, impl: str | None, tensors: Sequence[Tensor | None], problem: str | None = None) -> bool:
@@ -64,6 +66,8 @@ def launch(name: str, kernel: Any, grid: tuple[int, ...], arguments: dict[str, A
     if 0 in grid:
         return
     _launches[name] += 1
+    for observer in _observers:
+        observer(name, kernel, arguments)
     device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
     if device.type == "meta":
         return
@@ -72,6 +76,16 @@ def launch(name: str, kernel: Any, grid: tuple[int, ...], arguments: dict[str, A
             kernel[grid](**arguments, num_warps=num_warps, enable_fp_fusion=False)
     else:
         kernel[grid](**arguments, num_warps=num_warps, enable_fp_fusion=False)
+
+
+@contextlib.contextmanager
+def observed(observer: Callable[[str, Any, dict[str, Any]], object]) -> Iterator[None]:
+    """Within it ``observer`` is told name, kernel and arguments of every launch."""
+    _observers.append(observer)
+    try:
+        yield
+    finally:
+        _observers.remove(observer)
 
 
 def launch_counts() -> dict[str, int]:

@@ -1,0 +1,1 @@
+"""Where an iteration's time, memory and energy go: ``adagrpo profile``."""
