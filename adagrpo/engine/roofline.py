@@ -173,7 +173,7 @@ def work(run: Callable[[int], None], transformer: nn.Module | None = None) -> Wo
 
     with _token_linears(transformer) as fp8, FlopCounterMode(display=False) as flops:
         one = _traffic(run, 1)
-    names = {str(operator) for operator in flops.get_flop_counts()["Global"]}
+    names = {str(operator) for operator in flops.get_flop_counts().get("Global", {})}
     two = _traffic(run, 2)
     rows = {name: two[name] - one[name] for name in two}
     fixed = {name: max(0, one[name] - rows[name]) for name in one}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import platform
 import re
 import statistics
@@ -45,21 +46,19 @@ def processor() -> str:
 
 
 def prepare_folder(path: Path) -> None:
-    """Create ``path``; what an earlier profile left there goes.
+    """Create ``path``.
 
     Raises:
         InputError: it cannot be created.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        for name in FILES:
-            (path / name).unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"--out {path}: cannot be written: {error.strerror}") from error
 
 
 def write_profile(trainer: Trainer, recipe: Config, iterations: int, folder: Path) -> str:
-    """Record ``trainer`` into an existing folder, and return what to print.
+    """Record ``trainer`` into an existing folder, and return what to print. What an earlier profile left there goes.
 
     Args:
         recipe: as its file has it, before anything was overridden.
@@ -67,12 +66,15 @@ def write_profile(trainer: Trainer, recipe: Config, iterations: int, folder: Pat
     Raises:
         RunError: the recording cannot go on; nothing but the snapshot of an out-of-memory error is left in ``folder``.
     """
+    for name in FILES:
+        (folder / name).unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".recording-") as name:
         draft = Path(name)
         try:
+            load = os.getloadavg()[0]
             recording = record(trainer, iterations, draft, snapshot=folder / SNAPSHOT)
             roof = stated_rates(trainer.model.device)
-            summary, points = _summary(trainer, recipe, recording, roof)
+            summary, points = _summary(trainer, recipe, recording, roof, load)
             write_json(draft / JSON, summary)
             page = markdown(summary)
             (draft / PAGE).write_text(page, "utf-8")
@@ -92,12 +94,14 @@ def stated_rates(device: torch.device) -> Device | None:
     return next((known for key, known in (("H100", H100), ("H200", H200)) if key in name), None)
 
 
-def _summary(trainer: Trainer, recipe: Config, recording: Recording, roof: Device | None) -> tuple[dict[str, Any], list[Point]]:
+def _summary(
+    trainer: Trainer, recipe: Config, recording: Recording, roof: Device | None, load: float
+) -> tuple[dict[str, Any], list[Point]]:
     config, device = trainer.config, trainer.model.device
     counts = recording.timed[-1].counts
     machine = describe_machine(device)
     if device.type == "cpu":
-        machine |= {"processor": processor()}
+        machine |= {"processor": processor(), "cores": os.cpu_count(), "load_before": load}
     counted = phase_points(config, trainer.model, trainer.stream.prompts[0], recording.phases, counts)
     points = [*(counted if not isinstance(counted, str) else ()), *recording.kernels]
     images = sum(planned_calls(config)["decode"])
@@ -142,7 +146,9 @@ def _summary(trainer: Trainer, recipe: Config, recording: Recording, roof: Devic
         "points_missing": counted if isinstance(counted, str) else None,
         "roof": dataclasses.asdict(roof) if roof is not None else None,
         "memory": {
-            "what": "CUDA tensors" if device.type == "cuda" else "the whole process at the phases' boundaries",
+            "what": "CUDA tensors; paler: the phase's peak"
+            if device.type == "cuda"
+            else "the whole process at the phases' boundaries",
             "peak_bytes": recording.peak,
             "timeline": [dataclasses.asdict(sample) for sample in recording.memory],
         },
@@ -159,7 +165,7 @@ def _pictures(
     return (
         phase_bars(recording.phases, f"Seconds per phase of an iteration: {where}"),
         roofline(points, roof, f"Roofline: {where}"),
-        memory_curve(recording.memory, f"Memory of an iteration ({summary['memory']['what']}): {where}"),
+        memory_curve(recording.memory, f"Memory of an iteration: {where}", summary["memory"]["what"]),
     )
 
 
@@ -179,7 +185,8 @@ def markdown(summary: Mapping[str, Any]) -> str:
         f"- versions: Python {machine['python']}, {versions}; commit {machine['commit'] or 'unknown'}",
         f"- an iteration: {number(seconds['mean'])} s mean, {number(seconds['median'])} s median of {count['timed']} without "
         f"the profiler; {number(seconds['traced'])} s under it; {summary['images']} images sampled",
-        f"- peak memory ({memory['what']}): {size_text(memory['peak_bytes'])}",
+        *([f"- {machine['cores']} cores; load before: {machine['load_before']:.1f}"] if "cores" in machine else []),
+        f"- peak memory ({memory['what'].split(';')[0]}): {size_text(memory['peak_bytes'])}",
         f"- power: {_power(power)}",
     ]
     lines += [f"- {key} = {now} (recipe: {before})" for key, (before, now) in summary["changed_keys"].items()]
