@@ -183,8 +183,9 @@ def markdown(summary: Mapping[str, Any]) -> str:
         f"# Profile of {summary['recipe']} on {_device(summary)}",
         "",
         f"- versions: Python {machine['python']}, {versions}; commit {machine['commit'] or 'unknown'}",
-        f"- an iteration: {number(seconds['mean'])} s mean, {number(seconds['median'])} s median of {count['timed']} without "
-        f"the profiler; {number(seconds['traced'])} s under it; {summary['images']} images sampled",
+        f"- an iteration without the profiler: {number(seconds['mean'])} s mean, {number(seconds['median'])} s median, "
+        f"{number(min(seconds['each']))} … {number(max(seconds['each']))} s, of {count['timed']}",
+        f"- under the profiler: {number(seconds['traced'])} s; images sampled: {summary['images']}",
         *([f"- {machine['cores']} cores; load before: {machine['load_before']:.1f}"] if "cores" in machine else []),
         f"- peak memory ({memory['what'].split(';')[0]}): {size_text(memory['peak_bytes'])}",
         f"- power: {_power(power)}",
