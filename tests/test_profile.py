@@ -15,11 +15,12 @@ from toy import CHANNELS, LENGTH, toy_config
 
 from adagrpo.cli import main
 from adagrpo.config import RewardConfig
-from adagrpo.engine.roofline import H100
+from adagrpo.engine.executor import Count
+from adagrpo.engine.roofline import H100, Work
 from adagrpo.profile import power, record
 from adagrpo.profile.figures import memory_curve, phase_bars, roofline
-from adagrpo.profile.memory import AllocatorHistory, Sample
-from adagrpo.profile.points import KernelMeter, Point
+from adagrpo.profile.memory import AllocatorHistory, MemoryTimeline, Sample
+from adagrpo.profile.points import KernelMeter, Point, moved_bytes
 from adagrpo.profile.power import Energy, PowerMeter
 from adagrpo.profile.record import top_operators
 from adagrpo.recipe import to_toml
@@ -177,6 +178,18 @@ def test_the_allocators_history_is_recorded_on_cuda_only(tmp_path, monkeypatch) 
     assert calls == [(("max_entries", 200_000),), (str(tmp_path / "memory.pickle"),), (("enabled", None),)]
 
 
+def test_a_phases_peak_is_read_when_it_ends(monkeypatch) -> None:
+    held, peaks = iter([10, 20, 30]), iter([0, 15, 90])
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: next(held))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: next(peaks))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    timeline = MemoryTimeline(CUDA)
+    timeline.begin()
+    timeline.listener("probe")
+    found = [(sample.phase, sample.held, sample.peak) for sample in timeline.end()]
+    assert found == [("begin", 10, 15), ("probe", 20, 90), ("end", 30, None)]
+
+
 class Nvml(types.ModuleType):
     """A fake pynvml whose board draws the given milliwatts, one reading after the other."""
 
@@ -243,6 +256,11 @@ def test_without_power_there_is_a_reason(nvml, monkeypatch) -> None:
     assert meter.energy() is None and meter.problem == "NVML: GPU is lost"
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert "adagrpo[cuda]" in str(PowerMeter(CUDA).problem)
+
+
+def test_bytes_of_a_phase_are_those_of_its_calls_and_rows() -> None:
+    each = Work(flops=0, fp8_flops=0, fixed_bytes=10, row_bytes=3, small_fixed_bytes=5, small_row_bytes=2)
+    assert moved_bytes(each, Count(evaluations=7, calls=2)) == 2 * 15 + 7 * 5
 
 
 def test_kernels_are_observed_as_they_launch() -> None:

@@ -73,11 +73,12 @@ def phase_points(
     for phase, parts in done.items():
         flops = sum(each.flops * count.evaluations for each, count in parts)
         if flops and seconds.get(phase):
-            points.append(Point(phase, "phase", flops, sum(_bytes(*part) for part in parts), seconds[phase]))
+            points.append(Point(phase, "phase", flops, sum(moved_bytes(*part) for part in parts), seconds[phase]))
     return points
 
 
-def _bytes(each: Work, count: Count) -> float:
+def moved_bytes(each: Work, count: Count) -> float:
+    """Bytes of the calls of ``count``, each doing ``each``."""
     once, row = each.fixed_bytes + each.small_fixed_bytes, each.row_bytes + each.small_row_bytes
     return count.calls * once + count.evaluations * row
 
