@@ -99,6 +99,19 @@ class SelectionConfig:
     """Arguments of a strategy named by import path."""
     alpha: float = 0.8
     """Memory of the capability EMA."""
+    probe: Literal["full", "short", "memory"] = "full"
+    """How candidates are judged. full: each is sampled to the end and scored (the paper). short: each by an ODE of
+    `probe_steps`, against an EMA of such scores. memory: by a posterior of what earlier rewards said of each prompt, without
+    sampling. With short and memory the pick and one uniformly drawn candidate are finished; the latter, in full length, feeds
+    the capability EMA that advantages are measured against."""
+    probe_steps: int = 4
+    """Steps of a short probe."""
+    half_life: float = 100.0
+    """Draws after which evidence on a prompt counts half (memory)."""
+    noise_share: float = 0.56
+    """Share of an image's reward variance that is the noise draw, not the prompt (memory)."""
+    group_evidence: float = 2.0
+    """How many independent images a slot's groups are worth as evidence; they share an anchor (memory)."""
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,13 @@ def planned_calls(config: Config) -> dict[str, list[int]]:
     fork, scored = r.plan == "fork", config.advantage.weight > 0
     scored |= config.selection.candidates > 1 and config.selection.strategy != "random"
     calls: dict[str, list[int]] = {}
-    if fork or scored:
+    judged = candidates * scored
+    if config.selection.probe != "full":
+        finished = probe_plan(range(2 * slots), r.steps).calls(limit)
+        short = config.selection.probe == "short"
+        calls["probe"] = probe_plan(range(candidates), config.selection.probe_steps).calls(limit) * short + finished
+        judged = candidates * short + slots
+    elif fork or scored:
         calls["probe"] = probe_plan(range(candidates), r.steps).calls(limit)
     samples = 1 if fork else r.group_size
     batches = update_batches(slots, samples, trained, train.steps_per_iteration, train.slots, limit)
@@ -42,7 +48,7 @@ def planned_calls(config: Config) -> dict[str, list[int]]:
     plan = branches if fork else trajectory_plan(slots, r.group_size, r.steps, (), ())
     calls["rollout"] = plan.calls(limit)
     pictures = min(n for n in (limit, config.engine.decode_rows, 2**31) if n)
-    scored_rows = [n for rows in (candidates * scored, plan.num_rows) for n in chunk_sizes(rows, limit)]
+    scored_rows = [n for rows in (judged, plan.num_rows) for n in chunk_sizes(rows, limit)]
     calls["decode"] = [n for rows in scored_rows for n in chunk_sizes(rows, pictures)]
     if config.loss.old_logp == "recompute":
         calls["recompute"] = update

@@ -98,13 +98,17 @@ class PromptStream:
 
     def take(self, count: int) -> list[str]:
         """The next ``count`` prompts."""
+        return [self.prompts[i] for i in self.take_numbers(count)]
+
+    def take_numbers(self, count: int) -> list[int]:
+        """The next ``count`` prompts by their place in the list."""
         taken = [self._at(self.position + i) for i in range(count)]
         self.position += count
         return taken
 
-    def _at(self, position: int) -> str:
+    def _at(self, position: int) -> int:
         epoch, offset = divmod(position, len(self.prompts))
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             self._epoch, self._order = epoch, torch.randperm(len(self.prompts), generator=generator)
-        return self.prompts[int(self._order[offset])]
+        return int(self._order[offset])

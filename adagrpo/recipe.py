@@ -90,14 +90,20 @@ def _check_ranges(c: Config) -> typing.Iterator[Problem]:
         "evaluation.noises": 1, "evaluation.final_prompts": 0, "evaluation.final_noises": 1, "output.grid_every": 0,
         "output.grid_prompts": 1, "output.checkpoint_every": 0, "output.keep_last": 1, "output.keep_every": 0,
         "output.trace_at": 0, "rollout.tail_steps": 0, "guards.max_rollbacks": 0,
+        "selection.probe_steps": 1, "selection.group_evidence": 0,
     }  # fmt: skip
     at_most = {
         "rollout.steps": 4096, "rollout.group_size": 4096, "train.slots": 4096, "train.accumulation": 4096,
         "selection.candidates": 4096, "train.seed": 2**42, "evaluation.noises": 4096, "evaluation.final_noises": 4096,
         "train.iterations": 2**31,
     }  # fmt: skip
-    above_zero = ("rollout.shift", "advantage.clip", "optimizer.max_grad_norm", "model.lora_alpha")
-    below_one = ("selection.alpha", "optimizer.ema_decay", "optimizer.betas.0", "optimizer.betas.1")
+    above_zero = (
+        "selection.half_life", "selection.noise_share", "rollout.shift", "advantage.clip", "optimizer.max_grad_norm",
+        "model.lora_alpha",
+    )  # fmt: skip
+    below_one = (
+        "selection.noise_share", "selection.alpha", "optimizer.ema_decay", "optimizer.betas.0", "optimizer.betas.1",
+    )  # fmt: skip
     for key, low in at_least.items():
         if not low <= (value := _lookup(c, key)) < float("inf"):
             yield key, value, f"must be at least {low}"
@@ -131,6 +137,12 @@ def _check_dead_keys(c: Config) -> typing.Iterator[Problem]:
         (not fp8, "engine.precision = fp8", ["engine.fp8_scaling"]),
         (c.engine.forward != "fused", "engine.forward = fused", ["engine.fp8_attention"]),
         (r.plan != "fork", "rollout.plan = fork", ["rollout.tail_steps"]),
+        (c.selection.probe != "short", "selection.probe = short", ["selection.probe_steps"]),
+        (
+            c.selection.probe != "memory",
+            "selection.probe = memory",
+            [f"selection.{k}" for k in ("half_life", "noise_share", "group_evidence")],
+        ),
         (r.tail_steps == 0, "rollout.tail_steps above 0", ["rollout.tail_solver"]),
         (c.model.tuning != "lora", "model.tuning = lora", ["model.lora_rank", "model.lora_alpha", "model.lora_targets"]),
         (plugin, "model.family = flux", ["model.tuning", "model.gradient_checkpointing", "model.max_text_tokens"]),
@@ -221,8 +233,25 @@ def _check_training(c: Config) -> typing.Iterator[Problem]:
         yield "guards.kl.limit", c.guards.kl.limit, "needs loss.kl_weight above 0: without it the divergence is not computed"
     if c.output.keep_best and not c.evaluation.every:
         yield "output.keep_best", True, "needs evaluation.every above 0"
+    yield from _check_probe(c)
     if c.selection.candidates == 1 and c.selection.strategy not in ("closest", "random"):
         yield "selection.candidates", 1, f"strategy {c.selection.strategy} needs at least two candidates"
+
+
+def _check_probe(c: Config) -> typing.Iterator[Problem]:
+    s = c.selection
+    if s.probe == "full":
+        return
+    if s.candidates == 1 or s.strategy == "random":
+        yield "selection.probe", s.probe, "judges candidates: it needs selection.candidates above 1 and no random strategy"
+    if s.probe == "memory" and s.strategy != "closest":
+        yield "selection.strategy", s.strategy, "selection.probe = memory knows closest only"
+    if is_import_path(s.strategy):
+        yield "selection.strategy", s.strategy, "a strategy named by import path needs selection.probe = full"
+    if c.rollout.fork_velocity == "probe":
+        yield "rollout.fork_velocity", "probe", "needs selection.probe = full"
+    if c.advantage.equal_groups == "refill":
+        yield "advantage.equal_groups", "refill", "needs selection.probe = full"
 
 
 def _check_plugins(c: Config) -> typing.Iterator[Problem]:

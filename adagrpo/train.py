@@ -22,10 +22,11 @@ from .algorithm.selection import STRATEGIES, CapabilityState, capability_step
 from .config import Config, bucket_size
 from .engine.backends import build_forward
 from .engine.executor import Rollout, RolloutExecutor
+from .engine.filter import CheapFilter
 from .engine.graphs import StepGraphs
 from .engine.optimizer import PolicyOptimizer
 from .engine.overlap import Overlap
-from .engine.plans import probe_plan, window_steps
+from .engine.plans import host_integers, probe_plan, window_steps
 from .engine.sampling import Samples, merge_slots, sample_forks, sample_trajectories
 from .engine.scoring import Scorer
 from .engine.tables import RolloutTable, rollout_table
@@ -100,6 +101,7 @@ class Trainer:
         self.capability = CapabilityState.for_rewards(len(rewards), model.device)
         self.reward_weights = torch.tensor([reward.weight for reward in config.rewards], device=model.device)
         self.status = torch.zeros((), dtype=torch.int64, device=model.device)
+        self.filter = _filter(config, self.slots, len(prompts), model.device)
         self.iterations_done = 0
         self.draws = 0
 
@@ -134,9 +136,9 @@ class Trainer:
 
     def draw(self, slots: int) -> Draw:
         """Draw groups for ``slots`` prompts."""
-        prompts = self.stream.take(slots * self.config.selection.candidates)
-        capability = self.capability
-        draw = self.with_memory(lambda: self._draw(prompts, slots, capability))
+        numbers = self.stream.take_numbers(slots * self.config.selection.candidates)
+        before = (self.capability, self.filter)
+        draw = self.with_memory(lambda: self._draw(numbers, slots, before))
         self.draws += 1
         return draw
 
@@ -154,15 +156,83 @@ class Trainer:
             torch.cuda.empty_cache()
             self.say(f"out of memory while sampling: continuing with engine.max_rows = {self.executor.max_rows}")
 
-    def _draw(self, prompts: Sequence[str], slots: int, capability: CapabilityState) -> Draw:
-        self.capability = capability
+    def _draw(self, numbers: Sequence[int], slots: int, before: tuple[CapabilityState, CheapFilter | None]) -> Draw:
+        self.capability, self.filter = before
+        prompts = [self.stream.prompts[i] for i in numbers]
         candidates = self.model.encode(prompts)
-        anchors, scores = self.probe(candidates, prompts, slots)
-        picks = self.select(scores, slots)
-        chosen, conditioning = self.gather(candidates, picks)
+        if self.filter is None:
+            anchors, scores = self.probe(candidates, prompts, slots)
+            picks = self.select(scores, slots)
+            chosen, conditioning = self.gather(candidates, picks)
+            anchor_row = chosen
+        else:
+            scores = None
+            places = host_integers(numbers, self.model.device).reshape(slots, -1)
+            picks = self.pick_cheaply(candidates, prompts, places)
+            chosen, conditioning = self.gather(candidates, picks)
+            anchors = self.finish(candidates, prompts, places, chosen)
+            anchor_row = torch.arange(slots, device=chosen.device)
         picked = PromptRows(prompts, chosen)
-        samples, rewards = self.rollout(anchors, picked, picks, conditioning)
+        samples, rewards = self.rollout(anchors, anchor_row, picked, picks, conditioning)
+        if self.filter is not None:
+            seen = places.gather(1, picks.clamp_min(0).unsqueeze(1)).squeeze(1)
+            self.filter = self.filter.with_groups(seen, rewards, self.draws)
         return Draw(picked, conditioning, scores, picks, samples, rewards)
+
+    def pick_cheaply(self, candidates: Conditioning, prompts: Sequence[str], places: Tensor) -> Tensor:
+        """One candidate per slot [P] without sampling all of them to the end; ``places`` [P, B] are their prompts' numbers."""
+        assert self.filter is not None
+        s, device = self.config.selection, self.model.device
+        if s.probe == "memory":
+            with self.phase("select"):
+                return self.filter.nearest(
+                    places, self.capability, self.reward_weights, self._uniform(places, step=2), self.draws
+                )
+        everyone = torch.arange(len(prompts), device=device)
+        plan = probe_plan(range(len(prompts)), self.executor.rollout_table.probe)
+        with self.phase("probe"):
+            x = self.executor.initial_noise(everyone, self.draws, Stream.PROBE_INIT)
+        scores = self._overlapped(PromptRows(prompts, everyone))
+        self.executor.run(plan, x, candidates, self.draws, "probe", finished=scores)
+        with self.phase("select"):
+            weights = self.reward_weights if len(self.rewards) > 1 else None
+            found = capability_step(
+                self.filter.level, scores.result().unflatten(1, places.shape), s.alpha, s.strategy, weights, impl=self.impl
+            )
+            self.filter = dataclasses.replace(self.filter, level=found.state)
+            return found.picks
+
+    def finish(self, candidates: Conditioning, prompts: Sequence[str], places: Tensor, chosen: Tensor) -> Rollout:
+        """Sample the picks, and one uniformly drawn candidate per slot, to the end: rows ordered (pick, uniform), [2P].
+
+        Only the uniform ones are scored: an EMA fed by winners would measure itself. Over the last B draws there are as many of
+        these full-length scores as the paper's probes have in one, and they feed the EMA in their place.
+        """
+        assert self.filter is not None
+        r, slots = self.config.rollout, places.shape[0]
+        first = torch.arange(slots, device=chosen.device) * places.shape[1]
+        drawn = self._uniform(places, step=1)
+        uniform = first + drawn
+        rows = torch.cat([chosen, uniform])
+        plan = probe_plan(range(2 * slots), r.steps, keep=r.sde_steps if r.plan == "fork" else ())
+        with self.phase("probe"):
+            x = self.executor.initial_noise(rows, self.draws, Stream.PROBE_INIT)
+        anchors = self.executor.run(plan, x, candidates.rows(rows), self.draws, "probe")
+        scores = self.score(anchors.final[slots:], PromptRows(prompts, uniform))
+        with self.phase("select"):
+            seen = places.gather(1, drawn.unsqueeze(1)).squeeze(1)
+            self.filter = self.filter.with_uniform(seen, scores, self.draws)
+            weights = self.reward_weights if len(self.rewards) > 1 else None
+            recent = self.filter.recent.unsqueeze(1)
+            found = capability_step(self.capability, recent, self.config.selection.alpha, "closest", weights, impl=self.impl)
+            self.capability, self.status = found.state, found.status
+        return anchors
+
+    def _uniform(self, places: Tensor, step: int) -> Tensor:
+        """A uniformly drawn candidate per slot, int64 [P]."""
+        rows = torch.arange(places.shape[0], device=places.device)
+        draw = NoiseDraw(self.executor.seed, rows, self.draws, Stream.SELECT, step)
+        return (philox_uniform(*draw) * places.shape[1]).long()
 
     def probe(self, candidates: Conditioning, prompts: Sequence[str], slots: int) -> tuple[Rollout | None, Tensor | None]:
         """Sample all P·B candidates by the deterministic ODE, which forks start from, and score them: [M, P, B].
@@ -204,9 +274,12 @@ class Trainer:
         return chosen, candidates.rows(chosen)
 
     def rollout(
-        self, anchors: Rollout | None, picked: PromptRows, picks: Tensor, conditioning: Conditioning
+        self, anchors: Rollout | None, anchor_row: Tensor, picked: PromptRows, picks: Tensor, conditioning: Conditioning
     ) -> tuple[Samples, Tensor]:
-        """Draw the groups by the recipe's plan, and score them: rewards [M, groups, G], NaN for slots without a probe."""
+        """Draw the groups by the recipe's plan, and score them: rewards [M, groups, G], NaN for slots without a probe.
+
+        ``anchor_row`` [P] is the row of each slot's ODE trajectory in ``anchors``.
+        """
         r, train = self.config.rollout, self.config.train
         stochastic = self._stochastic_steps()
         trained = self._trained_steps(stochastic)
@@ -226,7 +299,7 @@ class Trainer:
         if r.plan == "fork":
             assert anchors is not None
             fresh = r.fork_velocity == "fresh"
-            samples = sample_forks(anchors, picked.text_index, steps=trained, fresh_velocity=fresh, **shared)
+            samples = sample_forks(anchors, anchor_row, steps=trained, fresh_velocity=fresh, **shared)
         else:
             samples = sample_trajectories(slots, stochastic, trained, shared_noise=r.shared_noise, **shared)
         rewards = torch.where(picks[slot] >= 0, scores.result(), torch.nan)
@@ -332,6 +405,13 @@ class Trainer:
                 "selection/status": self.status,
                 "selection/distance": (picked - self.capability.mean[0]).abs().nanmean(),
             }
+        elif self.filter is not None:
+            metrics |= {
+                "selection/ema_mean": self.capability.mean[0],
+                "selection/ema_std": self.capability.std[0],
+                "selection/probe_mean": self.filter.recent[0].nanmean(),
+                "selection/status": self.status,
+            }
         return metrics
 
     def state_dict(self) -> dict[str, Any]:
@@ -342,6 +422,7 @@ class Trainer:
             "batch_limit": self.executor.batch_limit,
             "stream_position": self.stream.position,
             "capability": self.capability.state_dict(),
+            "filter": None if self.filter is None else self.filter.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
 
@@ -351,6 +432,8 @@ class Trainer:
         self.executor.batch_limit = state["batch_limit"]
         self.stream.position = state["stream_position"]
         self.capability = CapabilityState.from_state_dict(state["capability"]).to(self.model.device)
+        if self.filter is not None:
+            self.filter = self.filter.loaded(state["filter"])
         self.optimizer.load_state_dict(state["optimizer"])
 
     @property
@@ -369,6 +452,16 @@ class Trainer:
         generator = torch.Generator().manual_seed(self.config.train.seed * 1_000_003 + self.iterations_done)
         order = torch.randperm(len(stochastic), generator=generator)[:count].sort().values
         return tuple(stochastic[i] for i in order.tolist())
+
+
+def _filter(config: Config, slots: int, prompts: int, device: torch.device) -> CheapFilter | None:
+    """State of a probe that does not sample every candidate to the end; None for the full probe."""
+    s, rewards = config.selection, len(config.rewards)
+    if s.probe == "full":
+        return None
+    remembered = prompts if s.probe == "memory" else 0
+    known = {"half_life": s.half_life, "noise_share": s.noise_share, "group_evidence": s.group_evidence}
+    return CheapFilter.empty(rewards, slots, s.candidates, device, remembered, **known)
 
 
 def build_executor(
@@ -398,7 +491,8 @@ def build_executor(
 def recipe_table(config: Config) -> RolloutTable:
     """Every step the recipe's rollouts can take."""
     r = config.rollout
-    return rollout_table(sigma_schedule(r.steps, r.shift), r.scheme, r.eta, r.sde_steps, r.tail_steps, r.tail_solver)
+    short = sigma_schedule(config.selection.probe_steps, r.shift) if config.selection.probe == "short" else None
+    return rollout_table(sigma_schedule(r.steps, r.shift), r.scheme, r.eta, r.sde_steps, r.tail_steps, r.tail_solver, short)
 
 
 def _optimizer(config: Config, model: FlowModel) -> PolicyOptimizer:

@@ -74,17 +74,22 @@ def chunk_sizes(rows: int, max_rows: int) -> list[int]:
     return [min(size, rows - first) for first in range(0, rows, size)]
 
 
-def probe_plan(conditioning: Sequence[int], num_steps: int, keep: Sequence[int] = ()) -> Plan:
-    """Deterministic sampling of every row from step 0; also what held-out evaluation uses."""
-    return _probe_plan(tuple(conditioning), num_steps, tuple(keep))
+def probe_plan(conditioning: Sequence[int], steps: int | Sequence[int], keep: Sequence[int] = ()) -> Plan:
+    """Deterministic sampling of every row from step 0; also what held-out evaluation uses.
+
+    Args:
+        steps: T, or the table rows to take.
+    """
+    table_rows = tuple(range(steps)) if isinstance(steps, int) else tuple(steps)
+    return _probe_plan(tuple(conditioning), table_rows, tuple(keep))
 
 
 @functools.lru_cache(KEPT_PLANS)
-def _probe_plan(conditioning: tuple[int, ...], num_steps: int, keep: tuple[int, ...]) -> Plan:
+def _probe_plan(conditioning: tuple[int, ...], table_rows: tuple[int, ...], keep: tuple[int, ...]) -> Plan:
     rows = torch.tensor(conditioning, dtype=torch.int64)
     return Plan(
         start=torch.zeros_like(rows),
-        index=torch.arange(num_steps).repeat(len(rows), 1),
+        index=torch.tensor(table_rows).repeat(len(rows), 1),
         conditioning=rows,
         noise_row=torch.arange(len(rows)),
         keep=keep,
@@ -208,6 +213,12 @@ def update_batches(
         parts = [part.reshape(-1) for part in share.split(slots_per_batch)]
         batches.append([piece.to(device) for part in parts for piece in part.split(max_rows or len(part))])
     return batches
+
+
+def host_integers(values: Sequence[int], device: torch.device) -> Tensor:
+    """int64 vector on ``device`` that changes every time; from pinned memory, so that nothing waits for the copy."""
+    vector = torch.tensor(values, dtype=torch.int64)
+    return vector.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else vector.to(device)
 
 
 @functools.lru_cache(KEPT_PLANS)

@@ -16,32 +16,43 @@ class RolloutTable:
     """Every step a rollout can take.
 
     Attributes:
-        steps: rows 0 … T-1 deterministic, T … 2T-1 stochastic, then those of the tails.
-        position: int64 [rows], the noise level's place in the grid of T levels.
+        steps: rows 0 … T-1 deterministic, T … 2T-1 stochastic, then those of the tails and of short probes.
+        position: int64 [rows], the noise level's place in ``sigmas``.
         num_steps: T.
+        sigmas: noise levels at which velocities are evaluated: the grid's T, then those of short probes.
         history: [rows], weight of the preview of the step before (``sde_step``'s second-order term); None without tails.
         tails: for each fork step with a tail of its own, the table rows that lead from the step after it to the image.
+        probe: table rows of a short probe.
     """
 
     steps: StepTable
     position: Tensor
     num_steps: int
+    sigmas: Tensor
     history: Tensor | None = None
     tails: dict[int, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    probe: tuple[int, ...] = ()
 
     def to(self, device: torch.device, dtype: torch.dtype) -> RolloutTable:
         """The same table on another device, its coefficients in another dtype."""
         history = None if self.history is None else self.history.to(device, dtype)
-        return dataclasses.replace(self, steps=self.steps.to(device, dtype), position=self.position.to(device), history=history)
-
-    @property
-    def sigmas(self) -> Tensor:
-        """[T], the noise levels at which velocities are evaluated."""
-        return self.steps.sigma[: self.num_steps]
+        return dataclasses.replace(
+            self,
+            steps=self.steps.to(device, dtype),
+            position=self.position.to(device),
+            sigmas=self.sigmas.to(device, dtype),
+            history=history,
+        )
 
 
 def rollout_table(
-    sigmas: Tensor, scheme: str, eta: float, forks: Sequence[int] = (), tail_steps: int = 0, tail_solver: str = "dpmpp2m"
+    sigmas: Tensor,
+    scheme: str,
+    eta: float,
+    forks: Sequence[int] = (),
+    tail_steps: int = 0,
+    tail_solver: str = "dpmpp2m",
+    probe_sigmas: Tensor | None = None,
 ) -> RolloutTable:
     """The table of a recipe.
 
@@ -51,6 +62,7 @@ def rollout_table(
         forks: fork steps k whose tails are shortened.
         tail_steps: evaluations after a fork, at most; 0 keeps every step of the grid.
         tail_solver: ``dpmpp2m`` (DPM-Solver++ 2M, Lu et al. 2022) or ``euler``.
+        probe_sigmas: float64 [m + 1], falling: the grid of short probes.
 
     Returns:
         A float64 table on the CPU.
@@ -69,8 +81,17 @@ def rollout_table(
         positions.append(points[:-1])
         weights.append(weight)
         rows += count
+    levels = sigmas[:-1].double()
+    probe: tuple[int, ...] = ()
+    if probe_sigmas is not None:
+        short = step_table("ode", probe_sigmas)
+        probe = tuple(range(rows, rows + len(short)))
+        parts.append(short)
+        positions.append(torch.arange(len(levels), len(levels) + len(short)))
+        weights.append(torch.zeros_like(short.a))
+        levels = torch.cat([levels, short.sigma])
     history = torch.cat(weights) if tails else None
-    return RolloutTable(StepTable.concat(parts), torch.cat(positions), num_steps, history, tails)
+    return RolloutTable(StepTable.concat(parts), torch.cat(positions), num_steps, levels, history, tails, probe)
 
 
 def multistep_table(sigmas: Tensor, order: int) -> tuple[StepTable, Tensor]:
