@@ -47,16 +47,30 @@ def without_filter() -> int:
     return sum(planned_evaluations(one).values())
 
 
+def watched_numbers(one: Trainer) -> list[int]:
+    """Receives the numbers of the prompts that are drawn."""
+    taken: list[int] = []
+    numbers = one.stream.take_numbers
+
+    def keep(count: int) -> list[int]:
+        taken.extend(numbers(count))
+        return list(taken)
+
+    one.stream.take_numbers = keep  # type: ignore[method-assign]
+    return taken
+
+
 @pytest.mark.proof
 def test_regret_to_the_truth_of_every_probe() -> None:
     truth, error = true_means()
     base, found = without_filter(), {}
     for name, selection in CASES.items():
         one = trainer(**selection)
-        numbers, regrets, distances = one.stream.take_numbers, [], []
+        taken = watched_numbers(one)
+        regrets: list[float] = []
+        distances: list[float] = []
         for draw in range(DRAWS):
-            taken: list[int] = []
-            one.stream.take_numbers = lambda count, taken=taken: taken.extend(numbers(count)) or taken
+            taken.clear()
             picks = one.draw(one.slots).picks
             level, spread = float(one.capability.mean[0]), float(one.capability.std[0])
             away = (truth[torch.tensor(taken)].reshape(one.slots, -1) - level).abs() / spread
