@@ -123,10 +123,13 @@ def _prepare(model: FluxModel, config: ModelConfig) -> None:
         model.transformer.enable_gradient_checkpointing()
 
 
-def build_trainer(config: Config, planned: Callable[[MemoryPlan], object] | None = None) -> tuple[Trainer, list[str]]:
+def build_trainer(
+    config: Config, planned: Callable[[MemoryPlan], object] | None = None, model: FlowModel | None = None
+) -> tuple[Trainer, list[str]]:
     """A trainer at its initial weights, and the held-out prompts.
 
     Args:
+        model: trained instead of a newly loaded one.
         planned: receives the memory plan, once it is known to fit and before anything is allocated for training.
 
     Raises:
@@ -137,7 +140,7 @@ def build_trainer(config: Config, planned: Callable[[MemoryPlan], object] | None
     prompts, held_out = load_data(config)
     select, fuse = load_plugins(config)
     rewards = [build_reward(r.name, r.kwargs, f"rewards.{i}") for i, r in enumerate(config.rewards)]
-    model = build_model(config.model)
+    model = model or build_model(config.model)
     for bucket in config.model.buckets:
         try:
             model.resize(*bucket_size(bucket))

@@ -58,9 +58,11 @@ def _dispatch(argv: list[str]) -> int:
     _add_export(commands)
     _add_report(commands)
     _add_tiny(commands)
+    _add_bench(commands)
     _add_doctor(commands)
     args, rest = parser.parse_known_args(argv)
-    takes_keys = args.command in ("train", "plan", "profile", "fidelity")
+    args.argv = tuple(argv)
+    takes_keys = args.command in ("train", "plan", "profile", "fidelity") or getattr(args, "recipe_keys", False)
     if rest and not takes_keys:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return args.run(args, rest) if takes_keys else args.run(args)
@@ -81,14 +83,15 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     train.add_argument("--dry-run", action="store_true", help="check everything that can be checked, then stop")
     train.add_argument("--print-config", action="store_true", help="print the resolved recipe as TOML, then stop")
     train.add_argument("-h", "--help", action="store_true", help="show this help")
-    train.set_defaults(run=_train, parser=train)
+    train.set_defaults(run=_train, parser=train, recipe_keys=True)
 
 
 def _train(args: argparse.Namespace, overrides: list[str]) -> int:
     if args.recipe is None:
         args.parser.print_help()
         return 0 if args.help else EXIT_INPUT
-    config = _override(load_recipe(args.recipe), overrides + (["--help"] if args.help else []), args.recipe)
+    overrides = overrides + (["--help"] if args.help else [])
+    config = _override(load_recipe(args.recipe), overrides, f"adagrpo train {args.recipe}")
     check(config)
     if args.print_config:
         print(to_toml(config), end="")
@@ -258,6 +261,79 @@ def _add_doctor(commands: argparse._SubParsersAction) -> None:
     )
     doctor.add_argument("--all", action="store_true", help="self-test: torch.compile on a CPU too, no time limit")
     doctor.set_defaults(run=_doctor)
+
+
+def _add_bench(commands: argparse._SubParsersAction) -> None:
+    bench = commands.add_parser("bench", help="measure this machine").add_subparsers(
+        dest="bench_command", required=True, metavar="COMMAND"
+    )
+    for name, does in (
+        ("iteration", "seconds by phase, throughput, FLOPs, energy, memory"),
+        ("budget", "what selection and fusion cost; exit code 1 above the recipe's budget"),
+        ("baseline", "against a plain implementation of the published loop"),
+    ):
+        usage = f"adagrpo bench {name} [RECIPE] [--section.key VALUE …] [options]"
+        measuring = bench.add_parser(name, help=does, description=f"Measure: {does}.", usage=usage, allow_abbrev=False)
+        measuring.add_argument(
+            "--iterations", "--rounds", type=int, default=6, dest="rounds", help="measured rounds (default: 6)"
+        )
+        if name == "iteration":
+            measuring.add_argument("--peak", type=float, default=0.0, metavar="TFLOPS", help="peak that utilisation refers to")
+        measuring.set_defaults(run=_bench_recipe, recipe_keys=True)
+        _add_record_options(measuring)
+    compare = bench.add_parser("compare", help="differences of two records beyond noise")
+    compare.add_argument("before", type=Path, metavar="A.json")
+    compare.add_argument("after", type=Path, metavar="B.json")
+    compare.add_argument("--fail", action="store_true", help="exit code 1 when anything got worse")
+    compare.set_defaults(run=_bench_compare)
+    kernels = bench.add_parser("kernels", help="time the kernels (CUDA)")
+    kernels.add_argument("--op", action="append", default=[], help="this operator only; may be repeated")
+    kernels.set_defaults(run=_bench_kernels)
+    _add_record_options(kernels)
+    readme = bench.add_parser("readme", help="tables and picture of the records")
+    readme.add_argument("--results", type=Path, default=Path("bench/results"), help="folder of the records")
+    readme.add_argument("--check", action="store_true", help="write nothing; exit code 1 when out of date")
+    readme.set_defaults(run=_bench_readme)
+
+
+def _add_record_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder of the records")
+    parser.add_argument("--note", default="", help="what a reader of the record must know")
+
+
+def _bench_recipe(args: argparse.Namespace, rest: list[str]) -> int:
+    from .bench.budget import budget_command
+    from .bench.hosts import default_recipe
+    from .bench.iteration import Options, iteration_command
+    from .bench.versus import baseline_command
+
+    if args.rounds < 1:
+        raise InputError(f"--iterations {args.rounds}: must be at least 1")
+    named = bool(rest) and not rest[0].startswith("-")
+    recipe, overrides = (rest[0], rest[1:]) if named else (default_recipe(args.bench_command), rest)
+    config = _override(load_recipe(recipe), overrides, recipe, f"bench {args.bench_command}")
+    check(config)
+    options = Options(args.rounds, args.out, args.note, args.argv, getattr(args, "peak", 0.0))
+    command = {"iteration": iteration_command, "budget": budget_command, "baseline": baseline_command}[args.bench_command]
+    return command(config, options)
+
+
+def _bench_compare(args: argparse.Namespace) -> int:
+    from .bench.compare import compare_command
+
+    return compare_command(args.before, args.after, args.fail)
+
+
+def _bench_kernels(args: argparse.Namespace) -> int:
+    from .bench.kernels import kernels_command
+
+    return kernels_command(args.op, args.out, args.note, args.argv)
+
+
+def _bench_readme(args: argparse.Namespace) -> int:
+    from .bench.readme import readme_command
+
+    return readme_command(args.results, args.check)
 
 
 def _doctor(args: argparse.Namespace) -> int:

@@ -289,6 +289,17 @@ class GuardsConfig:
 
 
 @dataclass(frozen=True)
+class BudgetConfig:
+    """What selection and fusion may cost per iteration, as shares of the identical recipe without them; `adagrpo bench budget`
+    measures it and fails above."""
+
+    evaluations: float = 0.25
+    """Additional transformer evaluations, counted."""
+    time: float = 0.25
+    """Additional seconds; held against a GPU's clock only."""
+
+
+@dataclass(frozen=True)
 class RewardConfig:
     """One reward: a built-in name, its weight, and its arguments."""
 
@@ -314,6 +325,7 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     guards: GuardsConfig = field(default_factory=GuardsConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
     rewards: tuple[RewardConfig, ...] = (RewardConfig(),)
 
 

@@ -96,7 +96,7 @@ class Trainer:
         self.score_stream = torch.cuda.Stream(model.device) if overlapping else None
         self.impl = self.executor.impl
         self.score = Scorer(self.executor, self.rewards, [r.name for r in config.rewards])
-        self.optimizer = _optimizer(config, model)
+        self.optimizer = build_optimizer(config, model)
         self.stream = PromptStream(prompts, config.train.seed)
         self.capability = CapabilityState.for_rewards(len(rewards), model.device)
         self.reward_weights = torch.tensor([reward.weight for reward in config.rewards], device=model.device)
@@ -495,7 +495,8 @@ def recipe_table(config: Config) -> RolloutTable:
     return rollout_table(sigma_schedule(r.steps, r.shift), r.scheme, r.eta, r.sde_steps, r.tail_steps, r.tail_solver, short)
 
 
-def _optimizer(config: Config, model: FlowModel) -> PolicyOptimizer:
+def build_optimizer(config: Config, model: FlowModel) -> PolicyOptimizer:
+    """The optimizer of a recipe over the model's trainable parameters."""
     o = config.optimizer
     return PolicyOptimizer(
         (p for _, p in model.trainable()),

@@ -1,15 +1,14 @@
 """`make gpu`: prove the kernels on a CUDA device, then time them, in parts that can each be run alone.
 
 ``python bench/gpu.py`` runs all parts, ``--part NAME`` one of them, ``--list`` names them. A part is stopped after 8 minutes.
-Its result is in ``bench/results/<device>/<part>.json`` (benches, written row by row) or ``<part>.txt`` (tests) as it goes.
-Benches run only if every test before them passed.
+Its result is in ``bench/results/<device>/``: a record of `adagrpo bench kernels` (benches, written row by row), or
+``<part>.txt`` (tests), as it goes. Benches run only if every test before them passed.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +22,10 @@ TESTS = {
     "correctness-rows": ["tests/kernels/test_rows.py"],
     "on-device": ["tests/gpu"],
 }
-BENCHES = ("sde_step", "philox", "group_log_prob", "fused_advantage", "capability_step")
+BENCHES = (
+    "sde_step", "philox", "group_log_prob", "fused_advantage", "capability_step", "quantize_rowwise", "layer_norm_modulate",
+    "gelu_join",
+)  # fmt: skip
 PARTS = (*TESTS, *(f"kernels-{op}" for op in BENCHES))
 
 
@@ -38,7 +40,7 @@ def run(part: str, folder: Path) -> int:
     else:
         log = None
         op = part.removeprefix("kernels-")
-        command = [sys.executable, "bench/bench_kernels.py", "--op", op, "--out", str(folder / f"{part}.json")]
+        command = [sys.executable, "-m", "adagrpo", "bench", "kernels", "--op", op, "--out", str(folder.parent)]
     try:
         if log is None:
             return subprocess.run(command, cwd=ROOT, env=environment, timeout=LIMIT).returncode
@@ -65,8 +67,10 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("make gpu: no CUDA device here, nothing was run; on such a machine the GPU's figures are not measured")
         return 2
-    name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
-    folder = ROOT / "bench" / "results" / name
+    sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+    from adagrpo.bench.records import device_slug
+
+    folder = ROOT / "bench" / "results" / device_slug(torch.device("cuda"))
     folder.mkdir(parents=True, exist_ok=True)
     failed = []
     for part in arguments.part or PARTS:

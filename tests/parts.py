@@ -5,7 +5,7 @@ from toy import PROMPTS, ToyModel, half_bright
 
 
 def model(path: str, dtype: torch.dtype, device: torch.device, height: int, width: int) -> ToyModel:
-    return ToyModel(dtype)
+    return ToyModel(dtype, device=str(device))
 
 
 def prompts() -> list[str]:

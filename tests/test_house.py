@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # A room may import the rooms of its own and of every later line.
 LAYERS = [
     {"__main__", "cli"},
+    {"bench"},
     {"commands", "doctor"},
     {"selftest", "profile"},
     {"fit", "build", "fidelity"},

@@ -38,6 +38,10 @@ class PipelineEncoder:
         embeds, pooled = (torch.cat(tensors) for tensors in zip(*pairs, strict=True))
         return Conditioning({"prompt_embeds": embeds, "pooled": pooled})
 
+    def forget(self) -> None:
+        """Empty the cache."""
+        self._cache.clear()
+
     def _one(self, prompt: str) -> tuple[Tensor, Tensor]:
         if prompt in self._cache:
             self._cache.move_to_end(prompt)

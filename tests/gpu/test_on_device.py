@@ -9,10 +9,14 @@ import torch
 from adagrpo_kernels import (
     Draw,
     capability_step,
+    gelu_join,
     group_log_prob,
     implementations,
+    layer_norm_modulate,
     multi_reward_advantage,
     philox_normal,
+    quantize_rowwise,
+    quantize_rowwise_reference,
     reset_counts,
     sde_step,
 )
@@ -42,9 +46,24 @@ class Buffers:
         self.scores = on(randn(2, 4, 10, seed=5).double())
         self.state = [on(t) for t in (torch.zeros(2).double(), torch.ones(2).double(), torch.tensor([3, 3]))]
         self.weights = on(torch.tensor([1.0, 0.5]))
+        self.product = on(randn(2, 160, 21504, seed=6, dtype=torch.bfloat16))
+        self.vectors = on(randn(2, 6 * 3072, seed=7, dtype=torch.bfloat16)).chunk(6, 1)
 
     def draw(self) -> Draw:
         return Draw(self.seed, self.rows, self.iteration, 3, self.step)
+
+    def run_rows(self) -> list[torch.Tensor]:
+        """The operators of a transformer block on views of a wider product; values of FP8 as bytes."""
+        tokens, attention = self.product[..., :3072], self.product[..., 6144:9216]
+        results = [
+            layer_norm_modulate(tokens[:, 32:], self.vectors[0], self.vectors[4]),
+            *layer_norm_modulate(tokens[:, 32:], self.vectors[0], self.vectors[4], quantized=True),
+            gelu_join(self.product[..., 9216:], attention),
+            *gelu_join(self.product[..., 9216:], attention, quantized=True),
+            *gelu_join(self.product[:, 32:, 9216:], quantized=True),
+            *quantize_rowwise(attention[:, 32:]),
+        ]
+        return [t.view(torch.uint8) if t.dtype is torch.float8_e4m3fn else t for t in results]
 
     def run(self) -> list[torch.Tensor]:
         """Every operator once; flat list of results."""
@@ -56,7 +75,7 @@ class Buffers:
         picked = capability_step(self.scores, *self.state, 0.8, "random", self.weights, slots)
         advantage = multi_reward_advantage(self.rewards, picked.mean, picked.var, picked.folded, self.weights)
         noise = philox_normal(self.seed, self.rows, 65536, self.iteration, 0, self.step, torch.bfloat16)
-        return [*step, logp.detach(), grad, *picked, *advantage, noise]
+        return [*step, logp.detach(), grad, *picked, *advantage, noise, *self.run_rows()]
 
 
 def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
@@ -128,3 +147,24 @@ def test_step_equals_the_reference_on_the_device_and_on_the_cpu() -> None:
         impl="reference",
     )  # fmt: skip
     assert torch.equal(found.next, eager.next) and torch.equal(found.next.cpu(), cpu.next)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("size", [3072, 12288, 15360])
+def test_quantised_rows_equal_the_reference_on_the_device_and_on_the_cpu(size: int, dtype: torch.dtype) -> None:
+    """Hardware cast and true division: eager CUDA, kernel and CPU agree to the last bit."""
+    x = (randn(64, size, seed=1) * torch.exp(10 * randn(64, 1, seed=2))).to(dtype)
+    expected = quantize_rowwise_reference(x)
+    for impl in ("triton", "reference"):
+        found = quantize_rowwise(x.cuda(), impl)
+        assert torch.equal(found.scale.cpu(), expected.scale)
+        assert torch.equal(found.values.cpu().view(torch.uint8), expected.values.view(torch.uint8))
+
+
+def test_scaled_mm_takes_the_operands() -> None:
+    """Rowwise scales of both operands, as a transformer block uses them."""
+    x, w = randn(512, 3072, seed=1, dtype=torch.bfloat16).cuda(), randn(1024, 3072, seed=2, dtype=torch.bfloat16).cuda()
+    a, b = quantize_rowwise(x, "triton"), quantize_rowwise(w, "triton")
+    found = torch._scaled_mm(a.values, b.values.t(), scale_a=a.scale, scale_b=b.scale.t(), out_dtype=torch.bfloat16)
+    exact = x.double() @ w.double().t()
+    assert float((found.double() - exact).norm() / exact.norm()) < 0.05

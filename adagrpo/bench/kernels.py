@@ -1,18 +1,16 @@
-"""Time the kernels against eager and compiled references on a CUDA device, one operator per call.
+"""``adagrpo bench kernels``: time the kernels against eager and compiled references on a CUDA device.
 
-``python bench/bench_kernels.py --op sde_step --out FILE``; results are written after every row. Columns: operator, case, shape,
-dtype, microseconds (quantiles 0.5, 0.2, 0.8), bytes by the model in `kernels/README.md`, GB/s, share of the copy bandwidth
-measured in the same run, times eager and torch.compile, error against float64, versions. Under 10 us a time is from a CUDA
-graph and its share reads "launch-bound".
+Columns: case, shape, dtype, microseconds (quantiles 0.5, 0.2, 0.8), bytes by the model in `kernels/README.md`, GB/s, share of
+the copy bandwidth measured in the same run, times eager and torch.compile, error against float64. Under 10 us a time is from a
+CUDA graph and its share reads "launch-bound".
 """
 
 from __future__ import annotations
 
-import argparse
+import functools
 import json
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +19,28 @@ from adagrpo_kernels import (
     Draw,
     StepTable,
     capability_step,
+    gelu_join,
+    gelu_join_reference,
     group_log_prob,
     group_log_prob_reference,
+    layer_norm_modulate,
+    layer_norm_modulate_reference,
     multi_reward_advantage,
     philox_normal,
+    quantize_rowwise,
+    quantize_rowwise_reference,
     sde_step,
     sde_step_reference,
     sigma_schedule,
     step_table,
 )
 
-OPS = ("sde_step", "philox", "group_log_prob", "fused_advantage", "capability_step")
+from ..errors import InputError
+from .records import new_record
+from .statistics import Series
+
 SHORT = 10e-6
+TOKENS = ((12, 1536), (1, 4608))  # images and their tokens, text and picture: FLUX.1 at 512x512 and 1024x1024
 Row = dict[str, Any]
 
 
@@ -81,8 +89,8 @@ def sde_step_rows(copy: float) -> Iterator[Row]:
             x, v = (torch.randn(shape, device="cuda").to(dtype) for _ in range(2))
             noise, index = torch.randn(shape, device="cuda"), torch.full((rows,), 18, device="cuda")
             numel, text = x.numel(), "x".join(map(str, shape))
-            draw = Draw(*(torch.tensor(n, device="cuda") for n in (1,)), torch.arange(rows, device="cuda"), 2, 3, 4).on_device()
-            keywords = {"with_mean": False, "impl": "triton"}
+            draw = Draw(1, torch.arange(rows, device="cuda"), 2, 3, 4).on_device()
+            keywords: dict[str, Any] = {"with_mean": False, "impl": "triton"}
             compiled = torch.compile(lambda x, v, i, n: sde_step_reference(x, v, steps, i, n)[::2])
             truth = sde_step_reference(x.double(), v.double(), steps, index, noise.double()).next
             found = sde_step(x, v, steps, index, noise, **keywords).next.double()
@@ -104,8 +112,9 @@ def sde_step_rows(copy: float) -> Iterator[Row]:
 def philox_rows(copy: float) -> Iterator[Row]:
     for rows in (12, 1024):
         for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
-            draw = Draw(1, torch.arange(rows, device="cuda"), 2, 3, 4).on_device()
-            run = lambda: philox_normal(*draw[:2], 65536, *draw[2:], dtype, "triton")  # noqa: B023, E731
+            draw: Any = Draw(1, torch.arange(rows, device="cuda"), 2, 3, 4).on_device()
+            seed, noise_rows, *rest = draw
+            run = lambda: philox_normal(seed, noise_rows, 65536, rest[0], rest[1], rest[2], dtype, "triton")  # noqa: B023, E731
             eager = lambda: torch.randn(rows, 65536, device="cuda").to(dtype)  # noqa: B023, E731
             yield measure(
                 "normal noise; eager is randn", f"{rows}x65536", name, rows * 65536 * dtype.itemsize, copy, run, eager
@@ -148,7 +157,7 @@ def fused_advantage_rows(copy: float) -> Iterator[Row]:
         values = torch.randn(rewards, slots, 4, 12, dtype=torch.float64, device="cuda")
         state = [torch.full((rewards,), n, dtype=torch.float64, device="cuda") for n in (0.5, 0.3)]
         count, weights = torch.full((rewards,), 3, device="cuda"), torch.ones(rewards, device="cuda")
-        run, eager = (lambda impl=impl: multi_reward_advantage(values, *state, count, weights, impl=impl)  # noqa: B023
+        run, eager = (lambda impl=impl: multi_reward_advantage(values, state[0], state[1], count, weights, impl=impl)  # noqa: B023
                       for impl in ("triton", "reference"))  # fmt: skip
         moved = values.numel() * 8 * 3 + values[0].numel() * 8
         yield measure("mass, with statistics", f"{rewards}x{slots}x4x12", "fp64", moved, copy, run, eager)
@@ -160,40 +169,119 @@ def capability_step_rows(copy: float) -> Iterator[Row]:
             scores = torch.randn(1, slots, 10, dtype=torch.float64, device="cuda")
             state = [torch.ones(1, dtype=torch.float64, device="cuda") for _ in range(2)]
             count = torch.ones(1, dtype=torch.int64, device="cuda")
-            run, eager = (lambda impl=impl: capability_step(scores, *state, count, 0.8, strategy, impl=impl)  # noqa: B023
+            run, eager = (lambda impl=impl: capability_step(scores, state[0], state[1], count, 0.8, strategy, impl=impl)  # noqa: B023
                           for impl in ("triton", "reference"))  # fmt: skip
             yield measure(strategy, f"1x{slots}x10", "fp64", scores.numel() * 24, copy, run, eager)
 
 
-def versions() -> Row:
-    import triton
-
-    driver = subprocess.run(
-        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
-    ).stdout.strip()
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    return {"device": torch.cuda.get_device_name(), "driver": driver, "torch": torch.__version__,
-            "triton": triton.__version__, "commit": commit}  # fmt: skip
+def compiled_for(function: Callable[..., object]) -> Callable[..., object]:
+    """Compiled for one shape: earlier cases would make it dynamic, or eager beyond the limit of recompilations."""
+    torch._dynamo.reset()
+    return torch.compile(function, dynamic=False)
 
 
-def main() -> int:
-    """Command line; see the module docstring."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--op", choices=OPS, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    arguments = parser.parse_args()
+def quantize_rowwise_rows(copy: float) -> Iterator[Row]:
+    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+        for size in (3072, 12288, 15360):
+            for images, length in TOKENS:
+                x = torch.randn(images, length, size, device="cuda").to(dtype)[:, 512:]
+                compiled = compiled_for(quantize_rowwise_reference)
+                yield measure(
+                    "slice of tokens", f"{images}x{length - 512}x{size}", name,
+                    x.numel() * (dtype.itemsize + 1) + images * (length - 512) * 4, copy,
+                    lambda: quantize_rowwise(x, "triton"), lambda: quantize_rowwise_reference(x), lambda: compiled(x),  # noqa: B023
+                )  # fmt: skip
+
+
+def layer_norm_modulate_rows(copy: float) -> Iterator[Row]:
+    """Eager is the reference for FP8, and the model's own operations in the dtype of ``x`` otherwise."""
+    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+        for images, length in TOKENS:
+            x = torch.randn(images, length, 3072, device="cuda").to(dtype)
+            shift, scale, *_ = torch.randn(images, 6 * 3072, device="cuda").to(dtype).chunk(6, 1)
+
+            def model(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+                return torch.nn.functional.layer_norm(x, (3072,), eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
+
+            for quantized in (False, True):
+                rows = images * length
+                moved = x.numel() * (dtype.itemsize + (1 if quantized else dtype.itemsize)) + quantized * rows * 4
+                moved += 2 * shift.numel() * dtype.itemsize
+                eager = functools.partial(layer_norm_modulate_reference, quantized=True) if quantized else model
+                compiled = compiled_for(eager)
+                yield measure(
+                    f"to {'fp8' if quantized else name}", f"{images}x{length}x3072", name, moved, copy,
+                    lambda: layer_norm_modulate(x, shift, scale, quantized=quantized, impl="triton"),  # noqa: B023
+                    lambda: eager(x, shift, scale), lambda: compiled(x, shift, scale),  # noqa: B023
+                )  # fmt: skip
+
+
+def gelu_join_rows(copy: float) -> Iterator[Row]:
+    """Eager is the reference for FP8, and the model's own operations in the dtype of ``mlp`` otherwise."""
+    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+        for images, length in TOKENS:
+            for before in (0, 3072):
+                mlp = torch.randn(images, length, 21504 if before else 12288, device="cuda").to(dtype)[..., -12288:]
+                first = torch.randn(images, length, before, device="cuda").to(dtype) if before else None
+
+                def model(mlp: torch.Tensor, first: torch.Tensor | None) -> torch.Tensor:
+                    y = torch.nn.functional.gelu(mlp, approximate="tanh")
+                    return y if first is None else torch.cat([first, y], -1)
+
+                for quantized in (False, True):
+                    numel = images * length * (before + 12288)
+                    moved = numel * (dtype.itemsize + (1 if quantized else dtype.itemsize)) + quantized * images * length * 4
+                    eager = functools.partial(gelu_join_reference, quantized=True) if quantized else model
+                    compiled = compiled_for(eager)
+                    yield measure(
+                        f"to {'fp8' if quantized else name}", f"{images}x{length}x({before}+12288)", name, moved, copy,
+                        lambda: gelu_join(mlp, first, quantized=quantized, impl="triton"),  # noqa: B023
+                        lambda: eager(mlp, first), lambda: compiled(mlp, first),  # noqa: B023
+                    )  # fmt: skip
+
+
+def kernels_command(ops: Sequence[str], out: Path, note: str, argv: tuple[str, ...]) -> int:
+    """Time ``ops``, all of them if none is named; one record each, rewritten after every row.
+
+    Raises:
+        InputError: unknown operator, or no CUDA device.
+    """
+    for op in ops:
+        if op not in ROWS:
+            raise InputError(f"--op {op}: one of {', '.join(ROWS)}")
     if not torch.cuda.is_available():
-        print("no CUDA device: the kernels were not timed")
-        return 2
+        raise InputError("bench kernels: no CUDA device here, the kernels were not timed")
+    device = torch.device("cuda", torch.cuda.current_device())
     copy = copy_bandwidth()
-    result = {"op": arguments.op, **versions(), "copy_GB/s": round(copy / 1e9, 1), "rows": []}
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    for row in globals()[f"{arguments.op}_rows"](copy):
-        result["rows"].append(row)
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-        print(json.dumps(row), flush=True)
+    for op in ops or ROWS:
+        rows: list[Row] = []
+        series: dict[str, Series] = {}
+        for row in ROWS[op](copy):
+            rows.append(row)
+            series[f"{row['case']}, {row['shape']}, {row['dtype']}"] = Series("us", tuple(row["us"]))
+            facts = {"copy_GB/s": round(copy / 1e9, 1), "driver": driver(), "rows": rows}
+            path = new_record(f"kernels-{op}", device, argv, series, facts, note=note).write(out)
+            print(json.dumps(row), flush=True)
+        print(f"record: {path}")
     return 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def driver() -> str:
+    """Version of the GPU's driver; '' where nvidia-smi does not tell."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+ROWS: dict[str, Callable[[float], Iterator[Row]]] = {
+    "sde_step": sde_step_rows,
+    "philox": philox_rows,
+    "group_log_prob": group_log_prob_rows,
+    "fused_advantage": fused_advantage_rows,
+    "capability_step": capability_step_rows,
+    "quantize_rowwise": quantize_rowwise_rows,
+    "layer_norm_modulate": layer_norm_modulate_rows,
+    "gelu_join": gelu_join_rows,
+}

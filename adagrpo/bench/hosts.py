@@ -1,0 +1,76 @@
+"""The recipes that are measured: defaults, without AdaGRPO's two additions, and on other host algorithms."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from ..config import Config, RolloutConfig
+from ..errors import InputError
+from ..recipe import check
+
+
+def default_recipe(command: str) -> str:
+    """What a command measures when no recipe is named: the published schedule, on a CPU with tiny-flux."""
+    if torch.cuda.is_available():
+        return "bench-flux1-dev"
+    return "tiny" if command == "iteration" else "bench-tiny"
+
+
+def without_adagrpo(config: Config) -> Config:
+    """The identical recipe without selection and fusion.
+
+    One candidate per slot: on plan fork its probe is the anchor the groups fork from anyway, so it costs no extra; on the other
+    plans nothing reads a probe, and none is drawn.
+    """
+    selection = dataclasses.replace(config.selection, candidates=1, strategy="closest", kwargs={})
+    advantage = dataclasses.replace(config.advantage, weight=0.0)
+    return dataclasses.replace(config, selection=selection, advantage=advantage)
+
+
+def hosts(config: Config) -> tuple[dict[str, Config], dict[str, str]]:
+    """The recipe on every host plan it can express, its own first; and why it cannot express the others.
+
+    Groups, steps and stochastic steps stay; the window is as long as there are stochastic steps. Where log-probabilities
+    cannot be those of the rollout they are computed anew. ``fork-probe`` forks with the velocities of the probe, as the
+    released code does, ``fork-fresh`` with new ones, as our defaults do.
+    """
+    own = _name(config)
+    plans: dict[str, dict[str, Any]] = {
+        "fork-probe": {"plan": "fork", "fork_velocity": "probe"},
+        "fork-fresh": {"plan": "fork", "fork_velocity": "fresh"},
+        "trajectory": {"plan": "trajectory"},
+        "window": {"plan": "window", "window_size": len(config.rollout.sde_steps)},
+    }
+    found, refused = {own: config}, {}
+    for name, keys in plans.items():
+        if name == own:
+            continue
+        other = _on_plan(config, keys)
+        try:
+            check(other)
+        except InputError as error:
+            refused[name] = str(error)
+        else:
+            found[name] = other
+    return found, refused
+
+
+def _name(config: Config) -> str:
+    r = config.rollout
+    if r.plan != "fork":
+        return r.plan
+    return f"fork-{r.fork_velocity}"
+
+
+def _on_plan(config: Config, keys: dict[str, Any]) -> Config:
+    """The recipe on another plan, keys that plan does not read at their defaults."""
+    default, plan = RolloutConfig(), keys["plan"]
+    unread = ["window_size", "window_stride", "window_every"] if plan != "window" else []
+    unread += ["fork_velocity", "tail_steps", "tail_solver"] if plan != "fork" else ["shared_noise"]
+    rollout = dataclasses.replace(config.rollout, **{**{key: getattr(default, key) for key in unread}, **keys})
+    exact = plan == "fork" and rollout.fork_velocity == "fresh"
+    old = "recompute" if config.loss.old_logp == "rollout" and not exact else config.loss.old_logp
+    return dataclasses.replace(config, rollout=rollout, loss=dataclasses.replace(config.loss, old_logp=old))

@@ -1,0 +1,200 @@
+"""``adagrpo bench readme``: the tables and the picture of ``bench/README.md``, from the records."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from ..run.charts import number
+from .measure import PHASES
+from .picture import Bars, draw
+from .records import Record, read_record
+from .statistics import Series
+
+PICTURE = "phases.svg"
+HEAD = """# Measurements
+
+Written by `adagrpo bench readme` from the records below `results/`; the newest of each case and device is shown. Times are
+medians over rounds ± spread (1.4826 x the median absolute deviation); what is compared ran interleaved, A B B A, in one
+process. Phases do not overlap while they are measured, so they add up; `other` holds the encoding of prompts, which is done
+anew in every measured iteration, and the reading of metrics. Evaluations are image-forwards of the transformer, those
+of the update included. A record holds all that is needed to repeat it: command line, resolved recipe, versions, device,
+threads, commit, and every round. `adagrpo bench compare A.json B.json` tells two of them apart.
+"""
+TABLES = {
+    "iteration": "One iteration by phase, in seconds",
+    "budget": "What selection and fusion cost, over the identical recipe without them",
+    "baseline": "Ours against a plain implementation of the published loop, same work",
+    "kernels": "Kernels",
+}
+
+
+def readme_command(results: Path, check: bool) -> int:
+    """Write ``README.md`` and the picture beside ``results``; with ``check`` only tell whether they are up to date.
+
+    Raises:
+        InputError: no such folder, or a broken record in it.
+    """
+    if not results.is_dir():
+        raise InputError(f"--results {results}: no such folder")
+    stale = []
+    for path, text in pages(results).items():
+        if check:
+            if not path.is_file() or path.read_text("utf-8") != text:
+                stale.append(str(path))
+        else:
+            path.write_text(text, "utf-8")
+            print(path)
+    if stale:
+        print(f"out of date: {', '.join(stale)}; run `adagrpo bench readme`")
+    return int(bool(stale))
+
+
+def pages(results: Path) -> dict[Path, str]:
+    """Files beside ``results`` and what they should hold."""
+    records, others = read_results(results)
+    newest: dict[tuple[str, str], tuple[Path, Record]] = {}
+    for path, record in sorted(records, key=lambda found: (found[1].date, found[0])):
+        newest[record.device, record.case] = (path, record)
+    chosen = [newest[key] for key in sorted(newest)]
+    bars = [group for _, record in chosen for group in bars_of(record)]
+    parts = [HEAD]
+    if bars:
+        parts.append(f"\n![Seconds of an iteration by phase]({PICTURE})\n")
+    for device in sorted({record.device for _, record in chosen}):
+        mine = [(path, record) for path, record in chosen if record.device == device]
+        parts.append(f"\n## {device}\n")
+        for command, title in TABLES.items():
+            these = [(path, record) for path, record in mine if record.case.split("-")[0] == command]
+            if these:
+                parts.append(f"\n**{title}**\n\n{_table(command, these, results.parent)}")
+        parts += _notes(mine)
+    if others:
+        lines = [f"- [{path.relative_to(results)}]({path.relative_to(results.parent)}): {case}" for path, case in others]
+        parts.append("\n## Other records\n\n" + "\n".join(lines) + "\n")
+    found = {results.parent / "README.md": "".join(parts)}
+    return found | ({results.parent / PICTURE: draw(bars)} if bars else {})
+
+
+def read_results(results: Path) -> tuple[list[tuple[Path, Record]], list[tuple[Path, str]]]:
+    """Records of `adagrpo bench`, and of the other JSON files path and ``case``.
+
+    Raises:
+        InputError: a file that is not JSON, or a damaged record.
+    """
+    records, others = [], []
+    for path in sorted(results.rglob("*.json")):
+        try:
+            data = json.loads(path.read_text("utf-8"))
+        except ValueError as error:
+            raise InputError(f"{path}: not a record: broken JSON ({error})") from error
+        if isinstance(data, dict) and "schema" in data:
+            records.append((path, read_record(path)))
+        else:
+            others.append((path, str(data.get("case", "")) if isinstance(data, dict) else ""))
+    return records, others
+
+
+def bars_of(record: Record) -> list[Bars]:
+    """What the picture shows of a record."""
+    command = record.case.split("-")[0]
+    if command == "iteration":
+        prefixes = {"": "iteration"}
+    elif command == "baseline":
+        prefixes = {"ours/": "ours", "plain/": "plain published loop"}
+    elif command == "budget":
+        host = record.facts["gated"]
+        prefixes = {f"{host}/full/": "AdaGRPO", f"{host}/plain/": "without it"}
+    else:
+        return []
+    bars = {
+        label: {phase: _median(record, f"{prefix}seconds/{phase}") for phase in PHASES} for prefix, label in prefixes.items()
+    }
+    return [Bars(f"{record.case} on {record.device}{' (see its note)' if record.note else ''}", bars)]
+
+
+def _table(command: str, found: Sequence[tuple[Path, Record]], base: Path) -> str:
+    if command == "iteration":
+        phases = [phase for phase in PHASES if any(f"seconds/{phase}" in record.series for _, record in found)]
+        head = ["case", "iteration", *phases, "images/s", "evaluations/s", "TFLOP/s", "utilisation", "J/image", "host syncs"]
+        rows = [[_link(path, record, base), *_iteration_row(record, phases)] for path, record in found]
+    elif command == "budget":
+        head = ["case", "host", "evaluations", "overhead", "time", "gated"]
+        rows = [[_link(path, record, base), *row] for path, record in found for row in _budget_rows(record)]
+    elif command == "baseline":
+        head = ["case", "rounds", "evaluations", "ours, s", "plain loop, s", "times faster"]
+        rows = [[_link(path, record, base), *_baseline_row(record)] for path, record in found]
+    else:
+        head = ["operator", "case", "shape", "dtype", "µs", "of copy bandwidth", "x eager", "x compile"]
+        rows = [[_link(path, record, base), *row] for path, record in found for row in _kernel_rows(record)]
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def _iteration_row(record: Record, phases: Iterable[str]) -> list[str]:
+    s = record.series
+    used = s.get("flop_utilisation")
+    joules, syncs = s.get("joules_per_image"), s.get("host_syncs")
+    return [
+        _with_spread(s["seconds"]),
+        *(number(_median(record, f"seconds/{phase}")) for phase in phases),
+        number(s["images_per_second"].median),
+        number(s["evaluations_per_second"].median),
+        number(s["tflops"].median),
+        f"{used.median:.1%}" if used else "peak not stated",
+        number(joules.median) if joules else "not measured",
+        f"{syncs.median:.0f}" if syncs else "not known",
+    ]
+
+
+def _budget_rows(record: Record) -> list[list[str]]:
+    s, rows = record.series, []
+    for name in s:
+        if not name.endswith("/time_ratio"):
+            continue
+        host, ratio = name.removesuffix("/time_ratio"), s[name]
+        full, plain = (s[f"{host}/{who}/evaluations"].median for who in ("full", "plain"))
+        gated = "yes" if host == record.facts["gated"] else "no"
+        time = f"{ratio.median - 1:+.1%} ± {ratio.spread:.1%}"
+        rows.append([host, f"{full:.0f} against {plain:.0f}", f"{full / plain - 1:+.1%}", time, gated])
+    return rows
+
+
+def _baseline_row(record: Record) -> list[str]:
+    s = record.series
+    ratio = s["times_faster"]
+    times = [_with_spread(s[f"{who}/seconds"]) for who in ("ours", "plain")]
+    return [str(len(ratio.values)), number(s["ours/evaluations"].median), *times, f"{ratio.median:.2f} ± {ratio.spread:.2f}"]
+
+
+def _kernel_rows(record: Record) -> list[list[str]]:
+    keys = ("case", "shape", "dtype", "us", "of_copy", "x_eager", "x_compile")
+    show: Any = lambda row, key: str(row[key][0] if key == "us" else row.get(key, "–"))  # noqa: E731
+    return [[show(row, key) for key in keys] for row in record.facts["rows"]]
+
+
+def _notes(found: Iterable[tuple[Path, Record]]) -> list[str]:
+    lines = []
+    for _, record in found:
+        machine = record.machine
+        state = " with uncommitted changes" if machine.get("dirty") else ""
+        torch = machine.get("versions", {}).get("torch")
+        note = f" **{record.note}**" if record.note else ""
+        commit = (machine.get("commit") or "none")[:9]
+        lines.append(f"- {record.case}: {record.date[:10]}, commit {commit}{state}, torch {torch}.{note}\n")
+    return ["\n", *lines]
+
+
+def _link(path: Path, record: Record, base: Path) -> str:
+    return f"[{record.case}]({path.relative_to(base)})"
+
+
+def _with_spread(series: Series) -> str:
+    return f"{number(series.median)} ± {number(series.spread, 2)}"
+
+
+def _median(record: Record, name: str) -> float:
+    return record.series[name].median if name in record.series else 0.0
