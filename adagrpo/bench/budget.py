@@ -54,7 +54,7 @@ def budget_command(config: Config, options: Options) -> int:
     series: dict[str, Series] = {}
     problems: list[str] = []
     for number, (host, variant) in enumerate(variants.items()):
-        full, plain = measure_host(variant, model, options.rounds)
+        full, plain, rows = measure_host(variant, model, options.rounds)
         overhead = overhead_of(host, full, plain)
         found.append(overhead)
         series |= phase_series(full, f"{host}/full/") | phase_series(plain, f"{host}/plain/")
@@ -64,7 +64,7 @@ def budget_command(config: Config, options: Options) -> int:
             timed = config.budget.time if model.device.type == "cuda" else None
             problems += exceeded(overhead, config.budget.evaluations, timed)
         problems += off_schedule(host, variant, full) + off_schedule(host, without_adagrpo(variant), plain)
-        problems += unseen_work(host, variant, model, full)
+        problems += unseen_work(host, rows, sum(full[-1].evaluations.values()))
     read = host_read(config)
     if read.checked and read.where:
         problems.append(f"an iteration reads the device: {read.where}")
@@ -85,10 +85,10 @@ def budget_command(config: Config, options: Options) -> int:
     return int(bool(problems))
 
 
-def measure_host(config: Config, model: FlowModel, rounds: int) -> tuple[list[Iteration], list[Iteration]]:
-    """Interleaved iterations with and without AdaGRPO, both on ``model``."""
+def measure_host(config: Config, model: FlowModel, rounds: int) -> tuple[list[Iteration], list[Iteration], int | None]:
+    """Interleaved iterations with and without AdaGRPO, both on ``model``; and the rows a transformer saw in one with it."""
     full, plain = bench_trainer(config, model), bench_trainer(without_adagrpo(config), model)
-    return interleaved(lambda: measure(full), lambda: measure(plain), rounds)
+    return *interleaved(lambda: measure(full), lambda: measure(plain), rounds), rows_seen(full)
 
 
 def overhead_of(host: str, full: list[Iteration], plain: list[Iteration]) -> Overhead:
@@ -156,9 +156,8 @@ def off_schedule(host: str, config: Config, found: list[Iteration]) -> list[str]
     return []
 
 
-def unseen_work(host: str, config: Config, model: FlowModel, found: list[Iteration]) -> list[str]:
-    """Rows that went through a transformer without being counted."""
-    rows, counted = rows_seen(bench_trainer(config, model)), sum(found[-1].evaluations.values())
+def unseen_work(host: str, rows: int | None, counted: int) -> list[str]:
+    """Rows that went through a transformer without being counted, where they are known."""
     if rows is None or rows == counted:
         return []
     return [f"{host}: {rows} rows entered a transformer, {counted} evaluations were counted"]

@@ -20,10 +20,11 @@ WIDTH, LEFT, RIGHT, BAR, GAP, TOP = 860, 190, 90, 20, 8, 52
 
 @dataclasses.dataclass(frozen=True)
 class Bars:
-    """Bars on one scale: for each label the seconds by phase."""
+    """Bars on one scale: for each label the seconds by phase, and those of the whole iteration, written beside its bar."""
 
     title: str
     bars: Mapping[str, Mapping[str, float]]
+    totals: Mapping[str, float]
 
 
 def draw(groups: Sequence[Bars]) -> str:
@@ -34,7 +35,7 @@ def draw(groups: Sequence[Bars]) -> str:
         y += 22
         longest = max(sum(bar.values()) for bar in group.bars.values())
         for label, bar in group.bars.items():
-            parts.append(_bar(label, bar, y, (WIDTH - LEFT - RIGHT) / longest))
+            parts.append(_bar(label, bar, group.totals[label], y, (WIDTH - LEFT - RIGHT) / longest))
             y += BAR + GAP
         y += 10
     return (
@@ -52,7 +53,7 @@ def _legend() -> str:
     return "".join(parts)
 
 
-def _bar(label: str, bar: Mapping[str, float], y: int, scale: float) -> str:
+def _bar(label: str, bar: Mapping[str, float], total: float, y: int, scale: float) -> str:
     parts = [f'<text x="{LEFT - 8}" y="{y + 14}" text-anchor="end">{escape(label)}</text>']
     x = float(LEFT)
     for phase in PHASES:
@@ -63,4 +64,4 @@ def _bar(label: str, bar: Mapping[str, float], y: int, scale: float) -> str:
                 f"<title>{phase} {number(seconds)} s</title></rect>"
             )
             x += seconds * scale
-    return "".join([*parts, f'<text x="{x + 6:.1f}" y="{y + 14}">{number(sum(bar.values()))} s</text>'])
+    return "".join([*parts, f'<text x="{x + 6:.1f}" y="{y + 14}">{number(total)} s</text>'])

@@ -110,10 +110,9 @@ def bars_of(record: Record) -> list[Bars]:
         prefixes = {f"{host}/full/": "AdaGRPO", f"{host}/plain/": "without it"}
     else:
         return []
-    bars = {
-        label: {phase: _median(record, f"{prefix}seconds/{phase}") for phase in PHASES} for prefix, label in prefixes.items()
-    }
-    return [Bars(f"{record.case} on {record.device}{' (see its note)' if record.note else ''}", bars)]
+    bars = {label: {phase: _median(record, f"{at}seconds/{phase}") for phase in PHASES} for at, label in prefixes.items()}
+    totals = {label: record.series[f"{at}seconds"].median for at, label in prefixes.items()}
+    return [Bars(f"{record.case} on {record.device}{' (see its note)' if record.note else ''}", bars, totals)]
 
 
 def _table(command: str, found: Sequence[tuple[Path, Record]], base: Path) -> str:

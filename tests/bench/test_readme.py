@@ -42,11 +42,13 @@ def test_the_newest_record_of_a_case_is_shown_with_its_note(tmp_path) -> None:
 
 
 def test_bars_have_lengths_in_proportion() -> None:
-    svg = ElementTree.fromstring(draw([Bars("a < b", {"one": {"probe": 1.0, "update": 1.0}, "two": {"probe": 1.0}})]))
+    group = Bars("a < b", {"one": {"probe": 1.0, "update": 1.0}, "two": {"probe": 1.0}}, {"one": 2.0, "two": 1.25})
+    svg = ElementTree.fromstring(draw([group]))
     space = "{http://www.w3.org/2000/svg}"
     bars = [r for r in svg.iter(f"{space}rect") if r.find(f"{space}title") is not None]
     assert [float(r.get("width", "0")) for r in bars] == pytest.approx([290.0, 290.0, 290.0])
-    assert any(t.text == "a < b" for t in svg.iter(f"{space}text"))
+    texts = [t.text for t in svg.iter(f"{space}text")]
+    assert "a < b" in texts and "2.00 s" in texts and "1.25 s" in texts
 
 
 def test_a_broken_record_is_named(tmp_path) -> None:
