@@ -166,6 +166,7 @@ class RolloutExecutor:
         self._seed, self._zero = self._word(seed), self._word(0)
         self._chunks: OrderedDict[tuple[int, int], tuple[Plan, list[_Chunk]]] = OrderedDict()
         self._lanes: dict[Hashable, _Lane] = {}
+        self._prefix: dict[Hashable, list[Tensor]] = {}
         self.counts: dict[str, Count] = defaultdict(Count)
 
     def refresh(self) -> None:
@@ -227,6 +228,27 @@ class RolloutExecutor:
             self.counts[phase].calls += 1
             self.counts[phase].evaluations += x[part].shape[0]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    @torch.no_grad()
+    def prefix_velocity(self, x: Tensor, index: Tensor, conditioning: Conditioning, slot: Tensor) -> Tensor:
+        """``velocity`` of one micro-batch of the update without gradient, captured where steps are: same kernels, same rows."""
+        if self.graphs is None:
+            return self.velocity(x, index, conditioning, slot, "prefix")
+        fresh = [x, index, slot, *conditioning.tensors.values()]
+        key = ("prefix", tuple(conditioning.tensors), tuple((tuple(t.shape), t.dtype) for t in fresh))
+        buffers = self._prefix.setdefault(key, [t.clone() for t in fresh])
+        for buffer, t in zip(buffers, fresh, strict=True):
+            buffer.copy_(t)
+
+        def call() -> Tensor:
+            kept_x, kept_index, kept_slot, *tensors = buffers
+            own = Conditioning(dict(zip(conditioning.tensors, tensors, strict=True)))
+            sigma = self.table.sigma.index_select(0, kept_index)
+            return self.model.velocity(kept_x, sigma, own.rows(kept_slot))
+
+        self.counts["prefix"].calls += 1
+        self.counts["prefix"].evaluations += x.shape[0]
+        return self.graphs(key, call, buffers).clone()
 
     @torch.no_grad()
     def run(
@@ -413,6 +435,7 @@ class RolloutExecutor:
 
     def _forget_lanes(self) -> None:
         self._lanes.clear()
+        self._prefix.clear()
         if self.graphs is not None:
             self.graphs.forget()
 

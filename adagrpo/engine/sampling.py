@@ -70,7 +70,7 @@ def sample_forks(
         v = torch.empty(latent.shape, dtype=executor.model.dtype, device=device)
         with torch.no_grad(), executor.phase("prefix"):
             for rows in (batch for step in batches for batch in step):
-                fresh = executor.velocity(latent[rows], index[rows], conditioning, slot[rows], "prefix")
+                fresh = executor.prefix_velocity(latent[rows], index[rows], conditioning, slot[rows])
                 v.index_copy_(0, rows, fresh)
     else:
         v = flat(anchors.velocities)

@@ -96,6 +96,7 @@ def test_captured_steps_compute_the_same_and_their_tensors_never_move(plan: str)
     known = graphs.captured
     rows = {key[2] for key in known if key[1] == "rollout"}
     assert rows == ({3, 6} if plan == "fork" else {3})
+    assert [key[0] for key in known].count("prefix") == (plan == "fork")
     trainer.iteration()
     assert graphs.captured == known
 
@@ -312,3 +313,15 @@ def test_a_captured_step_is_replayed_and_its_memory_told() -> None:
     results = [graphs("step", lambda: runs.append(1) or len(runs), [x]) for _ in range(4)]
     # The first call runs directly, the second is recorded and replayed, later ones are replayed only.
     assert results == [1, 2, 2, 2] and Graph.replays == 3
+
+
+def test_the_official_schedule_is_captured_by_its_numbers_of_rows() -> None:
+    official = {"steps": 16, "sde_steps": (0, 2, 4, 6), "group_size": 12}
+    config = toy_config(rollout=official, train={"slots": 1}, selection={"candidates": 10}, engine=engine(cuda_graphs=True))
+    trainer = toy_trainer(config)
+    for _ in range(2):
+        assert iteration(trainer)["policy/ratio_deviation"] <= 1e-6
+    rows = [key[2] if key[0] != "prefix" else key[2][0][0][0] for key in trainer.executor.graphs.captured]
+    assert sorted(rows) == [4, 10, 12, 24, 36, 48]
+    counts = {phase: (count.evaluations, count.calls) for phase, count in trainer.executor.counts.items()}
+    assert counts == {"probe": (160, 16), "prefix": (4, 1), "rollout": (576, 15), "update": (4, 1)}
