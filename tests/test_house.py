@@ -123,3 +123,12 @@ def test_links_and_commands_of_the_documents_exist(file: str) -> None:
     makefile = (ROOT / "Makefile").read_text("utf-8")
     for target in re.findall(r"`make ([a-z]+)", text):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_triton_is_imported_only_where_a_kernel_runs() -> None:
+    """Its interpreter is chosen by the environment before the first import."""
+    names = [module for _, module in modules() if not module.endswith("__main__")]
+    check = "importlib.import_module(name)\n    assert 'triton' not in sys.modules, name"
+    code = f"import importlib, sys\nfor name in {names!r}:\n    {check}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..engine.executor import RolloutExecutor
 
@@ -33,6 +32,8 @@ def count_flops(executor: RolloutExecutor) -> ForwardFlops:
 
     Attention is computed from plain products while counting, because a counter knows few of torch's fused ones.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton, whose interpreter is chosen before
+
     model = executor.model
     x = torch.zeros(1, *model.latent_shape, dtype=executor.storage, device=model.device)
     conditioning = model.encode(["a red circle"])
