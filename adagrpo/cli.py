@@ -62,7 +62,7 @@ def _dispatch(argv: list[str]) -> int:
     _add_doctor(commands)
     args, rest = parser.parse_known_args(argv)
     args.argv = tuple(argv)
-    takes_keys = args.command in ("train", "plan", "profile", "fidelity") or getattr(args, "recipe_keys", False)
+    takes_keys = getattr(args, "recipe_keys", False)
     if rest and not takes_keys:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return args.run(args, rest) if takes_keys else args.run(args)
@@ -91,7 +91,7 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> int:
         args.parser.print_help()
         return 0 if args.help else EXIT_INPUT
     overrides = overrides + (["--help"] if args.help else [])
-    config = _override(load_recipe(args.recipe), overrides, f"adagrpo train {args.recipe}")
+    config = _override(load_recipe(args.recipe), overrides, f"train {args.recipe}")
     check(config)
     if args.print_config:
         print(to_toml(config), end="")
@@ -103,20 +103,27 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> int:
     return train(config, args.out, args.resume)
 
 
+def _recipe_command(commands: argparse._SubParsersAction, name: str, does: str, description: str) -> argparse.ArgumentParser:
+    """A command that takes the recipe's keys as options."""
+    description = f"{description} Every key can be set as --section.key VALUE."
+    command = commands.add_parser(name, allow_abbrev=False, help=does, description=description)
+    command.set_defaults(recipe_keys=True)
+    return command
+
+
 def _add_plan(commands: argparse._SubParsersAction) -> None:
-    plan = commands.add_parser(
+    plan = _recipe_command(
+        commands,
         "plan",
-        allow_abbrev=False,
-        help="memory plan and predicted seconds of a recipe, without its model",
-        description="Print what a recipe will hold in memory and at least take in time. Nothing is downloaded, no GPU is "
-        "needed. Every key can be set as --section.key VALUE.",
+        "memory plan and predicted seconds of a recipe, without its model",
+        "Print what a recipe will hold in memory and at least take in time. Nothing is downloaded, no GPU is needed.",
     )
     plan.add_argument("recipe", help=f"{', '.join(recipe_names())}, or a TOML file")
     plan.set_defaults(run=_plan)
 
 
 def _plan(args: argparse.Namespace, overrides: list[str]) -> int:
-    config = _override(load_recipe(args.recipe), overrides, args.recipe, "plan")
+    config = _override(load_recipe(args.recipe), overrides, f"plan {args.recipe}")
     check(config)
     from .commands import plan
 
@@ -124,12 +131,11 @@ def _plan(args: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _add_profile(commands: argparse._SubParsersAction) -> None:
-    profile = commands.add_parser(
+    profile = _recipe_command(
+        commands,
         "profile",
-        allow_abbrev=False,
-        help="where an iteration's time, memory and energy go",
-        description="Run whole iterations of a recipe, one under the profiler and some undisturbed, and write what they took. "
-        "Every key can be set as --section.key VALUE.",
+        "where an iteration's time, memory and energy go",
+        "Run whole iterations of a recipe, one under the profiler and some undisturbed, and write what they took.",
     )
     profile.add_argument("recipe", help=f"{', '.join(recipe_names())}, or a TOML file")
     profile.add_argument("--iterations", type=int, default=3, help="timed iterations (default: 3)")
@@ -139,29 +145,29 @@ def _add_profile(commands: argparse._SubParsersAction) -> None:
 
 def _profile(args: argparse.Namespace, overrides: list[str]) -> int:
     recipe = load_recipe(args.recipe)
-    config = _override(recipe, overrides, args.recipe, "profile")
+    config = _override(recipe, overrides, f"profile {args.recipe}")
     check(config)
     from .commands import profile
 
     return profile(config, recipe, args.iterations, args.out)
 
 
-def _override(config: Config, overrides: list[str], recipe: str, command: str = "train") -> Config:
+def _override(config: Config, overrides: list[str], command: str) -> Config:
     """Apply --section.key VALUE; tyro prints help and errors, nearest option included, and exits with code 2."""
     if not overrides:
         return config
     import tyro
 
-    return tyro.cli(Config, default=config, args=overrides, prog=f"adagrpo {command} {recipe}")
+    return tyro.cli(Config, default=config, args=overrides, prog=f"adagrpo {command}")
 
 
 def _add_fidelity(commands: argparse._SubParsersAction) -> None:
-    fidelity = commands.add_parser(
+    fidelity = _recipe_command(
+        commands,
         "fidelity",
-        allow_abbrev=False,
-        help="how faithful faster rollouts are to the policy's own",
-        description="Sample the same prompts and noise by the policy and under the recipe's engine and tail keys, and compare "
-        "images, reward ranks and picks. Any key can be set as --section.key VALUE.",
+        "how faithful faster rollouts are to the policy's own",
+        "Sample the same prompts and noise by the policy and under the recipe's engine and tail keys, and compare images, "
+        "reward ranks and picks.",
     )
     fidelity.add_argument("source", help="recipe, run folder or checkpoint folder")
     fidelity.add_argument("--slots", type=int, default=20, help="prompts to pick, each among B candidates (default: 20)")
@@ -173,7 +179,7 @@ def _fidelity(args: argparse.Namespace, overrides: list[str]) -> int:
     from .commands import fidelity, source_config
 
     config, checkpoint = source_config(args.source)
-    return fidelity(_override(config, overrides, args.source, "fidelity"), checkpoint, args.slots, args.out)
+    return fidelity(_override(config, overrides, f"fidelity {args.source}"), checkpoint, args.slots, args.out)
 
 
 def _add_sample(commands: argparse._SubParsersAction) -> None:
@@ -311,7 +317,7 @@ def _bench_recipe(args: argparse.Namespace, rest: list[str]) -> int:
         raise InputError(f"--iterations {args.rounds}: must be at least 1")
     named = bool(rest) and not rest[0].startswith("-")
     recipe, overrides = (rest[0], rest[1:]) if named else (default_recipe(args.bench_command), rest)
-    config = _override(load_recipe(recipe), overrides, recipe, f"bench {args.bench_command}")
+    config = _override(load_recipe(recipe), overrides, f"bench {args.bench_command} {recipe}")
     check(config)
     options = Options(args.rounds, args.out, args.note, args.argv, getattr(args, "peak", 0.0))
     command = {"iteration": iteration_command, "budget": budget_command, "baseline": baseline_command}[args.bench_command]

@@ -47,9 +47,8 @@ def planned_calls(config: Config) -> dict[str, list[int]]:
     branches = branch_plan(slots, r.sde_steps, r.group_size, r.steps, tails=recipe_table(config).tails)
     plan = branches if fork else trajectory_plan(slots, r.group_size, r.steps, (), ())
     calls["rollout"] = plan.calls(limit)
-    pictures = min(n for n in (limit, config.engine.decode_rows, 2**31) if n)
     scored_rows = [n for rows in (judged, plan.num_rows) for n in chunk_sizes(rows, limit)]
-    calls["decode"] = [n for rows in scored_rows for n in chunk_sizes(rows, pictures)]
+    calls["decode"] = [n for rows in scored_rows for n in chunk_sizes(rows, config.engine.decode_rows)]
     if config.loss.old_logp == "recompute":
         calls["recompute"] = update
     calls["update"] = update
@@ -94,8 +93,7 @@ def memory_plan(
     rows = max(held["each"] * e.noises * bool(e.every), held["final"] * e.final_noises, held["grid"] * bool(o.grid_every))
     calls = planned_calls(config)
     calls["evaluation"] = chunk_sizes(rows, config.engine.max_rows)[:1]
-    pictures = config.engine.decode_rows or rows
-    calls["decode"] = [*calls["decode"], *(n for batch in calls["evaluation"] for n in chunk_sizes(batch, pictures))]
+    calls["decode"] += [n for batch in calls["evaluation"] for n in chunk_sizes(batch, config.engine.decode_rows)]
     capacity = getattr(getattr(model, "encoder", None), "capacity", 0)
     everything = capacity if prompts is None else prompts + known
     kept = o.keep_last + o.keep_best + (train.iterations // o.keep_every if o.keep_every else 0)

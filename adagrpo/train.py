@@ -194,11 +194,9 @@ class Trainer:
             x = self.executor.initial_noise(everyone, self.draws, Stream.PROBE_INIT)
         scores = self._overlapped(PromptRows(prompts, everyone))
         self.executor.run(plan, x, candidates, self.draws, "probe", finished=scores)
+        short = scores.result().unflatten(1, places.shape)
         with self.phase("select"):
-            weights = self.reward_weights if len(self.rewards) > 1 else None
-            found = capability_step(
-                self.filter.level, scores.result().unflatten(1, places.shape), s.alpha, s.strategy, weights, impl=self.impl
-            )
+            found = capability_step(self.filter.level, short, s.alpha, s.strategy, self._several_weights, impl=self.impl)
             self.filter = dataclasses.replace(self.filter, level=found.state)
             return found.picks
 
@@ -210,9 +208,8 @@ class Trainer:
         """
         assert self.filter is not None
         r, slots = self.config.rollout, places.shape[0]
-        first = torch.arange(slots, device=chosen.device) * places.shape[1]
         drawn = self._uniform(places, step=1)
-        uniform = first + drawn
+        uniform = self._rows_of(drawn)
         rows = torch.cat([chosen, uniform])
         plan = probe_plan(range(2 * slots), r.steps, keep=r.sde_steps if r.plan == "fork" else ())
         with self.phase("probe"):
@@ -222,9 +219,8 @@ class Trainer:
         with self.phase("select"):
             seen = places.gather(1, drawn.unsqueeze(1)).squeeze(1)
             self.filter = self.filter.with_uniform(seen, scores, self.draws)
-            weights = self.reward_weights if len(self.rewards) > 1 else None
-            recent = self.filter.recent.unsqueeze(1)
-            found = capability_step(self.capability, recent, self.config.selection.alpha, "closest", weights, impl=self.impl)
+            recent, alpha = self.filter.recent.unsqueeze(1), self.config.selection.alpha
+            found = capability_step(self.capability, recent, alpha, "closest", self._several_weights, impl=self.impl)
             self.capability, self.status = found.state, found.status
         return anchors
 
@@ -258,8 +254,7 @@ class Trainer:
             draw = NoiseDraw(self.executor.seed, rows, self.draws, Stream.SELECT)
             if scores is not None:
                 strategy = s.strategy if s.strategy in STRATEGIES else "closest"
-                weights = self.reward_weights if len(self.rewards) > 1 else None
-                found = capability_step(self.capability, scores, s.alpha, strategy, weights, draw, self.impl)
+                found = capability_step(self.capability, scores, s.alpha, strategy, self._several_weights, draw, self.impl)
                 self.capability, self.status = found.state, found.status
             if s.candidates == 1:
                 return torch.zeros_like(rows)
@@ -269,9 +264,17 @@ class Trainer:
 
     def gather(self, candidates: Conditioning, picks: Tensor) -> tuple[Tensor, Conditioning]:
         """Rows of the picked candidates [P] and their conditioning, without leaving the device."""
-        first = torch.arange(picks.shape[0], device=picks.device) * self.config.selection.candidates
-        chosen = first + picks.clamp_min(0)
+        chosen = self._rows_of(picks.clamp_min(0))
         return chosen, candidates.rows(chosen)
+
+    def _rows_of(self, picks: Tensor) -> Tensor:
+        """Rows of the candidates ``picks`` [P] among those of all slots."""
+        return torch.arange(picks.shape[0], device=picks.device) * self.config.selection.candidates + picks
+
+    @property
+    def _several_weights(self) -> Tensor | None:
+        """What ``capability_step`` wants of the reward weights."""
+        return self.reward_weights if len(self.rewards) > 1 else None
 
     def rollout(
         self, anchors: Rollout | None, anchor_row: Tensor, picked: PromptRows, picks: Tensor, conditioning: Conditioning

@@ -64,3 +64,12 @@ def test_dry_run_prints_the_cost(capsys) -> None:
     assert code == 0
     # 12 slots: 12 x 8 candidates x 8 steps; 12 x 4 forks; 12 x 8 x (7 + 6 + 5 + 4); 12 x 4
     assert "probe 768, prefix 48, rollout 2112, update 48" in out
+
+
+@pytest.mark.parametrize("command", ["train", "plan", "profile", "fidelity"])
+def test_a_wrong_value_names_the_command_once(capsys, command: str) -> None:
+    with pytest.raises(SystemExit) as left:
+        main([command, "tiny", "--engine.precision", "fp9"])
+    assert left.value.code == 2
+    error = capsys.readouterr().err
+    assert f"adagrpo {command} tiny" in error and error.count("adagrpo") == 1

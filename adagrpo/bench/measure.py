@@ -22,6 +22,7 @@ from ..engine.forwards import PolicyForward
 from ..errors import InputError, RunError
 from ..fit import read_metrics
 from ..models.base import FlowModel
+from ..profile.power import gpu_uuid
 from ..train import Trainer
 from .statistics import Series
 
@@ -71,7 +72,7 @@ class EnergyMeter:
 
             pynvml.nvmlInit()
             self._nvml = pynvml
-            self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+            self._handle = pynvml.nvmlDeviceGetHandleByUUID(gpu_uuid(device))
             self.read()
 
     def read(self) -> float | None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
-import platform
-import re
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +15,7 @@ import torch
 from ..config import Config
 from ..errors import InputError
 from ..recipe import to_toml
-from ..run.folder import describe_machine
+from ..run.folder import describe_machine, processor, slug
 from .statistics import Series
 
 SCHEMA = 1
@@ -89,7 +87,7 @@ def new_record(
     """A record of now, on this machine."""
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     recipe = "" if config is None else to_toml(config)
-    machine = describe_machine(device) | {"processor": _processor(), "dirty": _dirty()}
+    machine = describe_machine(device) | {"processor": processor(), "dirty": _dirty()}
     return Record(case, device_slug(device), now, argv, recipe, machine, dict(series), dict(facts), note)
 
 
@@ -123,20 +121,6 @@ def device_slug(device: torch.device) -> str:
     if device.type == "cuda":
         return slug(torch.cuda.get_device_name(device))
     return f"{device.type}-{torch.get_num_threads()}-threads" if device.type == "cpu" else device.type
-
-
-def slug(text: str) -> str:
-    """Lower-case letters and digits joined by dashes."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
-
-
-def _processor() -> str:
-    """The host's processor by the name Linux gives it; elsewhere its architecture."""
-    try:
-        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text("utf-8"), re.MULTILINE)
-    except OSError:
-        found = None
-    return found[1].strip() if found else platform.machine()
 
 
 def _dirty() -> bool | None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any
 
 import torch
 from adagrpo_kernels import MAX_STEP, History
@@ -17,7 +19,7 @@ from ..models.base import Conditioning, FlowModel
 from ..run.timing import PhaseTimer
 from .forwards import Forward, PolicyForward
 from .graphs import StepGraphs
-from .plans import KEPT_PLANS, Plan, device_integers, entered
+from .plans import KEPT_PLANS, Plan, chunk_slices, device_integers, entered
 from .tables import RolloutTable
 
 Finished = Callable[[Tensor, Tensor], None]
@@ -107,6 +109,7 @@ class _Lane:
         clean: [r, L, C] in the compute dtype, previews of the step before; None for first-order plans.
         step, iteration: int64 0-dim.
         prepared: what the calls share, by forward.
+        static: every run with this chunk uses these very tensors, so that its steps may be captured.
     """
 
     chunk: _Chunk
@@ -115,6 +118,7 @@ class _Lane:
     step: Tensor
     iteration: Tensor
     prepared: tuple[Conditioning, ...]
+    static: bool
 
     def statics(self) -> list[Tensor]:
         """Every tensor a captured step refers to."""
@@ -179,14 +183,12 @@ class RolloutExecutor:
 
     def decode_chunks(self, rows: int) -> list[slice]:
         """Slices of at most ``max_rows`` and ``decode_rows`` rows."""
-        size = min(limit for limit in (self.max_rows, self.decode_rows, max(rows, 1)) if limit)
-        return [slice(first, min(first + size, rows)) for first in range(0, rows, size)]
+        return chunk_slices(rows, self.max_rows, self.decode_rows)
 
     def chunks(self, rows: int) -> list[slice]:
         """Slices of at most ``max_rows`` rows."""
-        size = self.max_rows or max(rows, 1)
-        self._largest = max(self._largest, min(size, rows))
-        return [slice(first, min(first + size, rows)) for first in range(0, rows, size)]
+        self._largest = max(self._largest, min(self.max_rows or rows, rows))
+        return chunk_slices(rows, self.max_rows)
 
     @property
     def batch_limit(self) -> tuple[int, bool]:
@@ -221,10 +223,9 @@ class RolloutExecutor:
 
     def velocity(self, x: Tensor, index: Tensor, conditioning: Conditioning, slot: Tensor, phase: str) -> Tensor:
         """The policy's velocity [R, L, C] at table rows ``index`` for conditioning rows ``slot``, in chunks, counted."""
-        sigma = self.table.sigma.index_select(0, index)
         parts = []
         for part in self.chunks(x.shape[0]):
-            parts.append(self.model.velocity(x[part], sigma[part], conditioning.rows(slot[part])))
+            parts.append(self.policy.velocity(x[part], index[part], conditioning, slot[part]))
             self.counts[phase].calls += 1
             self.counts[phase].evaluations += x[part].shape[0]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -243,8 +244,7 @@ class RolloutExecutor:
         def call() -> Tensor:
             kept_x, kept_index, kept_slot, *tensors = buffers
             own = Conditioning(dict(zip(conditioning.tensors, tensors, strict=True)))
-            sigma = self.table.sigma.index_select(0, kept_index)
-            return self.model.velocity(kept_x, sigma, own.rows(kept_slot))
+            return self.policy.velocity(kept_x, kept_index, own, kept_slot)
 
         self.counts["prefix"].calls += 1
         self.counts["prefix"].evaluations += x.shape[0]
@@ -274,7 +274,8 @@ class RolloutExecutor:
         forwards: tuple[Forward, ...] = (self.policy if on_policy else self.rollout,)
         if plan.stochastic and forwards[0].lossy:
             forwards += (self.policy,)  # a Gaussian that is to be reinforced has the policy's own mean
-        prepared = tuple(forward.prepare(conditioning) for forward in forwards)
+        with self.phase(phase):
+            prepared = tuple(forward.prepare(conditioning) for forward in forwards)
         chunks = self._chunked(plan)
         parts = []
         for chunk in chunks:
@@ -290,7 +291,7 @@ class RolloutExecutor:
     def _advance(self, plan: Plan, lane: _Lane, forwards: tuple[Forward, ...], phase: str) -> Rollout:
         """All steps of one chunk; results in the chunk's row order."""
         latents, velocities, stored = {}, {}, []
-        kept_lane = any(lane is other for other in self._lanes.values())
+        graphs, own = (self.graphs, torch.clone) if lane.static else (None, lambda t: t)  # static tensors are written again
         for k in range(plan.num_steps):
             live = lane.chunk.entered[k]
             if live == 0:
@@ -298,41 +299,34 @@ class RolloutExecutor:
             noisy, recorded, kept = k in plan.stochastic, k in plan.record, k in plan.keep
             before = lane.x[:live].clone() if recorded or kept else None
             which = len(forwards) - 1 if noisy else 0
-
-            def step(live=live, noisy=noisy, recorded=recorded, which=which):
-                return self._step(plan, lane, live, noisy, recorded, forwards[which], which)
-
+            step = functools.partial(self._step, plan, lane, live, noisy, recorded, forwards[which], lane.prepared[which])
             lane.step.fill_(k)
-            if self.graphs is not None and kept_lane:
-                key = (id(lane), phase, live, noisy, recorded, which)
-                v, mean, logp = (t.clone() for t in self.graphs(key, step, lane.statics()))
-            else:
-                v, mean, logp = step()
+            key = (id(lane), phase, live, noisy, recorded, which)
+            v, mean, logp = step() if graphs is None else graphs(key, step, lane.statics())
             self.counts[phase].calls += 1
             self.counts[phase].evaluations += live
             if kept:
                 assert before is not None
-                latents[k], velocities[k] = before, v
+                latents[k], velocities[k] = before, own(v)
             if recorded:
                 assert before is not None
-                stored.append((before, lane.x.clone(), mean, logp))
+                stored.append((before, lane.x.clone(), own(mean), own(logp)))
         transitions = self._collect(plan, lane.chunk, stored) if stored else None
-        return Rollout(lane.x.clone(), latents, velocities, transitions)
+        return Rollout(own(lane.x), latents, velocities, transitions)
 
     def _step(
-        self, plan: Plan, lane: _Lane, live: int, noisy: bool, recorded: bool, forward: Forward, which: int
+        self, plan: Plan, lane: _Lane, live: int, noisy: bool, recorded: bool, forward: Forward, prepared: Conditioning
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One step of the first ``live`` rows, in place; a function of the lane's tensors alone, so that it can be captured."""
         chunk, x = lane.chunk, lane.x[:live]
         index = chunk.index[:live].gather(1, lane.step.reshape(1, 1).expand(live, 1)).squeeze(1)
-        v = forward.velocity(x, index, lane.prepared[which], chunk.conditioning[:live])
+        v = forward.velocity(x, index, prepared, chunk.conditioning[:live])
         noise = Draw(self._seed, chunk.noise_row[:live], lane.iteration, plan.noise_stream, lane.step) if noisy else None
-        history = None
-        if lane.clean is not None:
-            assert self.rollout_table.history is not None
-            history = History(lane.clean[:live], self.rollout_table.history)
-        second = lane.clean is not None
-        step = sde_step(x, v, self.table, index, noise, history=history, with_mean=recorded, with_clean=second, impl=self.impl)
+        keywords: dict[str, Any] = {"with_mean": recorded, "impl": self.impl}
+        weight = self.rollout_table.history
+        if lane.clean is not None and weight is not None:
+            keywords |= {"history": History(lane.clean[:live], weight), "with_clean": True}
+        step = sde_step(x, v, self.table, index, noise, **keywords)
         x.copy_(step.next)
         if lane.clean is not None and step.clean is not None:
             lane.clean[:live].copy_(step.clean)
@@ -416,13 +410,13 @@ class RolloutExecutor:
         shapes = tuple((name, tuple(t.shape)) for c in prepared for name, t in c.tensors.items())
         key = (id(chunk), tuple(x.shape[1:]), shapes)
         if self.graphs is None or not keep:
-            return self._new_lane(plan, chunk, x, prepared, iteration)
+            return self._new_lane(plan, chunk, x, prepared, iteration, static=False)
         lane = self._lanes.get(key)
         if lane is None:
             if len(self._lanes) >= MAX_LANES:
                 self._forget_lanes()
             own = tuple(Conditioning({name: t.clone() for name, t in c.tensors.items()}) for c in prepared)
-            lane = self._lanes[key] = self._new_lane(plan, chunk, x, own, iteration)
+            lane = self._lanes[key] = self._new_lane(plan, chunk, x, own, iteration, static=True)
             return lane
         lane.x.copy_(x.index_select(0, chunk.rows))
         if lane.clean is not None:
@@ -439,10 +433,12 @@ class RolloutExecutor:
         if self.graphs is not None:
             self.graphs.forget()
 
-    def _new_lane(self, plan: Plan, chunk: _Chunk, x: Tensor, prepared: tuple[Conditioning, ...], iteration: int) -> _Lane:
+    def _new_lane(
+        self, plan: Plan, chunk: _Chunk, x: Tensor, prepared: tuple[Conditioning, ...], iteration: int, static: bool
+    ) -> _Lane:
         x = x.index_select(0, chunk.rows)
         clean = torch.zeros_like(x, dtype=self.table.a.dtype) if plan.history else None
-        return _Lane(chunk, x, clean, self._word(0), self._word(iteration), prepared)
+        return _Lane(chunk, x, clean, self._word(0), self._word(iteration), prepared, static)
 
     def _collect(self, plan: Plan, chunk: _Chunk, stored: Sequence[tuple[Tensor, ...]]) -> Transitions:
         """Transitions ordered (row, step) from per-step tensors; recorded plans start all rows at step 0."""

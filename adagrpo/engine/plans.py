@@ -68,10 +68,15 @@ def entered(start: Tensor, num_steps: int) -> tuple[int, ...]:
     return tuple(torch.bincount(start, minlength=num_steps + 1).cumsum(0)[:num_steps].tolist())
 
 
-def chunk_sizes(rows: int, max_rows: int) -> list[int]:
-    """Sizes of the batches that ``rows`` rows run in; 0 is unlimited."""
-    size = max_rows or max(rows, 1)
-    return [min(size, rows - first) for first in range(0, rows, size)]
+def chunk_slices(rows: int, *limits: int) -> list[slice]:
+    """The batches that ``rows`` rows run in, none larger than any of ``limits``; 0 is unlimited."""
+    size = min(limit for limit in (*limits, max(rows, 1)) if limit)
+    return [slice(first, min(first + size, rows)) for first in range(0, rows, size)]
+
+
+def chunk_sizes(rows: int, *limits: int) -> list[int]:
+    """Sizes of ``chunk_slices``."""
+    return [part.stop - part.start for part in chunk_slices(rows, *limits)]
 
 
 def probe_plan(conditioning: Sequence[int], steps: int | Sequence[int], keep: Sequence[int] = ()) -> Plan:

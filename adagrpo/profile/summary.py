@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import platform
 import re
 import statistics
 import tempfile
@@ -20,7 +19,7 @@ from ..engine.roofline import H100, H200, Device
 from ..errors import InputError
 from ..planning import planned_calls
 from ..run.charts import number
-from ..run.folder import changed_keys, describe_machine, write_json
+from ..run.folder import changed_keys, describe_machine, processor, slug, write_json
 from ..train import Trainer
 from .figures import memory_curve, phase_bars, roofline
 from .points import Point, phase_points
@@ -32,17 +31,12 @@ FILES = (TRACE, SNAPSHOT, JSON, PAGE, *FIGURES)
 
 def device_slug(device: torch.device) -> str:
     """Name of the folder of a device's profiles."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu-{processor()}"
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return slug(torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu-{processor_name()}")
 
 
-def processor() -> str:
-    """The CPU's name."""
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text("utf-8"), re.MULTILINE)
-    except OSError:
-        found = None
-    return re.sub(r"\([RTM]+\)", "", found[1]).strip() if found else platform.machine()
+def processor_name() -> str:
+    """The CPU's name without its trademarks."""
+    return re.sub(r"\([RTM]+\)", "", processor())
 
 
 def prepare_folder(path: Path) -> None:
@@ -101,7 +95,7 @@ def _summary(
     counts = recording.timed[-1].counts
     machine = describe_machine(device)
     if device.type == "cpu":
-        machine |= {"processor": processor(), "cores": os.cpu_count(), "load_before": load}
+        machine |= {"processor": processor_name(), "cores": os.cpu_count(), "load_before": load}
     counted = phase_points(config, trainer.model, trainer.stream.prompts[0], recording.phases, counts)
     points = [*(counted if not isinstance(counted, str) else ()), *recording.kernels]
     images = sum(planned_calls(config)["decode"])

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import uuid
 from collections.abc import Sequence
@@ -191,6 +192,20 @@ def write_json(path: Path, value: Any) -> None:
 def prompts_digest(*lists: Sequence[str]) -> str:
     """SHA-256 of prompt lists, for the manifest."""
     return hashlib.sha256(json.dumps(lists, ensure_ascii=False).encode()).hexdigest()
+
+
+def processor() -> str:
+    """The host's processor by the name Linux gives it; elsewhere its architecture."""
+    try:
+        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text("utf-8"), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.machine()
+
+
+def slug(text: str) -> str:
+    """Lower-case letters and digits joined by dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
 def changed_keys(before: Config, now: Config) -> dict[str, tuple[Any, Any]]:

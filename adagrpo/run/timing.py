@@ -22,15 +22,25 @@ class PhaseTimer:
         self._cuda = device.type == "cuda"
         self._seconds: dict[str, float] = {}
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._open: str | None = None
         self.listener: Callable[[str], object] = lambda phase: None
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Time what runs inside as ``phase``; phases do not nest."""
+        """Time what runs inside as ``phase``.
+
+        Raises:
+            RuntimeError: inside another phase: its seconds would count twice.
+        """
+        if self._open is not None:
+            raise RuntimeError(f"phase {phase} inside phase {self._open}: phases do not nest")
         self.listener(phase)
-        start = self._mark()
-        with torch.profiler.record_function(phase):
-            yield
+        self._open, start = phase, self._mark()
+        try:
+            with torch.profiler.record_function(phase):
+                yield
+        finally:
+            self._open = None
         end = self._mark()
         if self._cuda:
             self._events.append((phase, start, end))

@@ -127,7 +127,7 @@ def test_the_gate_fails_for_work_nobody_counted(tmp_path, capsys, monkeypatch) -
 
     monkeypatch.setattr(PolicyForward, "velocity", twice)
     assert run(toy(), tmp_path) == 1
-    assert "1480 rows entered a transformer, 744 evaluations were counted" in capsys.readouterr().out
+    assert "1488 rows entered a transformer, 744 evaluations were counted" in capsys.readouterr().out
 
 
 def test_the_gate_fails_for_a_host_sync(tmp_path, capsys, monkeypatch) -> None:

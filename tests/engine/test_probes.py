@@ -209,3 +209,16 @@ def test_trajectories_take_cheap_probes_too() -> None:
     )
     check(config)
     assert read_metrics(toy_trainer(dataclasses.replace(config)).iteration())[0]["policy/ratio_deviation"] <= 1e-6
+
+
+def test_phases_that_nest_are_refused_and_no_probe_nests_them() -> None:
+    for probe in ("full", "short", "memory"):
+        trainer = toy_trainer(recipe(probe))
+        trainer.iteration()
+        with (
+            pytest.raises(RuntimeError, match="phase reward inside phase select"),
+            trainer.phase("select"),
+            trainer.phase("reward"),
+        ):
+            pass
+        trainer.iteration()
