@@ -287,6 +287,20 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
             measuring.add_argument("--peak", type=float, default=0.0, metavar="TFLOPS", help="peak that utilisation refers to")
         measuring.set_defaults(run=_bench_recipe, recipe_keys=True)
         _add_record_options(measuring)
+    seeds = bench.add_parser(
+        "seeds",
+        help="end reward of several probes over seeds, with paired intervals",
+        description="Train every probe on every mix of prompts from every seed, and compare the end rewards.",
+        usage="adagrpo bench seeds [RECIPE] [--section.key VALUE …] [options]",
+        allow_abbrev=False,
+    )
+    seeds.add_argument("--probes", default="full,memory", help="the first is what the others are compared with")
+    seeds.add_argument("--mixes", default="tiny:even,tiny:wide", help="sources of prompts (default: tiny:even,tiny:wide)")
+    seeds.add_argument("--seeds", type=int, default=5, help="0 to this number - 1 (default: 5)")
+    seeds.add_argument("--jobs", type=int, default=1, help="trainings at once (default: 1)")
+    seeds.add_argument("--log", type=Path, help="finished trainings, to go on from (default: runs/seeds-<recipe>.jsonl)")
+    seeds.set_defaults(run=_bench_seeds, recipe_keys=True)
+    _add_record_options(seeds)
     compare = bench.add_parser("compare", help="differences of two records beyond noise")
     compare.add_argument("before", type=Path, metavar="A.json")
     compare.add_argument("after", type=Path, metavar="B.json")
@@ -315,13 +329,31 @@ def _bench_recipe(args: argparse.Namespace, rest: list[str]) -> int:
 
     if args.rounds < 1:
         raise InputError(f"--iterations {args.rounds}: must be at least 1")
-    named = bool(rest) and not rest[0].startswith("-")
-    recipe, overrides = (rest[0], rest[1:]) if named else (default_recipe(args.bench_command), rest)
-    config = _override(load_recipe(recipe), overrides, f"bench {args.bench_command} {recipe}")
-    check(config)
+    config = _named_recipe(default_recipe(args.bench_command), rest, f"bench {args.bench_command}")
     options = Options(args.rounds, args.out, args.note, args.argv, getattr(args, "peak", 0.0))
     command = {"iteration": iteration_command, "budget": budget_command, "baseline": baseline_command}[args.bench_command]
     return command(config, options)
+
+
+def _named_recipe(default: str, rest: list[str], command: str) -> Config:
+    """The checked recipe of a command whose first argument may name it."""
+    named = bool(rest) and not rest[0].startswith("-")
+    recipe, overrides = (rest[0], rest[1:]) if named else (default, rest)
+    config = _override(load_recipe(recipe), overrides, f"{command} {recipe}")
+    check(config)
+    return config
+
+
+def _bench_seeds(args: argparse.Namespace, rest: list[str]) -> int:
+    from .bench.seeds import Study, seeds_command
+
+    for option in ("seeds", "jobs"):
+        if getattr(args, option) < 1:
+            raise InputError(f"--{option} {getattr(args, option)}: must be at least 1")
+    config = _named_recipe("tiny", rest, "bench seeds")
+    log = args.log or Path(f"runs/seeds-{config.name}.jsonl")
+    study = Study(tuple(args.probes.split(",")), tuple(args.mixes.split(",")), args.seeds, args.jobs, log)
+    return seeds_command(config, study, args.out, args.argv, args.note)
 
 
 def _bench_compare(args: argparse.Namespace) -> int:

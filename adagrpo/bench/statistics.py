@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from statistics import median
+from statistics import fmean, median, stdev
 from typing import Any, Literal
 
 Better = Literal["lower", "higher", ""]
@@ -100,3 +100,13 @@ def change(name: str, before: Series, after: Series) -> Change | None:
 def ratios(numerator: Sequence[float], denominator: Sequence[float]) -> Series:
     """Round by round ratio of two interleaved quantities."""
     return Series("x", tuple(a / b for a, b in zip(numerator, denominator, strict=True)), better="")
+
+
+def paired_interval(reference: Sequence[float], other: Sequence[float]) -> tuple[float, float, float]:
+    """Mean of ``other - reference`` over pairs and its 95 % Student t interval; NaN limits for a single pair."""
+    from scipy.stats import t
+
+    differences = [b - a for a, b in zip(reference, other, strict=True)]
+    mean, n = fmean(differences), len(differences)
+    half = float(t.ppf(0.975, n - 1)) * stdev(differences) / math.sqrt(n) if n > 1 else math.nan
+    return mean, mean - half, mean + half
