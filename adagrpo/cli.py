@@ -301,6 +301,19 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     seeds.add_argument("--log", type=Path, help="finished trainings, to go on from (default: runs/seeds-<recipe>.jsonl)")
     seeds.set_defaults(run=_bench_seeds, recipe_keys=True)
     _add_record_options(seeds)
+    probes = bench.add_parser(
+        "probes",
+        help="how well each probe picks, and what it costs",
+        description="Let every probe pick with the policy held still, and compare the picks with the paper's and the truth.",
+        usage="adagrpo bench probes [RECIPE] [--section.key VALUE …] [options]",
+        allow_abbrev=False,
+    )
+    probes.add_argument("--probes", help="names, separated by commas (default: all)")
+    probes.add_argument("--draws", type=int, default=60, help="of each probe; the first third is left out (default: 60)")
+    probes.add_argument("--noises", type=int, default=16, help="images per prompt that are its truth (default: 16)")
+    probes.add_argument("--rounds", type=int, default=3, help="iterations that costs are measured on (default: 3)")
+    probes.set_defaults(run=_bench_probes, recipe_keys=True)
+    _add_record_options(probes)
     compare = bench.add_parser("compare", help="differences of two records beyond noise")
     compare.add_argument("before", type=Path, metavar="A.json")
     compare.add_argument("after", type=Path, metavar="B.json")
@@ -344,12 +357,27 @@ def _named_recipe(default: str, rest: list[str], command: str) -> Config:
     return config
 
 
+def _at_least(args: argparse.Namespace, **least: int) -> None:
+    """Refuse options below their least values."""
+    for option, low in least.items():
+        if (value := getattr(args, option)) < low:
+            raise InputError(f"--{option} {value}: must be at least {low}")
+
+
+def _bench_probes(args: argparse.Namespace, rest: list[str]) -> int:
+    from .bench.iteration import Options
+    from .bench.probes import PROBES, probes_command
+
+    _at_least(args, draws=2, noises=2, rounds=1)
+    config = _named_recipe("tiny", rest, "bench probes")
+    names = args.probes.split(",") if args.probes else list(PROBES)
+    return probes_command(config, names, args.draws, args.noises, Options(args.rounds, args.out, args.note, args.argv))
+
+
 def _bench_seeds(args: argparse.Namespace, rest: list[str]) -> int:
     from .bench.seeds import Study, seeds_command
 
-    for option in ("seeds", "jobs"):
-        if getattr(args, option) < 1:
-            raise InputError(f"--{option} {getattr(args, option)}: must be at least 1")
+    _at_least(args, seeds=1, jobs=1)
     config = _named_recipe("tiny", rest, "bench seeds")
     log = args.log or Path(f"runs/seeds-{config.name}.jsonl")
     study = Study(tuple(args.probes.split(",")), tuple(args.mixes.split(",")), args.seeds, args.jobs, log)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 KwargValue = bool | int | float | str
+Probe = Literal["full", "short", "racing", "pool", "memory", "short+pool", "racing+pool", "memory+pool"]
 
 
 @dataclass(frozen=True)
@@ -99,19 +100,35 @@ class SelectionConfig:
     """Arguments of a strategy named by import path."""
     alpha: float = 0.8
     """Memory of the capability EMA."""
-    probe: Literal["full", "short", "memory"] = "full"
+    probe: Probe = "full"
     """How candidates are judged. full: each is sampled to the end and scored (the paper). short: each by an ODE of
-    `probe_steps`, against an EMA of such scores. memory: by a posterior of what earlier rewards said of each prompt, without
-    sampling. With short and memory the pick and one uniformly drawn candidate are finished; the latter, in full length, feeds
-    the capability EMA that advantages are measured against."""
+    `probe_steps`, against an EMA of such scores. racing: previews of the image at `race_steps` halve the field, and who is left
+    goes on. memory: by a posterior of what earlier rewards said of each prompt, without sampling. pool, and +pool behind
+    another: candidates of all slots compete for all slots (full: needs fewer candidates). With short, racing and memory the
+    pick and one uniformly drawn candidate are finished; the latter, in full length, feeds the capability EMA that advantages
+    are measured against."""
     probe_steps: int = 4
     """Steps of a short probe."""
+    race_steps: tuple[int, ...] = (10, 12, 14)
+    """Steps sampled before each preview of a race, of `rollout.steps`; each preview halves the field, the last leaves one."""
+    finalists: int = 1
+    """Candidates per slot that memory samples to the end; more than one are scored, and the posterior decides anew (memory)."""
     half_life: float = 100.0
     """Draws after which evidence on a prompt counts half (memory)."""
     noise_share: float = 0.56
     """Share of an image's reward variance that is the noise draw, not the prompt (memory)."""
     group_evidence: float = 2.0
     """How many independent images a slot's groups are worth as evidence; they share an anchor (memory)."""
+
+    @property
+    def judge(self) -> str:
+        """How candidates are judged, whether pooled or not: full, short, racing or memory."""
+        return "full" if self.probe == "pool" else self.probe.removesuffix("+pool")
+
+    @property
+    def pooled(self) -> bool:
+        """Whether candidates of all slots compete for all slots."""
+        return self.probe.endswith("pool")
 
 
 @dataclass(frozen=True)

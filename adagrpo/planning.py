@@ -11,6 +11,7 @@ from .engine.backends import is_policy, make_copy
 from .engine.counting import tensor_bytes
 from .engine.memory import MemoryPlan, plan_memory
 from .engine.plans import branch_plan, chunk_sizes, probe_plan, trajectory_plan, update_batches
+from .engine.probes import race_stages
 from .engine.rehearsal import NotRehearsable, Rehearsal
 from .engine.roofline import Device, Prediction, predict
 from .models.base import FlowModel
@@ -31,12 +32,9 @@ def planned_calls(config: Config) -> dict[str, list[int]]:
     fork, scored = r.plan == "fork", config.advantage.weight > 0
     scored |= config.selection.candidates > 1 and config.selection.strategy != "random"
     calls: dict[str, list[int]] = {}
-    judged = candidates * scored
-    if config.selection.probe != "full":
-        finished = probe_plan(range(2 * slots), r.steps).calls(limit)
-        short = config.selection.probe == "short"
-        calls["probe"] = probe_plan(range(candidates), config.selection.probe_steps).calls(limit) * short + finished
-        judged = candidates * short + slots
+    judged = [candidates] * scored
+    if config.selection.judge != "full":
+        calls["probe"], judged = cheap_probe_calls(config)
     elif fork or scored:
         calls["probe"] = probe_plan(range(candidates), r.steps).calls(limit)
     samples = 1 if fork else r.group_size
@@ -47,7 +45,7 @@ def planned_calls(config: Config) -> dict[str, list[int]]:
     branches = branch_plan(slots, r.sde_steps, r.group_size, r.steps, tails=recipe_table(config).tails)
     plan = branches if fork else trajectory_plan(slots, r.group_size, r.steps, (), ())
     calls["rollout"] = plan.calls(limit)
-    scored_rows = [n for rows in (judged, plan.num_rows) for n in chunk_sizes(rows, limit)]
+    scored_rows = [n for rows in (*judged, plan.num_rows) for n in chunk_sizes(rows, limit)]
     calls["decode"] = [n for rows in scored_rows for n in chunk_sizes(rows, config.engine.decode_rows)]
     if config.loss.old_logp == "recompute":
         calls["recompute"] = update
@@ -55,6 +53,28 @@ def planned_calls(config: Config) -> dict[str, list[int]]:
     if config.loss.kl_weight:
         calls["reference"] = update
     return calls
+
+
+def cheap_probe_calls(config: Config) -> tuple[list[int], list[int]]:
+    """Rows of each batched transformer call of a probe that does not finish every candidate, and of what it scores."""
+    s, r, slots = config.selection, config.rollout, config.train.slots * config.train.accumulation
+    parts: list[tuple[int, int]] = []  # rows, steps
+    scored: list[int] = []
+    fork, first = r.plan == "fork", 0
+    finished = slots * (1 + s.finalists * (fork or s.finalists > 1))
+    if s.judge == "short":
+        parts, scored = [(slots * s.candidates, s.probe_steps)], [slots * s.candidates]
+    elif s.judge == "racing":
+        for number, stage in enumerate(race_stages(s, r.steps)):
+            rows = slots * (stage.per_slot + (number > 0))
+            parts.append((rows, stage.last - stage.first))
+            scored.append(rows)
+        first = s.race_steps[-1]
+    elif s.finalists > 1:
+        scored = [slots * s.finalists]
+    parts.append((finished, r.steps - first))
+    limit = config.engine.max_rows
+    return [n for rows, steps in parts for n in probe_plan(range(rows), steps).calls(limit)], [*scored, slots]
 
 
 def planned_evaluations(config: Config) -> dict[str, int]:

@@ -90,7 +90,7 @@ def _check_ranges(c: Config) -> typing.Iterator[Problem]:
         "evaluation.noises": 1, "evaluation.final_prompts": 0, "evaluation.final_noises": 1, "output.grid_every": 0,
         "output.grid_prompts": 1, "output.checkpoint_every": 0, "output.keep_last": 1, "output.keep_every": 0,
         "output.trace_at": 0, "rollout.tail_steps": 0, "guards.max_rollbacks": 0,
-        "selection.probe_steps": 1, "selection.group_evidence": 0,
+        "selection.probe_steps": 1, "selection.finalists": 1, "selection.group_evidence": 0,
         "budget.evaluations": 0, "budget.time": 0,
     }  # fmt: skip
     at_most = {
@@ -138,11 +138,12 @@ def _check_dead_keys(c: Config) -> typing.Iterator[Problem]:
         (not fp8, "engine.precision = fp8", ["engine.fp8_scaling"]),
         (c.engine.forward != "fused", "engine.forward = fused", ["engine.fp8_attention"]),
         (r.plan != "fork", "rollout.plan = fork", ["rollout.tail_steps"]),
-        (c.selection.probe != "short", "selection.probe = short", ["selection.probe_steps"]),
+        (c.selection.judge != "short", "selection.probe = short", ["selection.probe_steps"]),
+        (c.selection.judge != "racing", "selection.probe = racing", ["selection.race_steps"]),
         (
-            c.selection.probe != "memory",
+            c.selection.judge != "memory",
             "selection.probe = memory",
-            [f"selection.{k}" for k in ("half_life", "noise_share", "group_evidence")],
+            [f"selection.{k}" for k in ("finalists", "half_life", "noise_share", "group_evidence")],
         ),
         (r.tail_steps == 0, "rollout.tail_steps above 0", ["rollout.tail_solver"]),
         (c.model.tuning != "lora", "model.tuning = lora", ["model.lora_rank", "model.lora_alpha", "model.lora_targets"]),
@@ -240,17 +241,26 @@ def _check_training(c: Config) -> typing.Iterator[Problem]:
 
 
 def _check_probe(c: Config) -> typing.Iterator[Problem]:
-    s = c.selection
+    s, steps = c.selection, c.rollout.steps
     if s.probe == "full":
         return
     if s.candidates == 1 or s.strategy == "random":
         yield "selection.probe", s.probe, "judges candidates: it needs selection.candidates above 1 and no random strategy"
-    if s.probe == "memory" and s.strategy != "closest":
-        yield "selection.strategy", s.strategy, "selection.probe = memory knows closest only"
+    if s.probe != "short" and s.strategy != "closest":
+        yield "selection.strategy", s.strategy, f"selection.probe = {s.probe} knows closest only"
     if is_import_path(s.strategy):
         yield "selection.strategy", s.strategy, "a strategy named by import path needs selection.probe = full"
-    if c.rollout.fork_velocity == "probe":
-        yield "rollout.fork_velocity", "probe", "needs selection.probe = full"
+    rising = list(s.race_steps) == sorted(set(s.race_steps)) and s.race_steps
+    if s.judge == "racing" and not (rising and s.race_steps[0] >= 1 and s.race_steps[-1] < steps):
+        yield (
+            "selection.race_steps",
+            list(s.race_steps),
+            f"must rise within 1 … {steps - 1} (rollout.steps = {steps})",
+        )
+    if s.finalists > s.candidates:
+        yield "selection.finalists", s.finalists, f"must be at most selection.candidates = {s.candidates}"
+    if s.judge != "full" and c.rollout.fork_velocity == "probe":
+        yield "rollout.fork_velocity", "probe", f"with selection.probe = {s.probe} it must be fresh"
     if c.advantage.equal_groups == "refill":
         yield "advantage.equal_groups", "refill", "needs selection.probe = full"
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from .algorithm.advantages import advantage_statistics, groups_with_signal, reward_advantage, reward_statistics
 from .algorithm.sde import Draw as NoiseDraw
 from .algorithm.sde import Stream, philox_uniform, sigma_schedule
-from .algorithm.selection import STRATEGIES, CapabilityState, capability_step
+from .algorithm.selection import STRATEGIES, CapabilityState, capability_step, closest_distance
 from .config import Config, bucket_size
 from .engine.backends import build_forward
 from .engine.executor import Rollout, RolloutExecutor
@@ -27,6 +27,7 @@ from .engine.graphs import StepGraphs
 from .engine.optimizer import PolicyOptimizer
 from .engine.overlap import Overlap
 from .engine.plans import host_integers, probe_plan, window_steps
+from .engine.probes import Candidates, CheapProbe, nearest_picks, rows_of
 from .engine.sampling import Samples, merge_slots, sample_forks, sample_trajectories
 from .engine.scoring import Scorer
 from .engine.tables import RolloutTable, rollout_table
@@ -51,8 +52,8 @@ class Draw:
     Attributes:
         prompts: the candidates' texts and the row picked for each slot.
         conditioning: of the picked prompts, [P].
-        scores: of the probes, [M, P, B]; None where nothing reads them.
-        picks: int64 [P]; -1 where every probe of a slot failed.
+        scores: [M, P, B], what candidates were judged by; None where nothing reads them.
+        picks: int64 [P], rows among the candidates P*B; -1 where there is none with a score.
         samples: final latents and stored transitions.
         rewards: [M, groups, G]; NaN where a sample failed.
     """
@@ -102,6 +103,7 @@ class Trainer:
         self.reward_weights = torch.tensor([reward.weight for reward in config.rewards], device=model.device)
         self.status = torch.zeros((), dtype=torch.int64, device=model.device)
         self.filter = _filter(config, self.slots, len(prompts), model.device)
+        self.cheap = CheapProbe(config, self.executor, self.score, self._overlapped, self.reward_weights)
         self.iterations_done = 0
         self.draws = 0
 
@@ -163,72 +165,18 @@ class Trainer:
         if self.filter is None:
             anchors, scores = self.probe(candidates, prompts, slots)
             picks = self.select(scores, slots)
-            chosen, conditioning = self.gather(candidates, picks)
-            anchor_row = chosen
         else:
-            scores = None
             places = host_integers(numbers, self.model.device).reshape(slots, -1)
-            picks = self.pick_cheaply(candidates, prompts, places)
-            chosen, conditioning = self.gather(candidates, picks)
-            anchors = self.finish(candidates, prompts, places, chosen)
-            anchor_row = torch.arange(slots, device=chosen.device)
+            found = self.cheap(Candidates(candidates, prompts, places, self.draws), self.capability, self.filter)
+            anchors, scores, picks = found.anchors, found.judged, found.picks
+            self.capability, self.filter, self.status = found.capability, found.state, found.status
+        chosen, conditioning = self.gather(candidates, picks)
+        anchor_row = chosen if self.filter is None else torch.arange(slots, device=chosen.device)
         picked = PromptRows(prompts, chosen)
         samples, rewards = self.rollout(anchors, anchor_row, picked, picks, conditioning)
         if self.filter is not None:
-            seen = places.gather(1, picks.clamp_min(0).unsqueeze(1)).squeeze(1)
-            self.filter = self.filter.with_groups(seen, rewards, self.draws)
+            self.filter = self.filter.with_groups(places.flatten()[chosen], rewards, self.draws)
         return Draw(picked, conditioning, scores, picks, samples, rewards)
-
-    def pick_cheaply(self, candidates: Conditioning, prompts: Sequence[str], places: Tensor) -> Tensor:
-        """One candidate per slot [P] without sampling all of them to the end; ``places`` [P, B] are their prompts' numbers."""
-        assert self.filter is not None
-        s, device = self.config.selection, self.model.device
-        if s.probe == "memory":
-            with self.phase("select"):
-                return self.filter.nearest(
-                    places, self.capability, self.reward_weights, self._uniform(places, step=2), self.draws
-                )
-        everyone = torch.arange(len(prompts), device=device)
-        plan = probe_plan(range(len(prompts)), self.executor.rollout_table.probe)
-        with self.phase("probe"):
-            x = self.executor.initial_noise(everyone, self.draws, Stream.PROBE_INIT)
-        scores = self._overlapped(PromptRows(prompts, everyone))
-        self.executor.run(plan, x, candidates, self.draws, "probe", finished=scores)
-        short = scores.result().unflatten(1, places.shape)
-        with self.phase("select"):
-            found = capability_step(self.filter.level, short, s.alpha, s.strategy, self._several_weights, impl=self.impl)
-            self.filter = dataclasses.replace(self.filter, level=found.state)
-            return found.picks
-
-    def finish(self, candidates: Conditioning, prompts: Sequence[str], places: Tensor, chosen: Tensor) -> Rollout:
-        """Sample the picks, and one uniformly drawn candidate per slot, to the end: rows ordered (pick, uniform), [2P].
-
-        Only the uniform ones are scored: an EMA fed by winners would measure itself. Over the last B draws there are as many of
-        these full-length scores as the paper's probes have in one, and they feed the EMA in their place.
-        """
-        assert self.filter is not None
-        r, slots = self.config.rollout, places.shape[0]
-        drawn = self._uniform(places, step=1)
-        uniform = self._rows_of(drawn)
-        rows = torch.cat([chosen, uniform])
-        plan = probe_plan(range(2 * slots), r.steps, keep=r.sde_steps if r.plan == "fork" else ())
-        with self.phase("probe"):
-            x = self.executor.initial_noise(rows, self.draws, Stream.PROBE_INIT)
-        anchors = self.executor.run(plan, x, candidates.rows(rows), self.draws, "probe")
-        scores = self.score(anchors.final[slots:], PromptRows(prompts, uniform))
-        with self.phase("select"):
-            seen = places.gather(1, drawn.unsqueeze(1)).squeeze(1)
-            self.filter = self.filter.with_uniform(seen, scores, self.draws)
-            recent, alpha = self.filter.recent.unsqueeze(1), self.config.selection.alpha
-            found = capability_step(self.capability, recent, alpha, "closest", self._several_weights, impl=self.impl)
-            self.capability, self.status = found.state, found.status
-        return anchors
-
-    def _uniform(self, places: Tensor, step: int) -> Tensor:
-        """A uniformly drawn candidate per slot, int64 [P]."""
-        rows = torch.arange(places.shape[0], device=places.device)
-        draw = NoiseDraw(self.executor.seed, rows, self.draws, Stream.SELECT, step)
-        return (philox_uniform(*draw) * places.shape[1]).long()
 
     def probe(self, candidates: Conditioning, prompts: Sequence[str], slots: int) -> tuple[Rollout | None, Tensor | None]:
         """Sample all P·B candidates by the deterministic ODE, which forks start from, and score them: [M, P, B].
@@ -247,29 +195,27 @@ class Trainer:
         return anchors, None if scores is None else scores.result().unflatten(1, (slots, -1))
 
     def select(self, scores: Tensor | None, slots: int) -> Tensor:
-        """Fold the scores into the capability EMA, then pick one candidate per slot: [P]; -1 where none has a score."""
+        """Fold the scores into the capability EMA, then pick: rows [P] among the candidates; -1 where none has a score."""
         s = self.config.selection
         with self.phase("select"):
-            rows = torch.arange(slots, device=self.model.device)
-            draw = NoiseDraw(self.executor.seed, rows, self.draws, Stream.SELECT)
+            slot = torch.arange(slots, device=self.model.device)
+            draw = NoiseDraw(self.executor.seed, slot, self.draws, Stream.SELECT)
             if scores is not None:
                 strategy = s.strategy if s.strategy in STRATEGIES else "closest"
                 found = capability_step(self.capability, scores, s.alpha, strategy, self._several_weights, draw, self.impl)
                 self.capability, self.status = found.state, found.status
             if s.candidates == 1:
-                return torch.zeros_like(rows)
+                return slot
             if scores is None:
-                return (philox_uniform(*draw) * s.candidates).long()
-            return found.picks if self._select is None else self._select(scores, self.capability)
+                return rows_of((philox_uniform(*draw) * s.candidates).long(), s.candidates)
+            if s.pooled:
+                return nearest_picks(closest_distance(scores, self.capability, self.reward_weights), pooled=True)
+            return rows_of(found.picks if self._select is None else self._select(scores, self.capability), s.candidates)
 
     def gather(self, candidates: Conditioning, picks: Tensor) -> tuple[Tensor, Conditioning]:
         """Rows of the picked candidates [P] and their conditioning, without leaving the device."""
-        chosen = self._rows_of(picks.clamp_min(0))
+        chosen = picks.clamp_min(0)
         return chosen, candidates.rows(chosen)
-
-    def _rows_of(self, picks: Tensor) -> Tensor:
-        """Rows of the candidates ``picks`` [P] among those of all slots."""
-        return torch.arange(picks.shape[0], device=picks.device) * self.config.selection.candidates + picks
 
     @property
     def _several_weights(self) -> Tensor | None:
@@ -323,6 +269,8 @@ class Trainer:
         shifted = other.prompts.text_index + len(draw.prompts.texts)
         rewards = draw.rewards.unflatten(1, (self.slots, -1))
         fresh = other.rewards.unflatten(1, (empty.numel(), -1))
+        within = torch.where(other.picks >= 0, other.picks % self.config.selection.candidates, -1)
+        moved = torch.where(within >= 0, empty * self.config.selection.candidates + within, -1)
         scores = draw.scores
         if scores is not None and other.scores is not None:
             scores = scores.index_copy(1, empty, other.scores)
@@ -330,7 +278,7 @@ class Trainer:
             prompts=PromptRows(texts, draw.prompts.text_index.index_copy(0, empty, shifted)),
             conditioning=draw.conditioning.replaced(empty, other.conditioning),
             scores=scores,
-            picks=draw.picks.index_copy(0, empty, other.picks),
+            picks=draw.picks.index_copy(0, empty, moved),
             samples=merge_slots(draw.samples, other.samples, empty, self.slots),
             rewards=rewards.index_copy(1, empty, fresh).flatten(1, 2),
         )
@@ -399,21 +347,21 @@ class Trainer:
     def selection_metrics(self, draw: Draw) -> dict[str, Any]:
         """The EMA, how far from it the picked prompts are, and which they are."""
         metrics: dict[str, Any] = {"selection/picked": draw.prompts}
-        if draw.scores is not None:
-            picked = draw.scores[0].gather(1, draw.picks.clamp_min(0).unsqueeze(1))
+        if self.filter is not None:
+            metrics |= {
+                "selection/ema_mean": self.capability.mean[0],
+                "selection/ema_std": self.capability.std[0],
+                "selection/probe_mean": self.filter.recent[-1, 0].nanmean(),
+                "selection/status": self.status,
+            }
+        elif draw.scores is not None:
+            picked = draw.scores[0].flatten()[draw.picks.clamp_min(0)]
             metrics |= {
                 "selection/ema_mean": self.capability.mean[0],
                 "selection/ema_std": self.capability.std[0],
                 "selection/probe_mean": draw.scores[0].nanmean(),
                 "selection/status": self.status,
                 "selection/distance": (picked - self.capability.mean[0]).abs().nanmean(),
-            }
-        elif self.filter is not None:
-            metrics |= {
-                "selection/ema_mean": self.capability.mean[0],
-                "selection/ema_std": self.capability.std[0],
-                "selection/probe_mean": self.filter.recent[0].nanmean(),
-                "selection/status": self.status,
             }
         return metrics
 
@@ -460,11 +408,12 @@ class Trainer:
 def _filter(config: Config, slots: int, prompts: int, device: torch.device) -> CheapFilter | None:
     """State of a probe that does not sample every candidate to the end; None for the full probe."""
     s, rewards = config.selection, len(config.rewards)
-    if s.probe == "full":
+    if s.judge == "full":
         return None
-    remembered = prompts if s.probe == "memory" else 0
+    stages = {"short": 1, "racing": len(s.race_steps), "memory": 0}[s.judge]
+    remembered = prompts if s.judge == "memory" else 0
     known = {"half_life": s.half_life, "noise_share": s.noise_share, "group_evidence": s.group_evidence}
-    return CheapFilter.empty(rewards, slots, s.candidates, device, remembered, **known)
+    return CheapFilter.empty(rewards, slots, s.candidates, device, stages, remembered, **known)
 
 
 def build_executor(
@@ -494,7 +443,7 @@ def build_executor(
 def recipe_table(config: Config) -> RolloutTable:
     """Every step the recipe's rollouts can take."""
     r = config.rollout
-    short = sigma_schedule(config.selection.probe_steps, r.shift) if config.selection.probe == "short" else None
+    short = sigma_schedule(config.selection.probe_steps, r.shift) if config.selection.judge == "short" else None
     return rollout_table(sigma_schedule(r.steps, r.shift), r.scheme, r.eta, r.sde_steps, r.tail_steps, r.tail_solver, short)
 
 

@@ -87,10 +87,10 @@ class PromptPosterior:
         return cls(*(state[name].to(device) for name in ("count", "total", "seen")))
 
 
-def pick_nearest(expected: Tensor, variance: Tensor, mean: Tensor, var: Tensor, weights: Tensor) -> Tensor:
-    """Candidate [P] with the least expected squared distance to the EMA, in its variance, summed over rewards.
+def expected_distance(expected: Tensor, variance: Tensor, mean: Tensor, var: Tensor, weights: Tensor) -> Tensor:
+    """Expected squared distance to the EMA in its variance, ``sum_m weight_m*((expected - mean)**2 + variance)/var``: [P, B].
 
-    ``sum_m weight_m*((expected - mean)**2 + variance)/var``: a prompt that is known to be near beats one that might be.
+    A prompt that is known to be near beats one that might be.
 
     Args:
         expected, variance: [M, P, B].
@@ -99,4 +99,4 @@ def pick_nearest(expected: Tensor, variance: Tensor, mean: Tensor, var: Tensor, 
     """
     column = lambda t: t.double().reshape(-1, 1, 1)  # noqa: E731
     distance = ((expected - column(mean)).square() + variance) / column(var.clamp_min(1e-8))
-    return (column(weights) * distance).sum(0).argmin(1)
+    return (column(weights) * distance).sum(0)

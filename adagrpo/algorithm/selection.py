@@ -19,6 +19,8 @@ __all__ = [
     "CapabilityState",
     "Selection",
     "capability_step",
+    "closest_distance",
+    "nearest",
     "select_prompt",
     "update_capability",
 ]
@@ -106,6 +108,25 @@ def capability_step(
         raise ValueError(f"alpha = {alpha} must lie in [0, 1)")
     found = capability_kernel(scores, state.mean, state.var, state.count, alpha, strategy, reward_weights, draw, impl)
     return Selection(CapabilityState(*found[:3]), *found[3:])
+
+
+def closest_distance(scores: Tensor, state: CapabilityState, weights: Tensor) -> Tensor:
+    """How far candidates are from the EMA by the rule ``closest``, ``sum_m weight_m*|score - mean|/std``: [...].
+
+    Args:
+        scores: [M, ...]. weights: [M].
+
+    Returns:
+        Infinite where a score is not finite.
+    """
+    column = lambda t: t.double().reshape(-1, *[1] * (scores.ndim - 1))  # noqa: E731
+    found = (column(weights) * (scores.double() - column(state.mean)).abs() / column(state.std)).sum(0)
+    return torch.where(found.isfinite(), found, torch.inf)
+
+
+def nearest(distance: Tensor, count: int) -> Tensor:
+    """The ``count`` least of ``distance`` [..., N], nearest first and the first index on ties: int64 [..., count]."""
+    return distance.sort(dim=-1, stable=True).indices[..., :count]
 
 
 def select_prompt(

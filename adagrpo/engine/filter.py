@@ -1,4 +1,4 @@
-"""The state of the filters that do not sample every candidate to the end (``selection.probe`` short and memory)."""
+"""What the probes that do not sample every candidate to the end remember (``selection.probe`` short, racing and memory)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..algorithm.posterior import PromptPosterior, pick_nearest
+from ..algorithm.posterior import PromptPosterior, expected_distance
 from ..algorithm.selection import CapabilityState
 
 
@@ -19,16 +19,17 @@ class CheapFilter:
     Attributes:
         candidates: B.
         half_life, noise_share, group_evidence: as the recipe's ``selection`` keys.
-        level: EMA of the short probes' scores; empty without them.
+        levels: EMA of the judging scores, one per stage: of short probes, of each preview of a race; none for memory.
         posterior: of every prompt's mean reward; None without memory.
-        recent: [M, P*B], full-length scores of the last B draws' uniform candidates; NaN before there are any.
+        recent: [stages, M, P*B], scores of the last B draws' uniform candidates at a race's previews, then in full length; NaN
+            before there are any.
     """
 
     candidates: int
     half_life: float
     noise_share: float
     group_evidence: float
-    level: CapabilityState
+    levels: tuple[CapabilityState, ...]
     posterior: PromptPosterior | None
     recent: Tensor
 
@@ -39,40 +40,43 @@ class CheapFilter:
         slots: int,
         candidates: int,
         device: torch.device,
+        stages: int = 0,
         remembered: int = 0,
         half_life: float = 100.0,
         noise_share: float = 0.56,
         group_evidence: float = 2.0,
     ) -> CheapFilter:
-        """Nothing seen yet; ``remembered`` prompts have a posterior, 0 is none."""
-        recent = torch.full((rewards, slots * candidates), torch.nan, dtype=torch.float64, device=device)
+        """Nothing seen yet; candidates are judged at ``stages``, and ``remembered`` prompts have a posterior (0: none)."""
+        recent = torch.full((stages + 1, rewards, slots * candidates), torch.nan, dtype=torch.float64, device=device)
         posterior = PromptPosterior.empty(rewards, remembered, device) if remembered else None
-        level = CapabilityState.for_rewards(rewards, device)
-        return cls(candidates, half_life, noise_share, group_evidence, level, posterior, recent)
+        levels = tuple(CapabilityState.for_rewards(rewards, device) for _ in range(stages))
+        return cls(candidates, half_life, noise_share, group_evidence, levels, posterior, recent)
 
-    def nearest(self, places: Tensor, capability: CapabilityState, weights: Tensor, fallback: Tensor, draw: int) -> Tensor:
-        """Candidate per slot [P] nearest to the EMA by the posterior; ``fallback`` [P] while there is no EMA yet.
-
-        Args:
-            places: int64 [P, B], the candidates' prompts.
-        """
+    def judged(self, places: Tensor, capability: CapabilityState, weights: Tensor, draw: int) -> tuple[Tensor, Tensor]:
+        """What the posterior says of candidates ``places`` (int64 [P, K], their prompts): mean [M, P, K], and their expected
+        distance to the EMA [P, K]; all candidates are equally far while there is no EMA yet."""
         assert self.posterior is not None
         now = torch.full((), draw, dtype=torch.int64, device=places.device)
         level = (capability.mean, capability.var)
         expected, variance = self.posterior.predict(places, *level, self.noise_share, now, self.half_life)
-        # Candidates that nothing tells apart are equally good: a draw among them, not always the first.
-        jitter = torch.zeros_like(variance)
-        jitter.scatter_(-1, fallback.reshape(1, -1, 1).expand(variance.shape[0], -1, 1), -1e-9)
-        picks = pick_nearest(expected, variance + jitter, *level, weights)
-        return torch.where(capability.count[0] > 0, picks, fallback)
+        distance = expected_distance(expected, variance, *level, weights)
+        return expected, torch.where(capability.count[0] > 0, distance, 1.0)
 
-    def with_uniform(self, places: Tensor, scores: Tensor, draw: int) -> CheapFilter:
-        """With the full-length scores [M, P] of the uniformly drawn candidates, prompts ``places`` [P]."""
-        slots = places.shape[0]
+    def with_level(self, stage: int, level: CapabilityState) -> CheapFilter:
+        """With another EMA of the scores that judge at ``stage``."""
+        return dataclasses.replace(self, levels=(*self.levels[:stage], level, *self.levels[stage + 1 :]))
+
+    def with_recent(self, stage: int, scores: Tensor, draw: int) -> CheapFilter:
+        """With the scores [M, P] of the uniformly drawn candidates at ``stage``; -1 is the full length."""
+        slots = scores.shape[1]
         first = draw % self.candidates * slots
         recent = self.recent.clone()
-        recent[:, first : first + slots] = scores
-        return dataclasses.replace(self, recent=recent, posterior=self._observed(places, scores, 1.0, draw))
+        recent[stage, :, first : first + slots] = scores
+        return dataclasses.replace(self, recent=recent)
+
+    def with_images(self, places: Tensor, scores: Tensor, draw: int) -> CheapFilter:
+        """With the full-length scores [M, K] of one image of each of the prompts ``places`` [K]."""
+        return dataclasses.replace(self, posterior=self._observed(places, scores, 1.0, draw))
 
     def with_groups(self, places: Tensor, rewards: Tensor, draw: int) -> CheapFilter:
         """With the rewards [M, groups, G] of the picked prompts ``places`` [P]."""
@@ -88,11 +92,11 @@ class CheapFilter:
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides the next pick."""
         posterior = None if self.posterior is None else self.posterior.state_dict()
-        return {"level": self.level.state_dict(), "posterior": posterior, "recent": self.recent}
+        return {"levels": [level.state_dict() for level in self.levels], "posterior": posterior, "recent": self.recent}
 
     def loaded(self, state: dict[str, Any]) -> CheapFilter:
         """Inverse of ``state_dict``."""
         device = self.recent.device
         posterior = None if self.posterior is None else PromptPosterior.from_state_dict(state["posterior"], device)
-        level = CapabilityState.from_state_dict(state["level"]).to(device)
-        return dataclasses.replace(self, level=level, posterior=posterior, recent=state["recent"].to(device))
+        levels = tuple(CapabilityState.from_state_dict(level).to(device) for level in state["levels"])
+        return dataclasses.replace(self, levels=levels, posterior=posterior, recent=state["recent"].to(device))

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from adagrpo.algorithm.posterior import PromptPosterior, pick_nearest
+from adagrpo.algorithm.posterior import PromptPosterior, expected_distance
 
 
 def words(*values: float) -> torch.Tensor:
@@ -50,11 +50,11 @@ def test_the_nearest_is_near_or_known_to_be_near() -> None:
     expected = torch.tensor([[[0.5, 0.9, 0.5, 0.45]]], dtype=torch.float64)
     variance = torch.tensor([[[0.05, 0.0, 0.01, 0.001]]], dtype=torch.float64)
     # expected squared distances to .5: .05, .16, .01, .0035
-    assert pick_nearest(expected, variance, words(0.5), words(0.1), words(1.0)).tolist() == [3]
+    assert expected_distance(expected, variance, words(0.5), words(0.1), words(1.0)).argmin(1).tolist() == [3]
     two = torch.cat([expected, words(0.9, 0.5, 0.5, 0.9).reshape(1, 1, 4)])
     # Without variance the first reward alone takes candidate 0; the second puts it .4 away, and candidate 2 nowhere.
-    assert pick_nearest(expected, 0 * variance, words(0.5), words(0.1), words(1.0)).tolist() == [0]
-    assert pick_nearest(two, 0 * two, words(0.5, 0.5), words(0.1, 0.1), words(1.0, 1.0)).tolist() == [2]
+    assert expected_distance(expected, 0 * variance, words(0.5), words(0.1), words(1.0)).argmin(1).tolist() == [0]
+    assert expected_distance(two, 0 * two, words(0.5, 0.5), words(0.1, 0.1), words(1.0, 1.0)).argmin(1).tolist() == [2]
 
 
 def test_prediction_is_calibrated_on_a_world_that_obeys_it() -> None:

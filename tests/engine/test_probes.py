@@ -7,11 +7,16 @@ import torch
 from torch import Tensor
 from toy import ToyModel, recorded, toy_config, toy_trainer
 
+from adagrpo.algorithm.sde import Stream
 from adagrpo.config import Config
 from adagrpo.engine.counting import OpCounter
+from adagrpo.engine.plans import probe_plan
+from adagrpo.engine.probes import Candidates, nearest_rows
 from adagrpo.errors import InputError
 from adagrpo.fit import read_metrics
+from adagrpo.models.base import Conditioning
 from adagrpo.planning import planned_calls, planned_evaluations
+from adagrpo.prompts import PromptStream
 from adagrpo.recipe import check
 from adagrpo.train import Trainer
 
@@ -19,6 +24,8 @@ OFFICIAL = {"steps": 16, "sde_steps": (0, 2, 4, 6), "group_size": 12}
 
 
 def recipe(probe: str, slots: int = 2, **selection) -> Config:
+    if probe.startswith("racing"):
+        selection = {"race_steps": (1, 3)} | selection
     config = toy_config(train={"slots": slots}, selection={"candidates": 3, "probe": probe} | selection)
     check(config)
     return config
@@ -34,6 +41,11 @@ def official(probe: str, **selection) -> Config:
 @pytest.mark.parametrize(("probe", "selection", "probing", "overhead"), [
     ("full", {}, [10] * 16, 0.24), ("memory", {}, [2] * 16, 16 / 600),
     ("short", {"probe_steps": 4}, [10] * 4 + [2] * 16, 56 / 600), ("short", {"probe_steps": 1}, [10] + [2] * 16, 26 / 600),
+    ("memory", {"finalists": 2}, [3] * 16, 32 / 600), ("memory+pool", {}, [2] * 16, 16 / 600),
+    ("pool", {"candidates": 2}, [2] * 16, 16 / 600), ("short+pool", {"probe_steps": 1}, [10] + [2] * 16, 26 / 600),
+    # 10 candidates to step 10, 5 and the uniform one to 12, 3 and it to 14, the pick and it to 16: 120 + 4 - 16 more
+    ("racing", {}, [10] * 10 + [6] * 2 + [4] * 2 + [2] * 2, 108 / 600),
+    ("racing+pool", {"race_steps": (12,)}, [10] * 12 + [2] * 4, 112 / 600),
 ])  # fmt: skip
 def test_overhead_of_the_official_schedule(probe: str, selection: dict, probing: list[int], overhead: float) -> None:
     config, model = official(probe, **selection), ToyModel()
@@ -69,28 +81,21 @@ def test_one_uniform_candidate_of_each_slot_is_scored_and_feeds_the_ema(probe: s
         trainer.iteration()
         images, places = seen[1 if probe == "short" else 0]
         assert images == 2 and [int(p) // 3 for p in places] == [0, 1]
-        finals.append(trainer.filter.recent[0, draw % 3 * 2 : draw % 3 * 2 + 2])
+        finals.append(trainer.filter.recent[-1, 0, draw % 3 * 2 : draw % 3 * 2 + 2])
     recent = torch.cat(finals[3:])
-    assert torch.equal(trainer.filter.recent[0].sort().values, recent.sort().values)
+    assert torch.equal(trainer.filter.recent[-1, 0].sort().values, recent.sort().values)
     drawn = {int(p) % 3 for _, places in seen for p in places}
     assert drawn <= {0, 1, 2}
 
 
-@pytest.mark.parametrize("probe", ["short", "memory"])
+@pytest.mark.parametrize("probe", ["short", "memory", "racing", "memory+pool"])
 def test_the_ema_is_that_of_full_length_uniform_scores(probe: str) -> None:
     """alpha .8 over the mean of the last three draws' scores, worked out from what the reward returned."""
     trainer = toy_trainer(recipe(probe))
     window, mean, var = [], None, None
-    finish = trainer.finish
-
-    def watched(*args):
-        result = finish(*args)
-        window.append(trainer.filter.recent[0, trainer.draws % 3 * 2 : trainer.draws % 3 * 2 + 2].clone())
-        return result
-
-    trainer.finish = watched
-    for _ in range(5):
+    for draw in range(5):
         trainer.iteration()
+        window.append(trainer.filter.recent[-1, 0, draw % 3 * 2 : draw % 3 * 2 + 2].clone())
         scores = torch.cat(window[-3:])
         batch = (scores.mean(), scores.var(correction=0))
         mean, var = batch if mean is None else (0.8 * mean + 0.2 * batch[0], 0.8 * var + 0.2 * batch[1])
@@ -102,27 +107,130 @@ def test_uniform_candidates_are_uniform() -> None:
     trainer = toy_trainer(recipe("memory", slots=1))
     counts = torch.zeros(3)
     for draw in range(600):
-        trainer.draws = draw
-        counts[int(trainer._uniform(torch.zeros(1, 3), step=1))] += 1
+        counts[int(trainer.cheap.uniform(Candidates(Conditioning({}), [], torch.zeros(1, 3), draw), step=1))] += 1
     assert ((counts - 200).abs() < 45).all()  # 4 standard deviations of a binomial
 
 
-def test_forks_start_from_the_picks_own_trajectory() -> None:
+@pytest.mark.parametrize("keys", [
+    {"probe": "memory"}, {"probe": "memory", "finalists": 2}, {"probe": "memory+pool"}, {"probe": "short", "probe_steps": 1},
+    {"probe": "racing", "race_steps": (1, 3)}, {"probe": "racing", "race_steps": (2,)},
+    {"probe": "racing+pool", "race_steps": (1, 2, 3)},
+])  # fmt: skip
+def test_forks_start_from_the_picks_own_trajectory(keys: dict) -> None:
     """Only the pick's latents may be forked: its noise and prompt are those the full probe would have used."""
-    cheap, full = toy_trainer(recipe("memory")), toy_trainer(recipe("full"))
-    picks: list[Tensor] = []
-    nearest = cheap.pick_cheaply
-    cheap.pick_cheaply = lambda *args: picks.append(nearest(*args)) or picks[-1]
-    draws: dict[str, object] = {}
-    for name, one in (("cheap", cheap), ("full", full)):
-        update = one.update
-        one.update = lambda draw, advantage, name=name, update=update: draws.setdefault(name, draw) and update(draw, advantage)
-        if name == "full":
-            one.select = lambda scores, slots: picks[0]
-        one.iteration()
-    a, b = (draws[name].samples for name in ("cheap", "full"))
-    torch.testing.assert_close(a.transitions.latent, b.transitions.latent)
-    torch.testing.assert_close(a.final, b.final)
+    cheap, full = toy_trainer(recipe(**keys)), toy_trainer(recipe("full"))
+    for _ in range(3):
+        picks: list[Tensor] = []
+        probe, found = cheap.cheap, {}
+        cheap.cheap = lambda *args, probe=probe, picks=picks: picks.append((p := probe(*args)).picks) or p
+        full.select = lambda scores, slots, picks=picks: picks[0]
+        for name, one in (("cheap", cheap), ("full", full)):
+            found[name] = one.draw(one.slots)
+        cheap.cheap = probe
+        a, b = (found[name].samples for name in ("cheap", "full"))
+        torch.testing.assert_close(a.transitions.latent, b.transitions.latent)
+        torch.testing.assert_close(a.final, b.final)
+
+
+def toy_race(pooled: bool = False, slots: int = 2) -> tuple[Trainer, list[list[int]]]:
+    """A race of 8 candidates per slot whose previews are worth their prompts' numbers; the prompts of each scored batch."""
+    keys = {"probe": "racing+pool" if pooled else "racing", "race_steps": (1, 2, 3), "candidates": 8}
+    seen: list[list[int]] = []
+
+    def number(images: Tensor, prompts) -> Tensor:
+        seen.append([int(p.split()[1]) for p in prompts])
+        return own_number(images, prompts)
+
+    return toy_trainer(recipe(slots=slots, **keys), reward=number), seen
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_a_race_halves_the_field_by_distance_to_the_level_of_each_preview(pooled: bool) -> None:
+    """First draw, by hand: the first level is the mean of all 16, the later ones that of the two uniform candidates."""
+    trainer, seen = toy_race(pooled)
+    draw = trainer.draw(2)
+    everyone, level = seen[0], sum(seen[0]) / 16
+    assert [len(batch) for batch in seen[:4]] == [16, 8 + 2, 4 + 2, 2]  # the last scores the uniform candidates' images
+
+    def halves(numbers: list[int], level: float) -> list[int]:
+        lanes = [numbers] if pooled else [numbers[: len(numbers) // 2], numbers[len(numbers) // 2 :]]
+        return [n for lane in lanes for n in sorted(lane, key=lambda n: abs(n - level))[: len(lane) // 2]]
+
+    racing, uniform = everyone, seen[1][-2:]
+    for number, batch in enumerate((*seen[1:3], [everyone[int(p)] for p in draw.picks])):
+        racing = halves(racing, level if number == 0 else sum(uniform) / 2)
+        assert batch[: len(racing)] == racing and batch[len(racing) :] in ([], uniform)
+    assert seen[3] == uniform
+    assert [int(draw.prompts.texts[int(p)].split()[1]) for p in draw.picks] == racing
+
+
+def test_a_races_previews_are_the_images_expected_from_the_full_trajectory() -> None:
+    """x - sigma*v of step 2 on the trajectories of the full probe, decoded."""
+    trainer, full = toy_trainer(recipe("racing", race_steps=(3,))), toy_trainer(recipe("full"))
+    images: list[Tensor] = []
+    trainer.score.rewards[0] = lambda pictures, prompts: images.append(pictures) or pictures.mean((1, 2, 3))
+    trainer.draw(2)
+    rows, model = torch.arange(6), full.model
+    x = full.executor.initial_noise(rows, 0, Stream.PROBE_INIT)
+    kept = full.executor.run(probe_plan(range(6), 4, keep=(2,)), x, model.encode(first_prompts(full, 6)), 0, "probe")
+    sigma = full.executor.rollout_table.sigmas[2]
+    torch.testing.assert_close(images[0], model.decode(kept.latents[2] - sigma * kept.velocities[2]))
+
+
+def first_prompts(trainer: Trainer, count: int) -> list[str]:
+    return PromptStream(trainer.stream.prompts, trainer.config.train.seed).take(count)
+
+
+def test_slots_whose_previews_all_fail_are_not_trained() -> None:
+    trainer = toy_trainer(recipe("racing", race_steps=(1, 2)))
+    fails = lambda images, prompts: torch.where(prompts.text_index < 3, torch.nan, images.mean((1, 2, 3)))  # noqa: E731
+    trainer.score.rewards[0] = fails
+    draw = trainer.draw(2)
+    assert int(draw.picks[0]) == -1 and int(draw.picks[1]) >= 3
+    assert draw.rewards[0, :2].isnan().all() and draw.rewards[0, 2:].isfinite().all()
+
+
+def test_the_pool_takes_the_nearest_of_all_slots() -> None:
+    trainer = toy_trainer(recipe("pool", slots=4, candidates=2), reward=own_number)
+    for _ in range(3):
+        draw = trainer.draw(4)
+        level = float(trainer.capability.mean[0])
+        numbers = torch.tensor([int(p.split()[1]) / 40 for p in draw.prompts.texts], dtype=torch.float64)
+        expected = sorted(range(8), key=lambda row: (abs(float(numbers[row]) - level), row))[:4]
+        assert draw.picks.tolist() == expected
+        torch.testing.assert_close(draw.rewards.mean((0, 2)).reshape(4, -1).mean(1), numbers[draw.picks])
+
+
+def test_finalists_are_looked_at_and_remembered() -> None:
+    """Two of three candidates are scored in full length; the one whose posterior is then nearest is trained on."""
+    trainer = toy_trainer(recipe("memory", finalists=2), reward=own_number)
+    trainer.draw(2)
+    before = trainer.filter.posterior.count.clone()
+    seen = scored_prompts(trainer)
+    draw = trainer.draw(2)
+    (looked, finalists), (_, uniform) = seen[:2]
+    assert looked == 4 and [int(row) // 3 for row in finalists] == [0, 0, 1, 1] and len(uniform) == 2
+    assert set(draw.picks.tolist()) <= set(finalists.tolist())
+    gained = trainer.filter.posterior.count.sum() - before.sum()
+    assert 4 + 2 + 2 * 2 - 0.2 < float(gained) <= 4 + 2 + 2 * 2  # two looks and a uniform image per slot, groups worth two
+
+
+@pytest.mark.parametrize("keys", [
+    {"probe": "full"}, {"probe": "pool"}, {"probe": "short", "probe_steps": 2}, {"probe": "short+pool", "probe_steps": 2},
+    {"probe": "racing", "race_steps": (1, 3)}, {"probe": "memory"}, {"probe": "memory", "finalists": 2},
+])  # fmt: skip
+@pytest.mark.parametrize("plan", ["fork", "trajectory"])
+def test_images_and_evaluations_are_the_planned_ones(keys: dict, plan: str) -> None:
+    other = {"rollout": {"plan": "trajectory"}, "loss": {"old_logp": "recompute"}} if plan == "trajectory" else {}
+    config = toy_config(train={"slots": 2}, selection={"candidates": 3, **keys}, **other)
+    check(config)
+    trainer, images = toy_trainer(config), []
+    decode = trainer.model.decode
+    trainer.model.decode = lambda x: images.append(len(x)) or decode(x)
+    assert read_metrics(trainer.iteration())[0]["policy/ratio_deviation"] <= 1e-6
+    planned = planned_calls(config)
+    assert sum(images) == sum(planned["decode"])
+    assert {phase: c.evaluations for phase, c in trainer.executor.counts.items()} == planned_evaluations(config)
 
 
 def test_memory_learns_which_prompts_are_near() -> None:
@@ -144,7 +252,7 @@ def own_number(images: Tensor, prompts) -> Tensor:
     return torch.tensor([int(p.split()[1]) / 40 for p in prompts], dtype=torch.float64) + 0 * images.mean((1, 2, 3))
 
 
-@pytest.mark.parametrize("probe", ["short", "memory"])
+@pytest.mark.parametrize("probe", ["short", "memory", "racing", "pool", "racing+pool", "short+pool", "memory+pool"])
 def test_a_resumed_run_picks_what_the_uninterrupted_one_does(probe: str) -> None:
     whole, first = toy_trainer(recipe(probe)), toy_trainer(recipe(probe))
     _, rewards = recorded(whole)
@@ -179,14 +287,14 @@ def test_a_draw_that_ran_out_of_memory_is_repeated_from_the_same_state() -> None
     assert torch.equal(trainer.capability.mean, calm.capability.mean)
 
 
-@pytest.mark.parametrize("probe", ["short", "memory"])
+@pytest.mark.parametrize("probe", ["short", "memory", "racing", "pool", "racing+pool", "short+pool", "memory+pool"])
 def test_nothing_is_read_on_the_host(probe: str) -> None:
-    """On meta tensors every read raises; what is sent to the device are the toy's embeddings and the prompts' numbers."""
+    """On meta tensors every read raises; what is sent to the device are the toy's embeddings and, where remembered, numbers."""
     trainer = toy_trainer(recipe(probe), ToyModel(device="meta"), lambda images, prompts: images.mean((1, 2, 3)))
     trainer.iteration()
     with OpCounter() as counter:
         trainer.iteration()
-    assert counter.transfers.total() == 2
+    assert counter.transfers.total() == (1 if probe == "pool" else 2)
 
 
 @pytest.mark.parametrize(("selection", "other", "message"), [
@@ -195,6 +303,11 @@ def test_nothing_is_read_on_the_host(probe: str) -> None:
     ({"probe": "short"}, {"advantage": {"equal_groups": "refill"}}, "equal_groups = refill: needs selection.probe = full"),
     ({"probe": "short", "half_life": 3.0}, {}, "selection.half_life = 3.0: has no effect here"),
     ({"probe_steps": 3}, {}, "selection.probe_steps = 3: has no effect here"),
+    ({"probe": "racing", "race_steps": (2, 1)}, {}, "race_steps = .2, 1.: must rise within 1 … 5"),
+    ({"probe": "racing"}, {}, "race_steps = .10, 12, 14.: must rise within 1 … 5"),
+    ({"probe": "memory", "finalists": 4}, {}, "selection.finalists = 4: must be at most selection.candidates = 3"),
+    ({"probe": "pool", "strategy": "medium"}, {}, "selection.probe = pool knows closest only"),
+    ({"finalists": 2}, {}, "selection.finalists = 2: has no effect here"),
     ({"probe": "memory", "noise_share": 1.0}, {}, "selection.noise_share = 1.0: must lie in"),
 ])  # fmt: skip
 def test_what_cannot_work_together_is_refused(selection: dict, other: dict, message: str) -> None:
@@ -212,7 +325,7 @@ def test_trajectories_take_cheap_probes_too() -> None:
 
 
 def test_phases_that_nest_are_refused_and_no_probe_nests_them() -> None:
-    for probe in ("full", "short", "memory"):
+    for probe in ("full", "short", "racing", "memory"):
         trainer = toy_trainer(recipe(probe))
         trainer.iteration()
         with (
@@ -222,3 +335,10 @@ def test_phases_that_nest_are_refused_and_no_probe_nests_them() -> None:
         ):
             pass
         trainer.iteration()
+
+
+def test_nearest_rows_by_hand() -> None:
+    distance = torch.tensor([[3.0, 1.0, 1.0, torch.inf], [0.5, 4.0, 2.0, 5.0]])
+    assert nearest_rows(distance, 2, pooled=False).tolist() == [1, 2, 4, 6]
+    assert nearest_rows(distance, 1, pooled=True).tolist() == [4, 1]
+    assert nearest_rows(distance, 2, pooled=True).tolist() == [4, 1, 2, 6]
