@@ -283,6 +283,8 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
         measuring.add_argument(
             "--iterations", "--rounds", type=int, default=6, dest="rounds", help="measured rounds (default: 6)"
         )
+        if name == "budget":
+            measuring.add_argument("--probes", help="gate these probes instead of the recipe's own: names, separated by commas")
         if name == "iteration":
             measuring.add_argument("--peak", type=float, default=0.0, metavar="TFLOPS", help="peak that utilisation refers to")
         measuring.set_defaults(run=_bench_recipe, recipe_keys=True)
@@ -344,8 +346,9 @@ def _bench_recipe(args: argparse.Namespace, rest: list[str]) -> int:
         raise InputError(f"--iterations {args.rounds}: must be at least 1")
     config = _named_recipe(default_recipe(args.bench_command), rest, f"bench {args.bench_command}")
     options = Options(args.rounds, args.out, args.note, args.argv, getattr(args, "peak", 0.0))
-    command = {"iteration": iteration_command, "budget": budget_command, "baseline": baseline_command}[args.bench_command]
-    return command(config, options)
+    if args.bench_command == "budget":
+        return budget_command(config, options, tuple(args.probes.split(",")) if args.probes else ())
+    return {"iteration": iteration_command, "baseline": baseline_command}[args.bench_command](config, options)
 
 
 def _named_recipe(default: str, rest: list[str], command: str) -> Config:
@@ -365,8 +368,9 @@ def _at_least(args: argparse.Namespace, **least: int) -> None:
 
 
 def _bench_probes(args: argparse.Namespace, rest: list[str]) -> int:
+    from .bench.hosts import PROBES
     from .bench.iteration import Options
-    from .bench.probes import PROBES, probes_command
+    from .bench.probes import probes_command
 
     _at_least(args, draws=2, noises=2, rounds=1)
     config = _named_recipe("tiny", rest, "bench probes")

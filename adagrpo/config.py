@@ -311,9 +311,13 @@ class BudgetConfig:
     measures it and fails above."""
 
     evaluations: float = 0.25
-    """Additional transformer evaluations, counted."""
+    """Additional transformer evaluations, counted, with `selection.probe = full`."""
     time: float = 0.25
-    """Additional seconds; held against a GPU's clock only."""
+    """Additional seconds with `selection.probe = full`; held against a GPU's clock only."""
+    cheap_evaluations: float = 0.05
+    """As `evaluations`, with every other probe."""
+    cheap_time: float = 0.05
+    """As `time`, with every other probe."""
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ def _check_ranges(c: Config) -> typing.Iterator[Problem]:
         "output.grid_prompts": 1, "output.checkpoint_every": 0, "output.keep_last": 1, "output.keep_every": 0,
         "output.trace_at": 0, "rollout.tail_steps": 0, "guards.max_rollbacks": 0,
         "selection.probe_steps": 1, "selection.finalists": 1, "selection.group_evidence": 0,
-        "budget.evaluations": 0, "budget.time": 0,
+        "budget.evaluations": 0, "budget.time": 0, "budget.cheap_evaluations": 0, "budget.cheap_time": 0,
     }  # fmt: skip
     at_most = {
         "rollout.steps": 4096, "rollout.group_size": 4096, "train.slots": 4096, "train.accumulation": 4096,

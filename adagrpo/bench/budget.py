@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
 
 from ..config import Config
 from ..models.base import FlowModel
 from ..run.folder import prompts_digest
-from .hosts import hosts, without_adagrpo
+from .hosts import hosts, with_probe, without_adagrpo
 from .iteration import Options
-from .measure import PHASES, Iteration, bench_trainer, host_read, interleaved, measure, phase_series, rows_seen
+from .measure import PHASES, HostRead, Iteration, bench_trainer, host_read, interleaved, measure, phase_series, rows_seen
 from .records import Record, new_record
 from .statistics import Series, ratios
 
@@ -20,7 +23,7 @@ class Overhead:
     """AdaGRPO against the identical recipe without it, by phase, as shares of the whole iteration without it.
 
     Attributes:
-        host: the plan.
+        host: the host plan or probe.
         full, plain: evaluations by phase.
         seconds: difference of medians by phase.
         time: median over rounds of ``full / plain - 1``; spread beside it.
@@ -45,44 +48,60 @@ class Overhead:
         return {phase: (self.full.get(phase, 0) - self.plain.get(phase, 0)) / total for phase in phases}
 
 
-def budget_command(config: Config, options: Options) -> int:
-    """Measure every host, record, print; 1 when the recipe's own plan exceeds a limit or works more than its schedule."""
+def budget_command(config: Config, options: Options, probes: Sequence[str] = ()) -> int:
+    """Measure, record, print; 1 when what is gated exceeds its limits, or anything works more than its schedule.
+
+    Args:
+        probes: names of ``PROBES`` to measure and gate; without any the recipe's own probe is gated, and beside it every other
+            host plan that the recipe can express is measured.
+    """
     variants, refused = hosts(config)
+    if probes:
+        variants, refused = {name: with_probe(config, name) for name in probes}, {}
+    gated = list(variants) if probes else list(variants)[:1]
     first = bench_trainer(config)
     model = first.model
     found: list[Overhead] = []
     series: dict[str, Series] = {}
     problems: list[str] = []
-    for number, (host, variant) in enumerate(variants.items()):
+    reads: dict[str, HostRead] = {}
+    for host, variant in variants.items():
         full, plain, rows = measure_host(variant, model, options.rounds)
         overhead = overhead_of(host, full, plain)
         found.append(overhead)
         series |= phase_series(full, f"{host}/full/") | phase_series(plain, f"{host}/plain/")
         series[f"{host}/time_ratio"] = ratios([i.total for i in full], [i.total for i in plain])
         series[f"{host}/evaluation_overhead"] = Series("of plain", (overhead.evaluations,), exact=True)
-        if number == 0:
-            timed = config.budget.time if model.device.type == "cuda" else None
-            problems += exceeded(overhead, config.budget.evaluations, timed)
         problems += off_schedule(host, variant, full) + off_schedule(host, without_adagrpo(variant), plain)
         problems += unseen_work(host, rows, sum(full[-1].evaluations.values()))
-    read = host_read(config)
-    if read.checked and read.where:
-        problems.append(f"an iteration reads the device: {read.where}")
+        if host in gated:
+            problems += exceeded(overhead, limits(variant, model.device))
+            reads[host] = host_read(variant)
+            if reads[host].checked and reads[host].where:
+                problems.append(f"{host}: an iteration reads the device: {reads[host].where}")
     facts = {
         "prompts_sha256": prompts_digest(first.stream.prompts),
-        "limits": dataclasses.asdict(config.budget),
-        "gated": next(iter(variants)),
+        "limits": {host: limits(variants[host], model.device) for host in gated},
+        "gated": gated,
+        "host_reads": {host: read.where for host, read in reads.items()},
         "refused_hosts": refused,
-        "host_read": read.where,
         "problems": problems,
     }
-    record = new_record(f"budget-{config.name}", model.device, options.argv, series, facts, config, options.note)
+    case = f"budget-{config.name}" + "-probes" * bool(probes)
+    record = new_record(case, model.device, options.argv, series, facts, config, options.note)
     for line in budget_report(record, found):
         print(line)
     print(f"record: {record.write(options.out)}")
     for problem in problems:
         print(f"budget: {problem}")
     return int(bool(problems))
+
+
+def limits(config: Config, device: torch.device) -> dict[str, float]:
+    """The recipe's limits by their keys: of evaluations, and on a GPU of time."""
+    cheap = "cheap_" if config.selection.probe != "full" else ""
+    keys = [f"{cheap}evaluations", *([f"{cheap}time"] if device.type == "cuda" else [])]
+    return {key: getattr(config.budget, key) for key in keys}
 
 
 def measure_host(config: Config, model: FlowModel, rounds: int) -> tuple[list[Iteration], list[Iteration], int | None]:
@@ -102,27 +121,28 @@ def overhead_of(host: str, full: list[Iteration], plain: list[Iteration]) -> Ove
     return Overhead(host, full[-1].evaluations, plain[-1].evaluations, seconds, ratio.median - 1, ratio.spread)
 
 
-def exceeded(overhead: Overhead, evaluations: float, seconds: float | None) -> list[str]:
-    """What exceeds the limits; ``seconds`` None leaves the clock out."""
+def exceeded(overhead: Overhead, limits: Mapping[str, float]) -> list[str]:
+    """What exceeds the limits, which are named by the recipe's keys."""
     problems = []
-    for key, got, limit in (("evaluations", overhead.evaluations, evaluations), ("time", overhead.time, seconds)):
-        if limit is not None and got > limit:
-            problems.append(f"{overhead.host}: {key} {got:+.1%} over the recipe without it; budget.{key} allows {limit:+.1%}")
+    for key, limit in limits.items():
+        kind = key.removeprefix("cheap_")
+        if (got := getattr(overhead, kind)) > limit:
+            problems.append(f"{overhead.host}: {kind} {got:+.1%} over the recipe without it; budget.{key} allows {limit:+.1%}")
     return problems
 
 
 def schedule_evaluations(config: Config) -> dict[str, int] | None:
     """Image-forwards of one iteration by phase, by arithmetic on the recipe alone: neither plans nor executor are asked.
 
-    With P slots, B candidates, T steps, stochastic steps S and groups of G: probes P·B·T; groups P·G·(T-1-k) summed over the k
-    in S (shortened tails: at most ``tail_steps`` each), whole trajectories P·G·T; the replay one per stored latent.
+    With P slots, T steps, stochastic steps S and groups of G: ``scheduled_probes``; groups P·G·(T-1-k) summed over the k in S
+    (shortened tails: at most ``tail_steps`` each), whole trajectories P·G·T; the replay one per stored latent.
     None where an iteration's work is not fixed: a drawn share of the steps, or refilled slots.
     """
     r, p = config.rollout, config.train.slots * config.train.accumulation
     if r.trained_share < 1 or config.advantage.equal_groups == "refill":
         return None
     scored = (config.selection.candidates > 1 and config.selection.strategy != "random") or config.advantage.weight > 0
-    counts = {"probe": p * config.selection.candidates * r.steps} if r.plan == "fork" or scored else {}
+    counts = {"probe": scheduled_probes(config)} if r.plan == "fork" or scored else {}
     if r.plan == "fork":
         stored = p * len(r.sde_steps)
         if r.fork_velocity == "fresh":
@@ -137,6 +157,28 @@ def schedule_evaluations(config: Config) -> dict[str, int] | None:
     if config.loss.kl_weight:
         counts["reference"] = stored
     return {**counts, "update": stored}
+
+
+def scheduled_probes(config: Config) -> int:
+    """Image-forwards of an iteration's probes: P·B·T for the full one.
+
+    A short one of m steps: P·B·m; a race of previews after e1 < e2 … steps: P·B·e1 + P·(ceil(B/2) + 1)·(e2 - e1) + …; memory
+    samples nobody, or K finalists. All of these then finish the pick, if there are forks, and the uniform candidate: 2P·T, a
+    race from its last preview on.
+    """
+    s, r, p = config.selection, config.rollout, config.train.slots * config.train.accumulation
+    if s.judge == "full":
+        return p * s.candidates * r.steps
+    picked = 1 if r.plan == "fork" else 0
+    if s.judge == "short":
+        return p * (s.candidates * s.probe_steps + (picked + 1) * r.steps)
+    if s.judge == "memory":
+        return p * ((s.finalists if s.finalists > 1 else picked) + 1) * r.steps
+    per_slot, running, before = 0, s.candidates, 0
+    for preview in s.race_steps:
+        per_slot += (running + (before > 0)) * (preview - before)
+        running, before = math.ceil(running / 2), preview
+    return p * (per_slot + (picked + 1) * (r.steps - before))
 
 
 def off_schedule(host: str, config: Config, found: list[Iteration]) -> list[str]:
@@ -167,20 +209,21 @@ def budget_report(record: Record, found: list[Overhead]) -> list[str]:
     """The overheads as lines to read."""
     lines = [f"{record.case} on {record.device}: AdaGRPO over the identical recipe without selection and fusion"]
     for overhead in found:
-        whose = "" if overhead.host == record.facts["gated"] else ", not gated"
+        limits = record.facts["limits"].get(overhead.host, {})
+        said = ", ".join(f"{key} {limit:+.0%}" for key, limit in limits.items())
         lines.append(
-            f"  {overhead.host}{whose}: evaluations {sum(overhead.full.values())} against {sum(overhead.plain.values())}, "
-            f"{overhead.evaluations:+.1%}; time {overhead.time:+.1%} ± {overhead.time_spread:.1%}"
+            f"  {overhead.host} ({f'limit: {said}' if said else 'not gated'}): evaluations {sum(overhead.full.values())} "
+            f"against {sum(overhead.plain.values())}, {overhead.evaluations:+.1%}; time {overhead.time:+.1%} ± "
+            f"{overhead.time_spread:.1%}"
         )
         counted = ", ".join(f"{phase} {share:+.1%}" for phase, share in overhead.evaluations_by_phase.items())
         lines.append(f"    evaluations by phase: {counted}")
         timed = ", ".join(f"{phase} {share:+.1%}" for phase, share in overhead.seconds.items() if abs(share) >= 5e-4)
         lines.append(f"    time by phase: {timed}")
     lines += [f"  {host}: not expressible: {reason}" for host, reason in record.facts["refused_hosts"].items()]
-    limits = record.facts["limits"]
-    gate = f"limit {limits['evaluations']:+.0%} evaluations (counted: probe, prefix, rollout, recompute, update forwards)"
-    clock = (
-        f", {limits['time']:+.0%} time" if record.device.split("-")[0] not in ("cpu", "meta") else "; time is not gated here"
-    )
-    reads = record.facts["host_read"]
-    return [*lines, f"  {gate}{clock}; device reads in an iteration (meta device): {reads or 'none'}"]
+    reads = ", ".join(f"{host}: {where or 'none'}" for host, where in record.facts["host_reads"].items())
+    return [
+        *lines,
+        "  counted are the forwards of probe, prefix, rollout, recompute and update; time is gated on a GPU only",
+        f"  device reads in an iteration (meta device): {reads}",
+    ]

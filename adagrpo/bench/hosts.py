@@ -1,4 +1,4 @@
-"""The recipes that are measured: defaults, without AdaGRPO's two additions, and on other host algorithms."""
+"""The recipes that are measured: defaults, without AdaGRPO's two additions, on other host algorithms, with other probes."""
 
 from __future__ import annotations
 
@@ -7,9 +7,24 @@ from typing import Any
 
 import torch
 
-from ..config import Config, RolloutConfig
+from ..config import Config, RolloutConfig, SelectionConfig
 from ..errors import InputError
 from ..recipe import check
+
+PROBES: dict[str, dict[str, Any]] = {
+    "full": {"probe": "full"},
+    "short-4": {"probe": "short", "probe_steps": 4},
+    "short-2": {"probe": "short", "probe_steps": 2},
+    "racing": {"probe": "racing"},
+    "pool-3": {"probe": "pool", "candidates": 3},
+    "pool-2": {"probe": "pool", "candidates": 2},
+    "memory": {"probe": "memory"},
+    "memory-2": {"probe": "memory", "finalists": 2},
+    "memory+pool": {"probe": "memory+pool"},
+    "random": {"strategy": "random"},
+}
+"""Changes of ``selection`` by name. A race's previews come after 5, 6 and 7 eighths of the steps; ``random`` is the control."""
+RACE = (0.625, 0.75, 0.875)
 
 
 def default_recipe(command: str) -> str:
@@ -25,7 +40,7 @@ def without_adagrpo(config: Config) -> Config:
     One candidate per slot: on plan fork its probe is the anchor the groups fork from anyway, so it costs no extra; on the other
     plans nothing reads a probe, and none is drawn.
     """
-    selection = dataclasses.replace(config.selection, candidates=1, strategy="closest", kwargs={})
+    selection = dataclasses.replace(SelectionConfig(), candidates=1)
     advantage = dataclasses.replace(config.advantage, weight=0.0)
     return dataclasses.replace(config, selection=selection, advantage=advantage)
 
@@ -56,6 +71,26 @@ def hosts(config: Config) -> tuple[dict[str, Config], dict[str, str]]:
         else:
             found[name] = other
     return found, refused
+
+
+def with_probe(config: Config, name: str) -> Config:
+    """The recipe with another probe of ``PROBES``; forks take fresh velocities where that probe has none to give them.
+
+    Raises:
+        InputError: unknown name, or a recipe that cannot have it.
+    """
+    if name not in PROBES:
+        raise InputError(f"--probes: unknown probe {name!r}: one of {', '.join(PROBES)}")
+    keys, rollout, default = dict(PROBES[name]), config.rollout, SelectionConfig()
+    if keys.get("probe") == "racing":
+        keys["race_steps"] = tuple(round(share * rollout.steps) for share in RACE)
+    keys = {"candidates": config.selection.candidates, "alpha": config.selection.alpha, **keys}
+    selection = dataclasses.replace(default, **keys)
+    if selection.judge != "full" and rollout.fork_velocity == "probe":
+        rollout = dataclasses.replace(rollout, fork_velocity="fresh")
+    changed = dataclasses.replace(config, selection=selection, rollout=rollout)
+    check(changed)
+    return changed
 
 
 def _name(config: Config) -> str:

@@ -13,33 +13,16 @@ from torch import Tensor
 
 from ..algorithm.sde import Stream
 from ..config import Config
-from ..errors import InputError
 from ..evaluation import evaluate
 from ..models.base import FlowModel
 from ..planning import planned_calls
-from ..recipe import check
 from ..run.folder import prompts_digest
 from ..train import Draw, Trainer
-from .hosts import without_adagrpo
+from .hosts import with_probe, without_adagrpo
 from .iteration import Options
 from .measure import Iteration, bench_trainer, measure
 from .records import new_record
 from .statistics import Series
-
-PROBES: dict[str, dict[str, Any]] = {
-    "full": {"probe": "full"},
-    "short-4": {"probe": "short", "probe_steps": 4},
-    "short-2": {"probe": "short", "probe_steps": 2},
-    "racing": {"probe": "racing"},
-    "pool-3": {"probe": "pool", "candidates": 3},
-    "pool-2": {"probe": "pool", "candidates": 2},
-    "memory": {"probe": "memory"},
-    "memory-2": {"probe": "memory", "finalists": 2},
-    "memory+pool": {"probe": "memory+pool"},
-    "random": {"strategy": "random"},
-}
-"""Changes of ``selection`` by name. A race's previews come after 5, 6 and 7 eighths of the steps; ``random`` is the control."""
-RACE = (0.625, 0.75, 0.875)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,23 +59,6 @@ class Truth:
     def distance(self, numbers: Tensor) -> Tensor:
         """How far the prompts' mean rewards are from the level, in the spread."""
         return (self.means[numbers] - self.level).abs() / self.std
-
-
-def with_probe(config: Config, name: str) -> Config:
-    """The recipe with another probe of ``PROBES``.
-
-    Raises:
-        InputError: unknown name, or a recipe that cannot have it.
-    """
-    if name not in PROBES:
-        raise InputError(f"--probes: unknown probe {name!r}: one of {', '.join(PROBES)}")
-    keys = dict(PROBES[name])
-    if keys.get("probe") == "racing":
-        keys["race_steps"] = tuple(round(share * config.rollout.steps) for share in RACE)
-    selection = dataclasses.replace(config.selection, **keys)
-    changed = dataclasses.replace(config, selection=selection)
-    check(changed)
-    return changed
 
 
 def probes_command(config: Config, names: Sequence[str], draws: int, noises: int, options: Options) -> int:

@@ -22,7 +22,7 @@ from ..errors import InputError
 from ..evaluation import evaluate
 from ..fit import read_metrics
 from ..run.folder import changed_keys, describe_machine
-from .probes import with_probe
+from .hosts import with_probe
 from .records import new_record
 from .statistics import Series, paired_interval
 

@@ -8,13 +8,14 @@ import torch
 from toy import ToyModel, toy_config
 
 import adagrpo.train
-from adagrpo.bench.budget import exceeded, off_schedule, overhead_of, schedule_evaluations
-from adagrpo.bench.hosts import hosts, without_adagrpo
+from adagrpo.bench.budget import exceeded, limits, off_schedule, overhead_of, schedule_evaluations, scheduled_probes
+from adagrpo.bench.hosts import hosts, with_probe, without_adagrpo
 from adagrpo.bench.measure import Iteration, host_read
 from adagrpo.cli import main
-from adagrpo.config import Config, RewardConfig
+from adagrpo.config import BudgetConfig, Config, RewardConfig
 from adagrpo.engine.executor import RolloutExecutor
 from adagrpo.engine.forwards import PolicyForward
+from adagrpo.planning import planned_evaluations
 from adagrpo.recipe import check, load_recipe, to_toml
 
 
@@ -81,21 +82,55 @@ def test_a_host_that_cannot_be_expressed_says_why() -> None:
 
 def test_limits() -> None:
     overhead = overhead_of("fork-probe", [iteration(1.3, probe=160)], [iteration(1.0, probe=120)])
-    assert exceeded(overhead, 0.34, None) == []
-    (evaluations,) = exceeded(overhead, 0.25, None)
+    assert exceeded(overhead, {"evaluations": 0.34}) == []
+    (evaluations,) = exceeded(overhead, {"evaluations": 0.25})
     assert "evaluations +33.3%" in evaluations and "budget.evaluations allows +25.0%" in evaluations
-    (time,) = exceeded(overhead, 0.34, 0.25)
+    (time,) = exceeded(overhead, {"evaluations": 0.34, "time": 0.25})
     assert "time +30.0%" in time and "budget.time allows +25.0%" in time
-    assert exceeded(overhead, 0.34, 0.31) == []
+    assert exceeded(overhead, {"evaluations": 0.34, "time": 0.31}) == []
+    (cheap,) = exceeded(overhead, {"cheap_evaluations": 0.05})
+    assert "budget.cheap_evaluations allows +5.0%" in cheap
+
+
+def test_each_probe_has_its_own_limits() -> None:
+    budget = {"evaluations": 0.4, "time": 0.3, "cheap_evaluations": 0.2, "cheap_time": 0.1}
+    config = dataclasses.replace(toy(), budget=BudgetConfig(**budget))
+    assert limits(config, torch.device("cpu")) == {"evaluations": 0.4}
+    assert limits(config, torch.device("cuda")) == {"evaluations": 0.4, "time": 0.3}
+    for name in ("short-2", "racing", "pool-2", "memory"):
+        assert limits(with_probe(config, name), torch.device("cuda")) == {"cheap_evaluations": 0.2, "cheap_time": 0.1}
+
+
+# One slot of the published schedule, ten candidates, without them 600.
+@pytest.mark.parametrize(("name", "probes"), [
+    ("full", 160), ("short-4", 40 + 32), ("short-2", 20 + 32), ("racing", 100 + 12 + 8 + 4), ("pool-3", 48), ("pool-2", 32),
+    ("memory", 32), ("memory-2", 48), ("memory+pool", 32), ("random", 160),
+])  # fmt: skip
+def test_scheduled_probes_by_hand_and_as_planned(name: str, probes: int) -> None:
+    config = with_probe(toy(), name)
+    assert scheduled_probes(config) == probes == planned_evaluations(config)["probe"]
+    assert schedule_evaluations(without_adagrpo(config)) == {"probe": 16, "prefix": 4, "rollout": 576, "update": 4}
+
+
+def test_named_probes_are_measured_and_gated(tmp_path, capsys) -> None:
+    assert run(toy(), tmp_path, "--probes", "full,memory,pool-2") == 0
+    out = capsys.readouterr().out
+    assert "memory (limit: cheap_evaluations +5%): evaluations 616 against 600, +2.7%" in out
+    assert run(toy(), tmp_path, "--probes", "memory,short-4") == 1
+    out = capsys.readouterr().out
+    assert "budget: short-4: evaluations +9.3%" in out and "budget: memory" not in out
+    assert run(toy(), tmp_path, "--probes", "memroy") == 2
+    assert "unknown probe 'memroy'" in capsys.readouterr().err
 
 
 def test_the_gate_passes_and_records(tmp_path, capsys) -> None:
     assert run(toy(), tmp_path) == 0
     out = capsys.readouterr().out
-    assert "evaluations 744 against 600, +24.0%" in out and "trajectory, not gated" in out
+    assert "evaluations 744 against 600, +24.0%" in out and "trajectory (not gated): evaluations" in out
     (path,) = (tmp_path / "results").rglob("*.json")
     record = json.loads(path.read_text())
-    assert record["facts"]["gated"] == "fork-fresh" and record["facts"]["problems"] == [] and record["facts"]["host_read"] == ""
+    assert record["facts"]["gated"] == ["fork-fresh"] and record["facts"]["problems"] == []
+    assert record["facts"]["host_reads"] == {"fork-fresh": ""}
     assert len(record["series"]["fork-fresh/full/seconds"]["values"]) == 2
     assert record["series"]["window/plain/evaluations"]["median"] == 288
 
