@@ -372,7 +372,7 @@ def _bench_probes(args: argparse.Namespace, rest: list[str]) -> int:
     from .bench.iteration import Options
     from .bench.probes import probes_command
 
-    _at_least(args, draws=2, noises=2, rounds=1)
+    _at_least(args, draws=3, noises=2, rounds=1)
     config = _named_recipe("tiny", rest, "bench probes")
     names = args.probes.split(",") if args.probes else list(PROBES)
     return probes_command(config, names, args.draws, args.noises, Options(args.rounds, args.out, args.note, args.argv))

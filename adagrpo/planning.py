@@ -178,11 +178,12 @@ def stored_bytes(config: Config, model: FlowModel) -> int:
     length, channels = model.latent_shape
     latent = DTYPES[r.storage].itemsize
     wide = 8 if DTYPES[r.storage] is torch.float64 else 4
-    candidates = slots * config.selection.candidates
+    s = config.selection
+    anchored = slots * {"short": 2, "memory": s.finalists + 1}.get(s.judge, s.candidates)
     stochastic = r.window_size if r.plan == "window" else len(r.sde_steps)
     groups = slots * max(1, round(stochastic * r.trained_share))
     if r.plan == "fork":
-        anchors = candidates * (latent + len(r.sde_steps) * (latent + model.dtype.itemsize))
+        anchors = anchored * (latent + len(r.sde_steps) * (latent + model.dtype.itemsize))
         rows = groups * r.group_size
         transitions = groups * (latent + wide) + rows * latent
     else:

@@ -166,7 +166,7 @@ def quality(found: Sequence[Drawn], paper: Sequence[Drawn], truth: Truth) -> dic
     own = all(d.numbers.shape == p.numbers.shape for d, p in pairs)
     result = {
         "true_distance": float(distances.mean()),
-        "standard_error": float(distances.std() / len(found) ** 0.5),
+        "standard_error": float(distances.std() / len(found) ** 0.5) if len(found) > 1 else None,
         "true_regret": float((distances - best).mean()),
         "paper_regret": sum(_away(d, p, own) - _away(p, p, True) for d, p in pairs) / len(pairs),
         "same_pick": None,
@@ -189,7 +189,7 @@ def _away(draw: Drawn, paper: Drawn, own: bool) -> float:
 
 
 def _spearman(judged: Tensor, full: Tensor) -> float:
-    if bool((judged == judged[0, 0]).all()):  # a memory without any evidence ranks nobody
+    if any(bool((scores == scores[0, 0]).all()) for scores in (judged, full)):  # as a memory without evidence: no ranks
         return 0.0
     return float(spearmanr(judged.flatten().numpy(), full.flatten().numpy(), nan_policy="omit").statistic)
 
@@ -199,6 +199,6 @@ def probe_line(row: Mapping[str, Any]) -> str:
     shown = lambda key, form: "–" if row[key] is None else format(row[key], form)  # noqa: E731
     return (
         f"{row['probe']:12} evaluations {row['overhead_evaluations']:+.1%}, cost {row['overhead_cost']:+.1%}, true distance "
-        f"{row['true_distance']:.3f} ± {row['standard_error']:.3f}, regret to the truth {row['true_regret']:.3f}, to the paper "
-        f"{row['paper_regret']:+.3f}, same pick {shown('same_pick', '.0%')}, Spearman {shown('spearman', '.2f')}"
+        f"{row['true_distance']:.3f} ± {shown('standard_error', '.3f')}, regret to the truth {row['true_regret']:.3f}, to the "
+        f"paper {row['paper_regret']:+.3f}, same pick {shown('same_pick', '.0%')}, Spearman {shown('spearman', '.2f')}"
     )

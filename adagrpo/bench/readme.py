@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import InputError
 from ..run.charts import number
 from .measure import PHASES
-from .picture import Bars, draw
+from .picture import Bars, Point, draw, scatter
 from .records import Record, read_record
 from .statistics import Series
 
@@ -29,6 +29,15 @@ TABLES = {
     "budget": "What selection and fusion cost, over the identical recipe without them",
     "baseline": "Ours against a plain implementation of the published loop, same work",
     "kernels": "Kernels",
+    "probes": "Probes: what they cost, and how well they pick with the policy held still",
+    "seeds": "End reward over seeds; difference to the first probe, paired by seed",
+}
+EXPLAINED = {
+    "probes": "Overheads are over the recipe without selection and fusion; `cost` counts evaluations, decoding and scoring at "
+    "their measured prices. True distance: of the picked prompt's mean reward (over many noises) from the level that the EMA "
+    "converges to, in its std, ± standard error. Regrets: to the best of the paper's candidates by that distance; to the "
+    "paper's picks by the distance of full-length scores from its EMA. Same pick: share of the paper's picks picked here too. "
+    "Spearman: of judging with full-length scores. –: other candidates than the paper's.\n\n",
 }
 
 
@@ -70,12 +79,17 @@ def pages(results: Path) -> dict[Path, str]:
         for command, title in TABLES.items():
             these = [(path, record) for path, record in mine if record.case.split("-")[0] == command]
             if these:
-                parts.append(f"\n**{title}**\n\n{_table(command, these, results.parent)}")
+                parts.append(f"\n**{title}**\n\n{EXPLAINED.get(command, '')}{_table(command, these, results.parent)}")
+                if command == "probes":
+                    parts += [f"\n![True distance against overhead]({_picture(record)})\n" for _, record in these]
         parts += _notes(mine)
     if others:
         lines = [f"- [{path.relative_to(results)}]({path.relative_to(results.parent)}): {case}" for path, case in others]
         parts.append("\n## Other records\n\n" + "\n".join(lines) + "\n")
     found = {results.parent / "README.md": "".join(parts)}
+    for _, record in chosen:
+        if record.case.split("-")[0] == "probes":
+            found[results.parent / _picture(record)] = scatter_of(record)
     return found | ({results.parent / PICTURE: draw(bars)} if bars else {})
 
 
@@ -106,7 +120,7 @@ def bars_of(record: Record) -> list[Bars]:
     elif command == "baseline":
         prefixes = {"ours/": "ours", "plain/": "plain published loop"}
     elif command == "budget":
-        host = record.facts["gated"]
+        host = _gated(record)[0]
         prefixes = {f"{host}/full/": "AdaGRPO", f"{host}/plain/": "without it"}
     else:
         return []
@@ -126,6 +140,12 @@ def _table(command: str, found: Sequence[tuple[Path, Record]], base: Path) -> st
     elif command == "baseline":
         head = ["case", "rounds", "evaluations", "ours, s", "plain loop, s", "times faster"]
         rows = [[_link(path, record, base), *_baseline_row(record)] for path, record in found]
+    elif command == "probes":
+        head = ["case", "probe", "evaluations", "cost", "true distance", "true regret", "paper regret", "same pick", "Spearman"]
+        rows = [[_link(path, record, base), *_probe_row(row)] for path, record in found for row in record.facts["rows"]]
+    elif command == "seeds":
+        head = ["case", "prompts", "probe", "seeds", "end reward", "gain", "difference", "95 % interval"]
+        rows = [[_link(path, record, base), *row] for path, record in found for row in _seed_rows(record)]
     else:
         head = ["operator", "case", "shape", "dtype", "µs", "of copy bandwidth", "x eager", "x compile"]
         rows = [[_link(path, record, base), *row] for path, record in found for row in _kernel_rows(record)]
@@ -156,9 +176,51 @@ def _budget_rows(record: Record) -> list[list[str]]:
             continue
         host, ratio = name.removesuffix("/time_ratio"), s[name]
         full, plain = (s[f"{host}/{who}/evaluations"].median for who in ("full", "plain"))
-        gated = "yes" if host == record.facts["gated"] else "no"
+        gated = "yes" if host in _gated(record) else "no"
         time = f"{ratio.median - 1:+.1%} ± {ratio.spread:.1%}"
         rows.append([host, f"{full:.0f} against {plain:.0f}", f"{full / plain - 1:+.1%}", time, gated])
+    return rows
+
+
+def _gated(record: Record) -> list[str]:
+    """What a budget record gates; one name in older records."""
+    gated = record.facts["gated"]
+    return [gated] if isinstance(gated, str) else gated
+
+
+def _picture(record: Record) -> str:
+    return f"{record.case}-{record.device}.svg"
+
+
+def scatter_of(record: Record) -> str:
+    """The probes of a record, true distance against overhead."""
+    rows = record.facts["rows"]
+    points = [Point(row["probe"], row["overhead_cost"], row["true_distance"], row["standard_error"]) for row in rows]
+    return scatter(f"{record.case} on {record.device}: how well probes pick, against what they cost", points)
+
+
+def _probe_row(row: dict[str, Any]) -> list[str]:
+    shown = lambda key, form: "–" if row[key] is None else format(row[key], form)  # noqa: E731
+    return [
+        row["probe"],
+        f"{row['overhead_evaluations']:+.1%}",
+        f"{row['overhead_cost']:+.1%}",
+        f"{row['true_distance']:.3f} ± {row['standard_error']:.3f}",
+        shown("true_regret", ".3f"),
+        shown("paper_regret", "+.3f"),
+        shown("same_pick", ".0%"),
+        shown("spearman", ".2f"),
+    ]
+
+
+def _seed_rows(record: Record) -> list[list[str]]:
+    rows = []
+    for row in record.facts["rows"]:
+        against = "reference", ""
+        if "difference" in row:
+            against = f"{row['difference']:+.4f}", f"{row['low']:+.4f} … {row['high']:+.4f}"
+        names = [row["prompts"], row["probe"], str(record.facts["seeds"])]
+        rows.append([*names, f"{row['end']:.4f}", f"{row['gain']:+.4f}", *against])
     return rows
 
 

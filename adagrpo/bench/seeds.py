@@ -21,6 +21,7 @@ from ..config import Config
 from ..errors import InputError
 from ..evaluation import evaluate
 from ..fit import read_metrics
+from ..prompts import load_prompts
 from ..run.folder import changed_keys, describe_machine
 from .hosts import with_probe
 from .records import new_record
@@ -46,7 +47,13 @@ class Study:
     log: Path
 
     def arms(self, config: Config) -> list[tuple[dict[str, Any], Config]]:
-        """Name and recipe of every training, in the order trained: whole seeds first."""
+        """Name and recipe of every training, in the order trained: whole seeds first.
+
+        Raises:
+            InputError: a probe or source of prompts that does not exist, or does not go with the recipe.
+        """
+        for mix in self.mixes:
+            load_prompts(mix, "--mixes", config.data.allow_duplicates, config.data.kwargs)
         found = []
         for seed in range(self.seeds):
             for mix in self.mixes:

@@ -1,0 +1,163 @@
+"""What `adagrpo bench probes` and `seeds` say of picks and end rewards, against figures worked out by hand."""
+
+import json
+import math
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+import torch
+from scipy import stats
+
+from adagrpo.bench.hosts import with_probe
+from adagrpo.bench.measure import Iteration
+from adagrpo.bench.picture import Point, pareto_front, scatter
+from adagrpo.bench.probes import Drawn, Truth, cost, quality
+from adagrpo.bench.seeds import Study, digest, read_log, summary
+from adagrpo.bench.statistics import paired_interval
+from adagrpo.cli import main
+from adagrpo.errors import InputError
+from adagrpo.recipe import load_recipe
+
+
+def test_truth_is_the_level_and_spread_of_single_images() -> None:
+    truth = Truth.of(torch.tensor([[0.0, 1.0], [1.0, 1.0]]))
+    assert truth.means.tolist() == [0.5, 1.0] and truth.level == 0.75
+    assert truth.std == pytest.approx(math.sqrt(0.1875))
+    assert truth.distance(torch.tensor([1])).tolist() == pytest.approx([0.25 / math.sqrt(0.1875)])
+
+
+def test_quality_by_hand() -> None:
+    """Two slots of two; the paper picks rows 0 and 3, another probe 1 and 3; truths 0, 1, 2, 3 around level 1, spread 2."""
+    truth = Truth(torch.tensor([0.0, 1.0, 2.0, 3.0], dtype=torch.float64), 1.0, 2.0)
+    numbers = torch.tensor([[0, 1], [2, 3]])
+    scores = torch.tensor([[0.5, 0.9], [0.1, 0.7]], dtype=torch.float64)
+    paper = Drawn(numbers, torch.tensor([0, 3]), scores, 0.6, 0.2)
+    other = Drawn(numbers, torch.tensor([1, 3]), torch.tensor([[0.9, 0.5], [0.1, 0.7]], dtype=torch.float64), 0.3, 0.1)
+    found = quality([other, other], [paper, paper], truth)
+    assert found["true_distance"] == pytest.approx((0 + 1) / 2) and found["standard_error"] == 0
+    assert quality([other], [paper], truth)["standard_error"] is None
+    assert found["true_regret"] == pytest.approx(0.5 - (0 + 0.5) / 2)  # the best are prompts 1 and 2
+    assert found["paper_regret"] == pytest.approx(((0.3 + 0.1) / 2 - (0.1 + 0.1) / 2) / 0.2)
+    assert found["same_pick"] == 0.5
+    assert found["spearman"] == pytest.approx(stats.spearmanr([0.9, 0.5, 0.1, 0.7], [0.5, 0.9, 0.1, 0.7]).statistic)
+    itself = quality([paper], [paper], truth)
+    assert itself["paper_regret"] == 0 and itself["same_pick"] == 1 and itself["spearman"] == pytest.approx(1)
+
+
+def test_a_pool_of_other_candidates_is_judged_by_its_own_full_scores() -> None:
+    truth = Truth(torch.zeros(4, dtype=torch.float64), 0.0, 1.0)
+    paper = Drawn(torch.tensor([[0, 1], [2, 3]]), torch.tensor([0, 2]), torch.tensor([[0.5, 0.9], [0.1, 0.7]]), 0.6, 0.2)
+    pool = Drawn(torch.tensor([[0], [1]]), torch.tensor([0, 1]), torch.tensor([[0.6], [0.8]]), 0.6, 0.2)
+    found = quality([pool], [paper], truth)
+    assert found["same_pick"] is None and found["spearman"] is None
+    assert found["paper_regret"] == pytest.approx(((0 + 0.2) / 2 - (0.1 + 0.5) / 2) / 0.2)
+
+
+def test_cost_is_priced_by_what_a_plain_iteration_took() -> None:
+    """Recipe tiny, memory: 12 slots x 8 steps more, 12 images more; a forward costs 1 ms there, an image 10 ms."""
+    config = load_recipe("tiny")
+    evaluations = {"probe": 96, "prefix": 48, "rollout": 2112, "update": 48}
+    seconds = {"probe": 0.096, "prefix": 0.048, "rollout": 2.112, "decode": 3.0, "reward": 0.96}
+    plain = Iteration(8.0, seconds, evaluations, {}, 396, 0, None)
+    found = cost(with_probe(config, "memory"), [plain])
+    assert found["evaluations"] == 2304 + 96 and found["images"] == 396
+    assert found["overhead_evaluations"] == pytest.approx(96 / 2304) and found["overhead_cost"] == pytest.approx(0.096 / 8)
+    full = cost(with_probe(config, "full"), [plain])
+    assert full["images"] == 396 - 12 + 96 and full["overhead_cost"] == pytest.approx((7 * 96 * 1e-3 + 84 * 1e-2) / 8)
+
+
+def test_the_front_is_what_nothing_beats() -> None:
+    points = [
+        Point("dear", 0.3, 0.2, 0.0),
+        Point("good", 0.1, 0.2, 0.0),
+        Point("cheap", 0.0, 0.5, 0.0),
+        Point("bad", 0.2, 0.4, 0.0),
+    ]
+    assert [p.label for p in pareto_front(points)] == ["cheap", "good"]
+    texts = [t.text for t in ElementTree.fromstring(scatter("a < b", points)).iter("{http://www.w3.org/2000/svg}text")]
+    assert {"a < b", "dear", "good", "cheap", "bad"} <= set(texts)
+
+
+def test_paired_interval_against_scipy() -> None:
+    a, b = [0.61, 0.66, 0.63, 0.7], [0.64, 0.65, 0.68, 0.73]
+    mean, low, high = paired_interval(a, b)
+    interval = stats.ttest_rel(b, a).confidence_interval(0.95)
+    assert (mean, low, high) == pytest.approx((0.025, interval.low, interval.high))
+
+
+def trainings() -> list[dict]:
+    ends = {("full", 0): 0.7, ("full", 1): 0.6, ("memory", 0): 0.71, ("memory", 1): 0.63}
+    return [
+        {"probe": probe, "prompts": "tiny:even", "seed": seed, "before": 0.5, "after": end, "machine": {"commit": "c"}}
+        for (probe, seed), end in ends.items()
+    ]
+
+
+def test_summary_pairs_by_seed(tmp_path) -> None:
+    study = Study(("full", "memory"), ("tiny:even",), 2, 1, tmp_path / "log.jsonl")
+    series, facts = summary(trainings()[::-1], study)
+    assert series["tiny:even/memory"].values == (0.71, 0.63)
+    full, memory = facts["rows"]
+    assert full["end"] == pytest.approx(0.65) and full["gain"] == pytest.approx(0.15) and "difference" not in full
+    assert memory["difference"] == pytest.approx(0.02)
+    assert memory["low"] == pytest.approx(0.02 - 12.706 * 0.01414 / math.sqrt(2), abs=1e-3)
+
+
+def test_digests_part_recipes_and_nothing_else() -> None:
+    one, two = load_recipe("tiny"), with_probe(load_recipe("tiny"), "full")
+    assert digest(one) == digest(two) != digest(with_probe(one, "memory"))
+
+
+def test_seeds_trains_every_arm_once_and_goes_on_from_its_log(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    keys = ["--train.slots", "1", "--train.iterations", "1", "--rollout.group_size", "2", "--evaluation.final_prompts", "2",
+            "--evaluation.final_noises", "1"]  # fmt: skip
+    files = ["--log", str(tmp_path / "log.jsonl"), "--out", str(tmp_path / "results")]
+    command = ["bench", "seeds", "tiny", *keys, *files, "--mixes", "tiny:wide", "--probes", "full,memory"]
+    assert main([*command, "--seeds", "1"]) == 0
+    assert len(read_log(tmp_path / "log.jsonl")) == 2
+    assert main([*command, "--seeds", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "2 trainings, 0 of them in" in out and "2 trainings, 2 of them in" in out
+    (record,) = (tmp_path / "results").rglob("*-seeds-tiny.json")
+    rows = json.loads(record.read_text())["facts"]["rows"]
+    assert [row["probe"] for row in rows] == ["full", "memory"] and all(0 < row["end"] < 1 for row in rows)
+    (tmp_path / "log.jsonl").write_text("{", "utf-8")
+    assert main([*command, "--seeds", "1"]) == 2
+    assert "line 1 is broken" in capsys.readouterr().err
+
+
+def test_probes_command_on_tiny(tmp_path, capsys) -> None:
+    keys = ["--train.slots", "1", "--rollout.group_size", "2", "--draws", "3", "--noises", "2", "--rounds", "1"]
+    names = "memory,racing,pool-2,random"
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text(
+        "\n".join(f"a {colour} {shape}" for colour in ("red", "green", "cyan") for shape in ("circle", "square"))
+    )
+    source = ["--data.prompts", str(prompts)]
+    assert main(["bench", "probes", "tiny", *keys, *source, "--probes", names, "--out", str(tmp_path)]) == 0
+    (record,) = tmp_path.rglob("*-probes-tiny.json")
+    rows = {row["probe"]: row for row in json.loads(record.read_text())["facts"]["rows"]}
+    assert list(rows) == ["full", "memory", "racing", "pool-2", "random"]
+    assert rows["full"]["same_pick"] == 1 and rows["pool-2"]["same_pick"] is None
+    assert rows["memory"]["overhead_evaluations"] == pytest.approx(8 / (8 + 4 + 2 * 22 + 4))
+
+
+@pytest.mark.parametrize(("argv", "message"), [
+    (["seeds", "--seeds", "0"], "--seeds 0: must be at least 1"),
+    (["seeds", "--probes", "fulll"], "unknown probe 'fulll'"),
+    (["seeds", "--evaluation.final_prompts", "0"], "evaluation.final_prompts = 0"),
+    (["seeds", "--mixes", "tiny:narrow"], "tiny:narrow: unknown prompt source"),
+    (["probes", "--draws", "2"], "--draws 2: must be at least 3"),
+    (["probes", "--probes", "memory,nothing"], "unknown probe 'nothing'"),
+])  # fmt: skip
+def test_bad_input_is_refused_before_anything_is_trained(argv, message, capsys, tmp_path) -> None:
+    assert main(["bench", *argv, "--out", str(tmp_path), *(["--log", str(tmp_path / "l")] if argv[0] == "seeds" else [])]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_broken_line_of_the_log_is_named(tmp_path) -> None:
+    (tmp_path / "l").write_text('{"digest": "a"}\n[]\n')
+    with pytest.raises(InputError, match="line 2 is broken"):
+        read_log(tmp_path / "l")
