@@ -65,7 +65,7 @@ def cheap_probe_calls(config: Config) -> tuple[list[int], list[int]]:
     if s.judge == "short":
         parts, scored = [(slots * s.candidates, s.probe_steps)], [slots * s.candidates]
     elif s.judge == "racing":
-        for number, stage in enumerate(race_stages(s, r.steps)):
+        for number, stage in enumerate(race_stages(s.candidates, s.race_steps)):
             rows = slots * (stage.per_slot + (number > 0))
             parts.append((rows, stage.last - stage.first))
             scored.append(rows)

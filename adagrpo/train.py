@@ -103,7 +103,7 @@ class Trainer:
         self.reward_weights = torch.tensor([reward.weight for reward in config.rewards], device=model.device)
         self.status = torch.zeros((), dtype=torch.int64, device=model.device)
         self.filter = _filter(config, self.slots, len(prompts), model.device)
-        self.cheap = CheapProbe(config, self.executor, self.score, self._overlapped, self.reward_weights)
+        self.cheap = None if self.filter is None else self._cheap_probe()
         self.iterations_done = 0
         self.draws = 0
 
@@ -166,6 +166,7 @@ class Trainer:
             anchors, scores = self.probe(candidates, prompts, slots)
             picks = self.select(scores, slots)
         else:
+            assert self.cheap is not None
             places = host_integers(numbers, self.model.device).reshape(slots, -1)
             found = self.cheap(Candidates(candidates, prompts, places, self.draws), self.capability, self.filter)
             anchors, scores, picks = found.anchors, found.judged, found.picks
@@ -177,6 +178,23 @@ class Trainer:
         if self.filter is not None:
             self.filter = self.filter.with_groups(places.flatten()[chosen], rewards, self.draws)
         return Draw(picked, conditioning, scores, picks, samples, rewards)
+
+    def _cheap_probe(self) -> CheapProbe:
+        """What judges candidates without sampling all of them to the end."""
+        s, r = self.config.selection, self.config.rollout
+        return CheapProbe(
+            self.executor,
+            self.score,
+            self._overlapped,
+            self.reward_weights,
+            judge=s.judge,
+            pooled=s.pooled,
+            strategy=s.strategy,
+            alpha=s.alpha,
+            race_steps=s.race_steps,
+            finalists=s.finalists,
+            forks=r.sde_steps if r.plan == "fork" else (),
+        )
 
     def probe(self, candidates: Conditioning, prompts: Sequence[str], slots: int) -> tuple[Rollout | None, Tensor | None]:
         """Sample all P·B candidates by the deterministic ODE, which forks start from, and score them: [M, P, B].

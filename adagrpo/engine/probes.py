@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ..algorithm.sde import Draw, Stream, philox_uniform
 from ..algorithm.selection import CapabilityState, Selection, capability_step, closest_distance, nearest
-from ..config import Config, SelectionConfig
 from ..models.base import Conditioning
 from ..rewards import PromptRows
 from .executor import Rollout, RolloutExecutor
@@ -39,9 +38,9 @@ class Stage:
     left: int
 
 
-def race_stages(selection: SelectionConfig, steps: int) -> list[Stage]:
-    """The halving of the field at each preview; whoever is left after the last one goes on to the image."""
-    bounds, field, stages = (0, *selection.race_steps), selection.candidates, []
+def race_stages(candidates: int, race_steps: Sequence[int]) -> list[Stage]:
+    """The halving of a field at each preview; whoever is left after the last one goes on to the image."""
+    bounds, field, stages = (0, *race_steps), candidates, []
     for first, last in itertools.pairwise(bounds):
         left = 1 if last == bounds[-1] else -(-field // 2)
         stages.append(Stage(field, first, last, left))
@@ -113,28 +112,37 @@ class CheapProbe:
     """Judges candidates, picks, and finishes the picks; without state of its own.
 
     Args:
-        config: the recipe.
         executor, score: of the trainer.
         overlapped: scores finished rows of a rollout beside it.
         weights: of the rewards, [M].
+        judge: ``short``, ``racing`` or ``memory``.
+        pooled, strategy, alpha, race_steps, finalists: as the recipe's ``selection`` keys.
+        forks: steps that groups fork from; without any nobody needs the pick's own trajectory.
     """
 
     def __init__(
         self,
-        config: Config,
         executor: RolloutExecutor,
         score: Scorer,
         overlapped: Callable[[PromptRows], Overlap],
         weights: Tensor,
+        *,
+        judge: str,
+        pooled: bool,
+        strategy: str,
+        alpha: float,
+        race_steps: Sequence[int],
+        finalists: int,
+        forks: Sequence[int],
     ) -> None:
-        self.selection, self.steps = config.selection, config.rollout.steps
-        self.forks = config.rollout.sde_steps if config.rollout.plan == "fork" else ()
         self.executor, self.score, self.overlapped, self.weights = executor, score, overlapped, weights
+        self.judge = {"short": self._short, "racing": self._race, "memory": self._remember}[judge]
+        self.pooled, self.strategy, self.alpha = pooled, strategy, alpha
+        self.race_steps, self.finalists, self.forks, self.steps = race_steps, finalists, forks, executor.num_steps
 
     def __call__(self, candidates: Candidates, capability: CapabilityState, state: CheapFilter) -> Probed:
         """One draw."""
-        judge = {"short": self._short, "racing": self._race, "memory": self._remember}[self.selection.judge]
-        return judge(candidates, self.uniform(candidates, step=1), capability, state)
+        return self.judge(candidates, self.uniform(candidates, step=1), capability, state)
 
     def uniform(self, candidates: Candidates, step: int) -> Tensor:
         """Row of a uniformly drawn candidate of each slot, int64 [P]."""
@@ -145,19 +153,19 @@ class CheapProbe:
 
     def _short(self, candidates: Candidates, uniform: Tensor, capability: CapabilityState, state: CheapFilter) -> Probed:
         """Every candidate by a short ODE of its own."""
-        s, slots = self.selection, uniform.shape[0]
+        slots = uniform.shape[0]
         field = self._start(torch.arange(len(candidates.prompts), device=uniform.device), candidates.draw)
         scores = self.overlapped(PromptRows(candidates.prompts, field.rows))
         plan = probe_plan(range(len(candidates.prompts)), self.executor.rollout_table.probe)
         self.executor.run(plan, field.x, candidates.conditioning, candidates.draw, "probe", finished=scores)
         judged = scores.result().unflatten(1, (slots, -1))
         with self.executor.phase("select"):
-            found = self._folded(state.levels[0], judged, s.strategy)
+            found = self._folded(state.levels[0], judged, self.strategy)
             state = state.with_level(0, found.state)
-            if s.pooled:
+            if self.pooled:
                 picks = nearest_picks(closest_distance(judged, found.state, self.weights), pooled=True)
             else:
-                picks = rows_of(found.picks, s.candidates)
+                picks = rows_of(found.picks, judged.shape[2])
         return self._finish(self._sampled_whole(picks, uniform, candidates), picks, judged, candidates, capability, state)
 
     def _race(self, candidates: Candidates, uniform: Tensor, capability: CapabilityState, state: CheapFilter) -> Probed:
@@ -170,7 +178,7 @@ class CheapProbe:
         everyone = torch.arange(len(candidates.prompts), device=uniform.device)
         field, at_uniform = self._start(everyone, candidates.draw), uniform
         judged = torch.empty(len(self.weights), len(everyone), dtype=torch.float64, device=uniform.device)
-        for number, stage in enumerate(race_stages(self.selection, self.steps)):
+        for number, stage in enumerate(race_stages(candidates.places.shape[1], self.race_steps)):
             text = candidates.conditioning if number == 0 else candidates.conditioning.rows(field.rows)
             field = self._sampled(field, text, candidates.draw, stage.first, stage.last, preview=True)
             assert field.preview is not None
@@ -185,31 +193,31 @@ class CheapProbe:
                 level = self._folded(state.levels[number], fold.unsqueeze(1)).state
                 state = state.with_level(number, level)
                 distance = closest_distance(scores[:, :racing], level, self.weights).unflatten(0, (slots, -1))
-                left = nearest_rows(distance, stage.left, self.selection.pooled)
+                left = nearest_rows(distance, stage.left, self.pooled)
                 picks = torch.where(distance.flatten()[left].isfinite(), field.rows[left], -1)
                 field = field.only(torch.cat([left, at_uniform] if self.forks or stage.left > 1 else [at_uniform]))
                 at_uniform = torch.arange(-slots, 0, device=uniform.device) + len(field.rows)
         text = candidates.conditioning.rows(field.rows)
-        field = self._sampled(field, text, candidates.draw, self.selection.race_steps[-1], self.steps)
+        field = self._sampled(field, text, candidates.draw, self.race_steps[-1], self.steps)
         return self._finish(field, picks, judged.unflatten(1, (slots, -1)), candidates, capability, state)
 
     def _remember(self, candidates: Candidates, uniform: Tensor, capability: CapabilityState, state: CheapFilter) -> Probed:
         """By the posterior alone, or after a look at one image of each of the few candidates it likes best."""
-        s, slots, places = self.selection, uniform.shape[0], candidates.places.flatten()
+        slots, places = uniform.shape[0], candidates.places.flatten()
         with self.executor.phase("select"):
             judged, distance = state.judged(candidates.places, capability, self.weights, candidates.draw)
             # Candidates that nothing tells apart are equally good: a draw among them, not always the first.
             lucky = self.uniform(candidates, step=2)
             distance = distance.flatten().index_add(0, lucky, torch.full_like(distance[:, 0], -1e-9)).unflatten(0, (slots, -1))
-            picks = nearest_rows(distance, s.finalists, s.pooled)
+            picks = nearest_rows(distance, self.finalists, self.pooled)
         field = self._sampled_whole(picks, uniform, candidates)
-        if s.finalists > 1:
+        if self.finalists > 1:
             scores = self.score(field.x[:-slots], PromptRows(candidates.prompts, picks))
             with self.executor.phase("select"):
                 state = state.with_images(places[picks], scores, candidates.draw)
                 shown = places[picks].unflatten(0, (slots, -1))
                 _, distance = state.judged(shown, capability, self.weights, candidates.draw)
-                best = nearest_rows(distance, 1, s.pooled)
+                best = nearest_rows(distance, 1, self.pooled)
                 picks = picks[best]
                 field = field.only(torch.cat([best, torch.arange(-slots, 0, device=uniform.device) + len(field.rows)]))
         return self._finish(field, picks, judged, candidates, capability, state)
@@ -238,7 +246,7 @@ class CheapProbe:
 
     def _sampled_whole(self, picks: Tensor, uniform: Tensor, candidates: Candidates) -> _Field:
         """The picks, where anything needs their images or what is behind them, and the uniform candidates, to the end."""
-        needed = bool(self.forks) or self.selection.finalists > 1
+        needed = bool(self.forks) or self.finalists > 1
         rows = torch.cat([picks.clamp_min(0), uniform]) if needed else uniform
         text = candidates.conditioning.rows(rows)
         return self._sampled(self._start(rows, candidates.draw), text, candidates.draw, 0, self.steps)
@@ -265,7 +273,7 @@ class CheapProbe:
     def _folded(self, level: CapabilityState, scores: Tensor, strategy: str = "closest") -> Selection:
         """Scores [M, P, B] folded into an EMA, and the picks by it."""
         weights = self.weights if len(self.weights) > 1 else None
-        return capability_step(level, scores, self.selection.alpha, strategy, weights, impl=self.executor.impl)
+        return capability_step(level, scores, self.alpha, strategy, weights, impl=self.executor.impl)
 
 
 def nearest_rows(distance: Tensor, count: int, pooled: bool) -> Tensor:
