@@ -9,7 +9,7 @@ ARGS ?=
 TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 INSTALLED := $(VENV)/.installed
 
-.PHONY: train test lint proof gpu install clean
+.PHONY: train test lint proof bench gpu install clean
 
 train: install
 	$(BIN)/adagrpo train $(RECIPE) $(ARGS)
@@ -24,6 +24,10 @@ lint: install
 
 proof: install
 	$(BIN)/python -m pytest -q -m proof $(ARGS)
+
+# Times the parts of an iteration on this machine (pytest-benchmark).
+bench: install
+	$(BIN)/python -m pytest -q bench --benchmark-enable --benchmark-only $(ARGS)
 
 # Needs a CUDA device: correctness of the kernels, then their timings, into bench/results/<device>/.
 gpu: install

@@ -22,7 +22,8 @@ medians over rounds ± spread (1.4826 x the median absolute deviation); what is 
 process. Phases do not overlap while they are measured, so they add up; `other` holds the encoding of prompts, which is done
 anew in every measured iteration, and the reading of metrics. Evaluations are image-forwards of the transformer, those
 of the update included. A record holds all that is needed to repeat it: command line, resolved recipe, versions, device,
-threads, commit, and every round. `adagrpo bench compare A.json B.json` tells two of them apart.
+threads, commit, and every round. `adagrpo bench compare A.json B.json` tells two of them apart. `make bench` times the parts of
+an iteration on your machine with pytest-benchmark ([test_speed.py](test_speed.py)).
 """
 TABLES = {
     "iteration": "One iteration by phase, in seconds",
