@@ -28,7 +28,7 @@ from .evaluation import sample_images
 from .fidelity import changed_levers, compare
 from .fit import Fit
 from .models.base import FlowModel
-from .planning import iteration_prediction, memory_plan, planned_evaluations, rehearse
+from .planning import iteration_prediction, memory_notice, memory_plan, planned_evaluations, rehearse
 from .recipe import check, load_recipe
 from .rewards import build_reward, check_reward
 from .run.checkpoint import INDEX, verify
@@ -85,6 +85,8 @@ def dry_run(config: Config, out: Path | None = None) -> int:
     counts = planned_evaluations(config)
     print(f"{config.name}: {len(prompts)} training prompts, {len(held_out)} held-out prompts")
     print("evaluations per iteration: " + ", ".join(f"{phase} {n}" for phase, n in counts.items()))
+    if notice := memory_notice(config, len(prompts)):
+        print(f"note: {notice}")
     return 0
 
 

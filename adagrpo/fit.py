@@ -21,6 +21,7 @@ from .config import Config
 from .engine.memory import MemoryPlan, PeakMeter, checkpoint_bytes
 from .errors import InputError, RunError
 from .evaluation import PairedGain, decode, evaluate, paired_gain, sample_latents
+from .planning import memory_notice
 from .prompts import prompt_category
 from .rewards import PromptRows
 from .run.checkpoint import Retention, abandon_later, load_state, require_space, save_checkpoint
@@ -105,6 +106,8 @@ class Fit:
         size = checkpoint_bytes(self.trainer.optimizer.parameters, bool(self.trainer.optimizer.averages))
         require_space(self.run.checkpoints, size, kept)
         self._plan_memory()
+        if notice := memory_notice(self.config, len(self.trainer.stream.prompts)):
+            self._event("warning", notice)
         self.trainer.with_memory(self._try_rewards)
         with contextlib.ExitStack() as closing:
             loggers = self._open_loggers(closing)

@@ -82,6 +82,18 @@ def planned_evaluations(config: Config) -> dict[str, int]:
     return {phase: sum(rows) for phase, rows in planned_calls(config).items() if phase != "decode"}
 
 
+def memory_notice(config: Config, prompts: int) -> str | None:
+    """What to tell a run whose probe remembers but will hardly see a prompt twice."""
+    s, train = config.selection, config.train
+    observed = train.iterations * train.slots * train.accumulation * (s.finalists + 1)
+    if s.judge != "memory" or observed >= 2 * prompts:
+        return None
+    return (
+        f"selection.probe = {s.probe} will observe {observed} rewards of {prompts} prompts, fewer than 2 of each, and so pick "
+        f"almost blindly: shorten data.prompts to {max(1, observed // 2)}, train longer, or use selection.probe = full"
+    )
+
+
 def rehearse(model: FlowModel, prompt: str) -> Rehearsal | str:
     """The model's rehearsal, or why there is none."""
     try:

@@ -4,9 +4,12 @@ import dataclasses
 
 import pytest
 
+from adagrpo.bench.hosts import without_adagrpo
 from adagrpo.config import Config
 from adagrpo.errors import InputError
+from adagrpo.planning import planned_evaluations
 from adagrpo.recipe import check, load_recipe, recipe_names, to_toml
+from adagrpo.run.folder import changed_keys
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -17,6 +20,15 @@ def test_shipped_recipes_are_valid_and_round_trip(name: str, tmp_path) -> None:
     file = tmp_path / "copy.toml"
     file.write_text(to_toml(config), "utf-8")
     assert load_recipe(file) == config
+
+
+def test_the_fast_recipe_differs_by_its_probe_and_counts_within_its_budget() -> None:
+    """16 steps more on 600 evaluations."""
+    fast, lora = load_recipe("flux1-dev-fast"), load_recipe("flux1-dev-lora")
+    assert set(changed_keys(fast, lora)) == {"name", "selection.probe"}
+    without = sum(planned_evaluations(without_adagrpo(fast)).values())
+    assert sum(planned_evaluations(fast).values()) / without - 1 == pytest.approx(16 / 600) and without == 600
+    assert 16 / 600 < fast.budget.cheap_evaluations == 0.05
 
 
 def test_official_recipe_differs_from_ours_only_where_the_released_code_does() -> None:

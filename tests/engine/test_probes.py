@@ -15,7 +15,7 @@ from adagrpo.engine.probes import Candidates, nearest_rows
 from adagrpo.errors import InputError
 from adagrpo.fit import read_metrics
 from adagrpo.models.base import Conditioning
-from adagrpo.planning import planned_calls, planned_evaluations
+from adagrpo.planning import memory_notice, planned_calls, planned_evaluations
 from adagrpo.prompts import PromptStream
 from adagrpo.recipe import check
 from adagrpo.train import Trainer
@@ -342,3 +342,13 @@ def test_nearest_rows_by_hand() -> None:
     assert nearest_rows(distance, 2, pooled=False).tolist() == [1, 2, 4, 6]
     assert nearest_rows(distance, 1, pooled=True).tolist() == [4, 1]
     assert nearest_rows(distance, 2, pooled=True).tolist() == [4, 1, 2, 6]
+
+
+def test_a_memory_that_will_hardly_see_a_prompt_twice_says_so() -> None:
+    """2 slots, 10 iterations: 40 observations, the pick's groups and a uniform image each; 3 with two finalists."""
+    config = toy_config(train={"slots": 2, "iterations": 10}, selection={"candidates": 3, "probe": "memory"})
+    assert memory_notice(config, 20) is None
+    notice = memory_notice(config, 21)
+    assert notice is not None and "observe 40 rewards of 21 prompts" in notice and "shorten data.prompts to 20" in notice
+    assert memory_notice(dataclasses.replace(config, selection=recipe("memory", finalists=2).selection), 30) is None
+    assert memory_notice(toy_config(), 10**6) is None
