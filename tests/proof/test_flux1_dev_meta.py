@@ -14,6 +14,7 @@ import torch
 from adagrpo_kernels import launch_counts, reset_counts
 from torch.utils.flop_counter import FlopCounterMode
 
+from adagrpo.bench.hosts import with_probe, without_adagrpo
 from adagrpo.build import build_architecture, build_model
 from adagrpo.engine.backends import make_copy
 from adagrpo.engine.counting import OpCounter
@@ -74,6 +75,40 @@ def test_one_iteration_syncs_nothing_and_costs_what_arithmetic_says() -> None:
         "seconds_on_this_machine": round(time.perf_counter() - started, 1),
     }
     write(record)
+
+
+# Probes of one slot of ten candidates, by hand: evaluations and calls.
+PROBES = {
+    "full": (160, 16), "short-4": (40 + 32, 4 + 16), "racing": (100 + 12 + 8 + 4, 10 + 2 + 2 + 2), "pool-2": (32, 16),
+    "memory": (32, 16), "memory-2": (48, 16), "memory+pool": (32, 16),
+}  # fmt: skip
+
+
+@pytest.mark.proof
+def test_every_probe_at_full_size_reads_nothing() -> None:
+    """Whole iterations of flux1-dev-lora on the meta device; the overheads in seconds are predicted, not measured."""
+    base = load_recipe("flux1-dev-lora")
+    model_config = dataclasses.replace(base.model, path="random:flux1-dev", device="meta", gradient_checkpointing=False)
+    base = dataclasses.replace(base, model=model_config, engine=dataclasses.replace(base.engine, max_rows=0))
+    model = build_model(base.model)
+    rehearsal = rehearse(build_architecture(load_recipe("flux1-dev-lora").model), "a prompt")
+    assert not isinstance(rehearsal, str), rehearsal
+    plain = iteration_prediction(without_adagrpo(base), rehearsal, H200)
+    found = {}
+    for name, expected in PROBES.items():
+        config = with_probe(base, name)
+        trainer = Trainer(config, model, [build_reward("brightness", {})], [f"p{i}" for i in range(20)])
+        trainer.iteration()
+        counts = {phase: (count.evaluations, count.calls) for phase, count in trainer.executor.counts.items()}
+        assert counts == {**COUNTS, "probe": expected}
+        prediction = iteration_prediction(config, rehearsal, H200)
+        found[name] = {
+            "evaluations": expected[0],
+            "overhead_in_evaluations": round((expected[0] - 16) / 600, 4),
+            "predicted_overhead_in_seconds_h200": {t: round(prediction.total(t) / plain.total(t) - 1, 4) for t in TIERS},
+        }
+    print(json.dumps(found, indent=1))
+    write({"probes_of_flux1_dev_lora": found})
 
 
 @pytest.mark.proof
