@@ -69,19 +69,19 @@ def _bar(label: str, bar: Mapping[str, float], total: float, y: int, scale: floa
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """A probe: what it costs, as a share, and how far its picks truly are from the level, with the standard error."""
+    """A probe: what it costs, as a share, and the true regret of its picks, with the standard error."""
 
     label: str
     cost: float
-    distance: float
+    regret: float
     error: float
 
 
 def pareto_front(points: Sequence[Point]) -> list[Point]:
-    """Those that no other beats in one of cost and distance without losing in the other, by rising cost."""
+    """Those that no other beats in one of cost and regret without losing in the other, by rising cost."""
     front: list[Point] = []
-    for point in sorted(points, key=lambda p: (p.cost, p.distance)):
-        if not front or point.distance < front[-1].distance:
+    for point in sorted(points, key=lambda p: (p.cost, p.regret)):
+        if not front or point.regret < front[-1].regret:
             front.append(point)
     return front
 
@@ -90,11 +90,11 @@ PLOT_HEIGHT, PLOT_BOTTOM, PLOT_LEFT = 420, 56, 70
 
 
 def scatter(title: str, points: Sequence[Point]) -> str:
-    """True distance against overhead; the Pareto front is joined and filled, whiskers are two standard errors long each way."""
+    """True regret against overhead; the Pareto front is joined and filled, whiskers are two standard errors long each way."""
     front = pareto_front(points)
     x_top = 1.12 * max(p.cost for p in points)
-    low = 0.95 * min(p.distance - 2 * p.error for p in points)
-    high = 1.05 * max(p.distance + 2 * p.error for p in points)
+    low = 0.95 * min(p.regret - 2 * p.error for p in points)
+    high = 1.05 * max(p.regret + 2 * p.error for p in points)
     width, height = WIDTH - PLOT_LEFT - 40, PLOT_HEIGHT - TOP - PLOT_BOTTOM
     at_x = lambda cost: PLOT_LEFT + width * cost / x_top  # noqa: E731
     at_y = lambda distance: TOP + height * (high - distance) / (high - low)  # noqa: E731
@@ -107,18 +107,18 @@ def scatter(title: str, points: Sequence[Point]) -> str:
     parts.append(
         f'<text x="{PLOT_LEFT + width / 2:.0f}" y="{PLOT_HEIGHT - 14}" text-anchor="middle">overhead at measured cost: '
         f"evaluations, decoding, scoring</text>"
-        f'<text transform="translate(18 {TOP + height / 2:.0f}) rotate(-90)" text-anchor="middle">true distance from the '
-        f"level, in std</text>"
+        f'<text transform="translate(18 {TOP + height / 2:.0f}) rotate(-90)" text-anchor="middle">true regret, in std of the '
+        f"level</text>"
     )
-    path = "L".join(f"{at_x(p.cost):.1f} {at_y(p.distance):.1f}" for p in front)
+    path = "L".join(f"{at_x(p.cost):.1f} {at_y(p.regret):.1f}" for p in front)
     parts.append(f'<path d="M{path}" fill="none" stroke="{COLOURS["rollout"]}" stroke-dasharray="5 4"/>')
     for p in points:
-        x, y, whisker = at_x(p.cost), at_y(p.distance), 2 * p.error
+        x, y, whisker = at_x(p.cost), at_y(p.regret), 2 * p.error
         fill = COLOURS["rollout"] if p in front else "#fff"
         parts.append(
-            f'<path d="M{x:.1f} {at_y(p.distance - whisker):.1f}V{at_y(p.distance + whisker):.1f}" stroke="#999"/>'
+            f'<path d="M{x:.1f} {at_y(p.regret - whisker):.1f}V{at_y(p.regret + whisker):.1f}" stroke="#999"/>'
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{fill}" stroke="{COLOURS["rollout"]}"><title>{escape(p.label)}: '
-            f"{p.cost:+.1%}, {p.distance:.3f} ± {p.error:.3f}</title></circle>"
+            f"{p.cost:+.1%}, {p.regret:.3f} ± {p.error:.3f}</title></circle>"
             f'<text x="{x + 9:.1f}" y="{y + 4:.1f}">{escape(p.label)}</text>'
         )
     return (

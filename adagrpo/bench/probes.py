@@ -89,7 +89,7 @@ def probes_command(config: Config, names: Sequence[str], draws: int, noises: int
         "standard_error_of_a_true_mean": float(scores.std(1).mean()) / math.sqrt(noises),
         "rows": rows,
     }
-    series = {f"{row['probe']}/true_distance": Series("std", tuple(row.pop("true_distances"))) for row in rows}
+    series = {f"{row['probe']}/true_regret": Series("std", tuple(row.pop("true_regrets"))) for row in rows}
     record = new_record(f"probes-{config.name}", model.device, options.argv, series, facts, config, options.note)
     print(f"record: {record.write(options.out)}")
     return 0
@@ -154,24 +154,25 @@ def quality(found: Sequence[Drawn], paper: Sequence[Drawn], truth: Truth) -> dic
     """How good the picks are.
 
     Returns:
-        ``true_distance`` of the picked prompts from the level, its standard error over draws and its values draw by draw;
-        ``true_regret``, how much that exceeds the best of the paper's candidates of each slot; ``paper_regret``, how much
-        farther from the paper's EMA the picks' full-length scores are than those of its own picks, in its std; ``same_pick``,
-        the share of the paper's picks that are picked here too; ``spearman`` of the judging scores with the full-length ones.
-        None where the candidates are not the paper's.
+        ``true_regret``, distance of the picked prompts' mean rewards from the level, its standard error over draws and its
+        values draw by draw; ``above_best``, how much that exceeds the best of the paper's candidates of each slot;
+        ``paper_regret``, how much farther from the paper's EMA the picks' full-length scores are than those of its own picks,
+        in its std; ``same_pick``, the share of the paper's picks that are picked here too; ``spearman`` of the judging scores
+        with the full-length ones.
+    None where the candidates are not the paper's.
     """
     pairs = list(zip(found, paper, strict=True))
     distances = torch.stack([truth.distance(d.numbers.flatten()[d.picks]).mean() for d in found])
     best = torch.stack([truth.distance(p.numbers).amin(1).mean() for p in paper])
     own = all(d.numbers.shape == p.numbers.shape for d, p in pairs)
     result = {
-        "true_distance": float(distances.mean()),
+        "true_regret": float(distances.mean()),
         "standard_error": float(distances.std() / len(found) ** 0.5) if len(found) > 1 else None,
-        "true_regret": float((distances - best).mean()),
+        "above_best": float((distances - best).mean()),
         "paper_regret": sum(_away(d, p, own) - _away(p, p, True) for d, p in pairs) / len(pairs),
         "same_pick": None,
         "spearman": None,
-        "true_distances": distances.tolist(),
+        "true_regrets": distances.tolist(),
     }
     if own:
         result["same_pick"] = sum(float(torch.isin(p.picks, d.picks).double().mean()) for d, p in pairs) / len(pairs)
@@ -198,7 +199,7 @@ def probe_line(row: Mapping[str, Any]) -> str:
     """One probe to read."""
     shown = lambda key, form: "–" if row[key] is None else format(row[key], form)  # noqa: E731
     return (
-        f"{row['probe']:12} evaluations {row['overhead_evaluations']:+.1%}, cost {row['overhead_cost']:+.1%}, true distance "
-        f"{row['true_distance']:.3f} ± {shown('standard_error', '.3f')}, regret to the truth {row['true_regret']:.3f}, to the "
-        f"paper {row['paper_regret']:+.3f}, same pick {shown('same_pick', '.0%')}, Spearman {shown('spearman', '.2f')}"
+        f"{row['probe']:12} evaluations {row['overhead_evaluations']:+.1%}, cost {row['overhead_cost']:+.1%}, true regret "
+        f"{row['true_regret']:.3f} ± {shown('standard_error', '.3f')}, above the best {row['above_best']:.3f}, to the paper "
+        f"{row['paper_regret']:+.3f}, same pick {shown('same_pick', '.0%')}, Spearman {shown('spearman', '.2f')}"
     )

@@ -35,10 +35,11 @@ TABLES = {
 }
 EXPLAINED = {
     "probes": "Overheads are over the recipe without selection and fusion; `cost` counts evaluations, decoding and scoring at "
-    "their measured prices. True distance: of the picked prompt's mean reward (over many noises) from the level that the EMA "
-    "converges to, in its std, ± standard error. Regrets: to the best of the paper's candidates by that distance; to the "
-    "paper's picks by the distance of full-length scores from its EMA. Same pick: share of the paper's picks picked here too. "
-    "Spearman: of judging with full-length scores. –: other candidates than the paper's.\n\n",
+    "their measured prices. True regret: distance of the picked prompt's mean reward (over many noises) from the level that "
+    "the EMA converges to, in its std, ± standard error; beside it how much that is above the best of the paper's candidates. "
+    "Paper regret: how much farther from the paper's EMA the picks' full-length scores are than those of its own picks, in its "
+    "std. Same pick: share of the paper's picks that are picked here too. Spearman: of the judging with the full-length "
+    "scores. –: other candidates than the paper's.\n\n",
 }
 
 
@@ -82,7 +83,7 @@ def pages(results: Path) -> dict[Path, str]:
             if these:
                 parts.append(f"\n**{title}**\n\n{EXPLAINED.get(command, '')}{_table(command, these, results.parent)}")
                 if command == "probes":
-                    parts += [f"\n![True distance against overhead]({_picture(record)})\n" for _, record in these]
+                    parts += [f"\n![True regret against overhead]({_picture(record)})\n" for _, record in these]
         parts += _notes(mine)
     if others:
         lines = [f"- [{path.relative_to(results)}]({path.relative_to(results.parent)}): {case}" for path, case in others]
@@ -142,7 +143,17 @@ def _table(command: str, found: Sequence[tuple[Path, Record]], base: Path) -> st
         head = ["case", "rounds", "evaluations", "ours, s", "plain loop, s", "times faster"]
         rows = [[_link(path, record, base), *_baseline_row(record)] for path, record in found]
     elif command == "probes":
-        head = ["case", "probe", "evaluations", "cost", "true distance", "true regret", "paper regret", "same pick", "Spearman"]
+        head = [
+            "case",
+            "probe",
+            "evaluations",
+            "cost",
+            "true regret",
+            "above the best",
+            "paper regret",
+            "same pick",
+            "Spearman",
+        ]
         rows = [[_link(path, record, base), *_probe_row(row)] for path, record in found for row in record.facts["rows"]]
     elif command == "seeds":
         head = ["case", "prompts", "probe", "seeds", "end reward", "gain", "difference", "95 % interval"]
@@ -194,9 +205,9 @@ def _picture(record: Record) -> str:
 
 
 def scatter_of(record: Record) -> str:
-    """The probes of a record, true distance against overhead."""
+    """The probes of a record, true regret against overhead."""
     rows = record.facts["rows"]
-    points = [Point(row["probe"], row["overhead_cost"], row["true_distance"], row["standard_error"]) for row in rows]
+    points = [Point(row["probe"], row["overhead_cost"], row["true_regret"], row["standard_error"] or 0.0) for row in rows]
     return scatter(f"{record.case} on {record.device}: how well probes pick, against what they cost", points)
 
 
@@ -206,8 +217,8 @@ def _probe_row(row: dict[str, Any]) -> list[str]:
         row["probe"],
         f"{row['overhead_evaluations']:+.1%}",
         f"{row['overhead_cost']:+.1%}",
-        f"{row['true_distance']:.3f} ± {row['standard_error']:.3f}",
-        shown("true_regret", ".3f"),
+        f"{row['true_regret']:.3f} ± {shown('standard_error', '.3f')}",
+        shown("above_best", ".3f"),
         shown("paper_regret", "+.3f"),
         shown("same_pick", ".0%"),
         shown("spearman", ".2f"),

@@ -34,9 +34,9 @@ def test_quality_by_hand() -> None:
     paper = Drawn(numbers, torch.tensor([0, 3]), scores, 0.6, 0.2)
     other = Drawn(numbers, torch.tensor([1, 3]), torch.tensor([[0.9, 0.5], [0.1, 0.7]], dtype=torch.float64), 0.3, 0.1)
     found = quality([other, other], [paper, paper], truth)
-    assert found["true_distance"] == pytest.approx((0 + 1) / 2) and found["standard_error"] == 0
+    assert found["true_regret"] == pytest.approx((0 + 1) / 2) and found["standard_error"] == 0
     assert quality([other], [paper], truth)["standard_error"] is None
-    assert found["true_regret"] == pytest.approx(0.5 - (0 + 0.5) / 2)  # the best are prompts 1 and 2
+    assert found["above_best"] == pytest.approx(0.5 - (0 + 0.5) / 2)  # the best are prompts 1 and 2
     assert found["paper_regret"] == pytest.approx(((0.3 + 0.1) / 2 - (0.1 + 0.1) / 2) / 0.2)
     assert found["same_pick"] == 0.5
     assert found["spearman"] == pytest.approx(stats.spearmanr([0.9, 0.5, 0.1, 0.7], [0.5, 0.9, 0.1, 0.7]).statistic)
