@@ -284,11 +284,14 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
             "--iterations", "--rounds", type=int, default=6, dest="rounds", help="measured rounds (default: 6)"
         )
         if name == "budget":
-            measuring.add_argument("--probes", help="gate these probes instead of the recipe's own: names, separated by commas")
+            measuring.add_argument(
+                "--probes", help="measure and gate these probes, no host plans; `bench probes --help` names them"
+            )
         if name == "iteration":
             measuring.add_argument("--peak", type=float, default=0.0, metavar="TFLOPS", help="peak that utilisation refers to")
         measuring.set_defaults(run=_bench_recipe, recipe_keys=True)
         _add_record_options(measuring)
+    known = "known: full, short-4, short-2, racing, pool-3, pool-2, memory, memory-2, memory+pool, random"
     seeds = bench.add_parser(
         "seeds",
         help="end reward of several probes over seeds, with paired intervals",
@@ -296,9 +299,11 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
         usage="adagrpo bench seeds [RECIPE] [--section.key VALUE …] [options]",
         allow_abbrev=False,
     )
-    seeds.add_argument("--probes", default="full,memory", help="the first is what the others are compared with")
-    seeds.add_argument("--mixes", default="tiny:even,tiny:wide", help="sources of prompts (default: tiny:even,tiny:wide)")
-    seeds.add_argument("--seeds", type=int, default=5, help="0 to this number - 1 (default: 5)")
+    seeds.add_argument(
+        "--probes", default="full,memory", help=f"the others are compared with the first (default: full,memory); {known}"
+    )
+    seeds.add_argument("--mixes", help="sources of prompts (default: the recipe's; of recipe tiny also tiny:wide)")
+    seeds.add_argument("--seeds", type=int, default=5, help="how many, from the recipe's train.seed on (default: 5)")
     seeds.add_argument("--jobs", type=int, default=1, help="trainings at once (default: 1)")
     seeds.add_argument("--log", type=Path, help="finished trainings, to go on from (default: runs/seeds-<recipe>.jsonl)")
     seeds.set_defaults(run=_bench_seeds, recipe_keys=True)
@@ -310,7 +315,7 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
         usage="adagrpo bench probes [RECIPE] [--section.key VALUE …] [options]",
         allow_abbrev=False,
     )
-    probes.add_argument("--probes", help="names, separated by commas (default: all)")
+    probes.add_argument("--probes", help=f"names, separated by commas (default: all); {known}")
     probes.add_argument("--draws", type=int, default=60, help="of each probe; the first third is left out (default: 60)")
     probes.add_argument("--noises", type=int, default=16, help="images per prompt that are its truth (default: 16)")
     probes.add_argument("--rounds", type=int, default=3, help="iterations that costs are measured on (default: 3)")
@@ -384,7 +389,8 @@ def _bench_seeds(args: argparse.Namespace, rest: list[str]) -> int:
     _at_least(args, seeds=1, jobs=1)
     config = _named_recipe("tiny", rest, "bench seeds")
     log = args.log or Path(f"runs/seeds-{config.name}.jsonl")
-    study = Study(tuple(args.probes.split(",")), tuple(args.mixes.split(",")), args.seeds, args.jobs, log)
+    mixes = "tiny:even,tiny:wide" if config.data.prompts == "tiny:even" else config.data.prompts
+    study = Study(tuple(args.probes.split(",")), tuple((args.mixes or mixes).split(",")), args.seeds, args.jobs, log)
     return seeds_command(config, study, args.out, args.argv, args.note)
 
 

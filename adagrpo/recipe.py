@@ -257,6 +257,12 @@ def _check_probe(c: Config) -> typing.Iterator[Problem]:
             list(s.race_steps),
             f"must rise within 1 … {steps - 1} (rollout.steps = {steps})",
         )
+    if s.judge == "racing" and len(s.race_steps) > (halvings := (s.candidates - 1).bit_length()):
+        yield (
+            "selection.race_steps",
+            list(s.race_steps),
+            f"{s.candidates} candidates can be halved {halvings} times",
+        )
     if s.finalists > s.candidates:
         yield "selection.finalists", s.finalists, f"must be at most selection.candidates = {s.candidates}"
     if s.judge != "full" and c.rollout.fork_velocity == "probe":

@@ -373,7 +373,7 @@ class Trainer:
                 "selection/status": self.status,
             }
         elif draw.scores is not None:
-            picked = draw.scores[0].flatten()[draw.picks.clamp_min(0)]
+            picked = torch.where(draw.picks >= 0, draw.scores[0].flatten()[draw.picks.clamp_min(0)], torch.nan)
             metrics |= {
                 "selection/ema_mean": self.capability.mean[0],
                 "selection/ema_std": self.capability.std[0],

@@ -39,7 +39,7 @@ ROWS, LENGTH, CHANNELS = 48, 16, 16  # the largest batch of the published schedu
 
 
 def recipe(**engine: Any) -> Config:
-    """The published schedule on tiny-flux, with fresh fork velocities, so that every probe goes with it."""
+    """The published schedule on tiny-flux, with fresh fork velocities, as cheap probes need them: one recipe for all."""
     config = load_recipe("bench-tiny")
     rollout = dataclasses.replace(config.rollout, fork_velocity="fresh")
     return dataclasses.replace(config, rollout=rollout, engine=dataclasses.replace(config.engine, **engine))

@@ -14,3 +14,16 @@ def prompts() -> list[str]:
 
 def reward():
     return half_bright
+
+
+def broken():
+    """A reward that fails in training, not when it is tried."""
+    calls = []
+
+    def score(images, prompts):
+        calls.append(1)
+        if len(calls) > 3:
+            raise RuntimeError("no disk")
+        return half_bright(images, prompts)
+
+    return score

@@ -126,16 +126,17 @@ def test_full_disk_while_saving_keeps_the_earlier_checkpoint(tmp_path, monkeypat
     assert [p.name for p in fit.run.checkpoints.iterdir()] == ["step-000002"]
 
 
+@pytest.mark.parametrize("flat", [0, 1])
 @pytest.mark.parametrize("plan", ["fork", "trajectory"])
-def test_groups_without_spread_are_refilled_from_new_prompts(plan: str) -> None:
-    """Slot 0 of the first draw is flat; the refilled iteration trains on the second draw's prompt there."""
+def test_groups_without_spread_are_refilled_from_new_prompts(plan: str, flat: int) -> None:
+    """One slot of the first draw is flat; the refilled iteration trains on the second draw's prompt there."""
     calls = []
 
     def flat_at_first(images, prompts):
         calls.append(len(images))
         scores = half_bright(images, prompts)
         if len(calls) == 2:  # the rollout of the first draw; slot 0 has the first three candidates
-            scores[prompts.text_index < 3] = 0.5
+            scores[prompts.text_index // 3 == flat] = 0.5
         return scores
 
     config = toy_config(
@@ -145,13 +146,17 @@ def test_groups_without_spread_are_refilled_from_new_prompts(plan: str) -> None:
         selection={"candidates": 3},
     )
     trainer = toy_trainer(config, reward=flat_at_first)
+    refill, refilled = trainer.refill, []
+    trainer.refill = lambda draw: refilled.append(refill(draw)) or refilled[0]
     metrics = trainer.iteration()
     numbers, _ = read_metrics(metrics)
     assert trainer.draws == 2 and trainer.stream.position == 2 * 3 + 1 * 3
     assert numbers["advantage/equal_groups"] == 0 and numbers["policy/ratio_deviation"] <= 1e-6
     picked = metrics["selection/picked"]
     second_draw = picked.texts[6:]
-    assert picked[0] in second_draw and picked[1] not in second_draw
+    assert picked[flat] in second_draw and picked[1 - flat] not in second_draw
+    assert (refilled[0].picks // 3).tolist() == [0, 1]
+    assert second_draw[int(refilled[0].picks[flat]) % 3] == picked[flat]
 
 
 def test_skipped_groups_leave_the_average() -> None:

@@ -23,8 +23,14 @@ PROBES: dict[str, dict[str, Any]] = {
     "memory+pool": {"probe": "memory+pool"},
     "random": {"strategy": "random"},
 }
-"""Changes of ``selection`` by name. A race's previews come after 5, 6 and 7 eighths of the steps; ``random`` is the control."""
-RACE = (0.625, 0.75, 0.875)
+"""Changes of ``selection`` by name; ``random`` draws prompts blindly, the control."""
+READ = {
+    "full": ("strategy", "kwargs"),
+    "short": (),
+    "racing": ("race_steps",),
+    "memory": ("half_life", "noise_share", "group_evidence"),
+}
+"""Keys of ``selection`` that a judge reads beside those of ``PROBES``."""
 
 
 def default_recipe(command: str) -> str:
@@ -74,23 +80,32 @@ def hosts(config: Config) -> tuple[dict[str, Config], dict[str, str]]:
 
 
 def with_probe(config: Config, name: str) -> Config:
-    """The recipe with another probe of ``PROBES``; forks take fresh velocities where that probe has none to give them.
+    """The recipe with another probe of ``PROBES``; keys that this probe reads stay, forks take fresh velocities where it has
+    none to give them.
 
     Raises:
         InputError: unknown name, or a recipe that cannot have it.
     """
     if name not in PROBES:
         raise InputError(f"--probes: unknown probe {name!r}: one of {', '.join(PROBES)}")
-    keys, rollout, default = dict(PROBES[name]), config.rollout, SelectionConfig()
-    if keys.get("probe") == "racing":
-        keys["race_steps"] = tuple(round(share * rollout.steps) for share in RACE)
-    keys = {"candidates": config.selection.candidates, "alpha": config.selection.alpha, **keys}
-    selection = dataclasses.replace(default, **keys)
-    if selection.judge != "full" and rollout.fork_velocity == "probe":
+    keys, own, rollout = PROBES[name], config.selection, config.rollout
+    judge = dataclasses.replace(own, **keys).judge
+    read = {"candidates", "alpha", *READ[judge]} if "strategy" not in keys else {"candidates", "alpha"}
+    keys = {key: getattr(own, key) for key in read} | keys
+    if judge == "racing" and own.judge != "racing":
+        keys["race_steps"] = race_steps(keys["candidates"], rollout.steps)
+    selection = dataclasses.replace(SelectionConfig(), **keys)
+    if judge != "full" and rollout.fork_velocity == "probe":
         rollout = dataclasses.replace(rollout, fork_velocity="fresh")
     changed = dataclasses.replace(config, selection=selection, rollout=rollout)
     check(changed)
     return changed
+
+
+def race_steps(candidates: int, steps: int) -> tuple[int, ...]:
+    """Previews after 5, 6 and 7 eighths of the steps, as many of the last ones as halve the field."""
+    found = sorted({min(max(1, round(share * steps)), steps - 1) for share in (0.625, 0.75, 0.875)})
+    return tuple(found[-(candidates - 1).bit_length() :])
 
 
 def _name(config: Config) -> str:

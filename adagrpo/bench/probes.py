@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..algorithm.sde import Stream
 from ..config import Config
+from ..errors import InputError
 from ..evaluation import evaluate
 from ..models.base import FlowModel
 from ..planning import planned_calls
@@ -62,7 +63,13 @@ class Truth:
 
 
 def probes_command(config: Config, names: Sequence[str], draws: int, noises: int, options: Options) -> int:
-    """Measure every probe, print, record."""
+    """Measure every probe, print, record.
+
+    Raises:
+        InputError: an unknown probe, or a recipe with several rewards, whose picks have no single truth.
+    """
+    if len(config.rewards) > 1:
+        raise InputError("bench probes: the truth of a prompt is its mean reward: name a recipe with one reward")
     recipes = {name: with_probe(config, name) for name in dict.fromkeys(["full", *names])}
     plain = bench_trainer(without_adagrpo(config))
     model = plain.model
@@ -131,23 +138,26 @@ def _no_groups(anchors: Any, anchor_row: Any, picked: Any, picks: Tensor, condit
 
 
 def cost(config: Config, plain: Sequence[Iteration]) -> dict[str, float]:
-    """What a probe adds to the recipe without selection and fusion: evaluations, images decoded and scored, and both at the
-    cost per piece that ``plain``, measured iterations of that recipe, had."""
-    counts, before = planned_calls(config), plain[-1]
-    evaluations = sum(sum(rows) for phase, rows in counts.items() if phase != "decode")
-    images = sum(counts["decode"])
+    """What a probe adds to its recipe without selection and fusion: evaluations, images decoded and scored, and both at the
+    cost per piece that ``plain``, measured iterations without them, had."""
+    (evaluations, images), (before, images_before) = planned_work(config), planned_work(without_adagrpo(config))
     median = lambda values: Series("s", tuple(values)).median  # noqa: E731
     sampled = ("probe", "prefix", "rollout")
     forward = median(sum(i.seconds[p] for p in sampled) / sum(i.evaluations.get(p, 0) for p in sampled) for i in plain)
     image = median((i.seconds["decode"] + i.seconds["reward"]) / i.images for i in plain)
-    more_evaluations, more_images = evaluations - sum(before.evaluations.values()), images - before.images
-    seconds = median(i.total for i in plain)
+    seconds = (evaluations - before) * forward + (images - images_before) * image
     return {
         "evaluations": evaluations,
         "images": images,
-        "overhead_evaluations": more_evaluations / sum(before.evaluations.values()),
-        "overhead_cost": (more_evaluations * forward + more_images * image) / seconds,
+        "overhead_evaluations": (evaluations - before) / before,
+        "overhead_cost": seconds / median(i.total for i in plain),
     }
+
+
+def planned_work(config: Config) -> tuple[int, int]:
+    """Evaluations and decoded images of an iteration."""
+    calls = planned_calls(config)
+    return sum(sum(rows) for phase, rows in calls.items() if phase != "decode"), sum(calls["decode"])
 
 
 def quality(found: Sequence[Drawn], paper: Sequence[Drawn], truth: Truth) -> dict[str, Any]:
@@ -155,19 +165,22 @@ def quality(found: Sequence[Drawn], paper: Sequence[Drawn], truth: Truth) -> dic
 
     Returns:
         ``true_regret``, distance of the picked prompts' mean rewards from the level, its standard error over draws and its
-        values draw by draw; ``above_best``, how much that exceeds the best of the paper's candidates of each slot;
-        ``paper_regret``, how much farther from the paper's EMA the picks' full-length scores are than those of its own picks,
-        in its std; ``same_pick``, the share of the paper's picks that are picked here too; ``spearman`` of the judging scores
-        with the full-length ones.
+        values draw by draw; its ``difference`` to the paper's, paired by draw, with ``difference_error``; ``above_best``, how
+        much it exceeds that of the best of the paper's candidates of each slot; ``paper_regret``, how much farther from the
+        paper's EMA the picks' full-length scores are than those of its own picks, in its std; ``same_pick``, the share of the
+        paper's picks that are picked here too; ``spearman`` of the judging scores with the full-length ones.
     None where the candidates are not the paper's.
     """
     pairs = list(zip(found, paper, strict=True))
-    distances = torch.stack([truth.distance(d.numbers.flatten()[d.picks]).mean() for d in found])
+    distances, reference = (torch.stack([_true_regret(d, truth) for d in each]) for each in (found, paper))
     best = torch.stack([truth.distance(p.numbers).amin(1).mean() for p in paper])
+    error = lambda values: float(values.std() / len(values) ** 0.5) if len(values) > 1 else None  # noqa: E731
     own = all(d.numbers.shape == p.numbers.shape for d, p in pairs)
     result = {
         "true_regret": float(distances.mean()),
-        "standard_error": float(distances.std() / len(found) ** 0.5) if len(found) > 1 else None,
+        "standard_error": error(distances),
+        "difference": float((distances - reference).mean()),
+        "difference_error": error(distances - reference),
         "above_best": float((distances - best).mean()),
         "paper_regret": sum(_away(d, p, own) - _away(p, p, True) for d, p in pairs) / len(pairs),
         "same_pick": None,
@@ -182,11 +195,17 @@ def quality(found: Sequence[Drawn], paper: Sequence[Drawn], truth: Truth) -> dic
     return result
 
 
+def _true_regret(draw: Drawn, truth: Truth) -> Tensor:
+    """Mean over the slots that have a pick."""
+    return truth.distance(draw.numbers.flatten()[draw.picks[draw.picks >= 0]]).mean()
+
+
 def _away(draw: Drawn, paper: Drawn, own: bool) -> float:
     """Mean distance of the picks' full-length scores from the paper's EMA; ``own``: its probe had the same candidates."""
     scores = paper.scores if own else draw.scores
     assert scores is not None
-    return float((scores.flatten()[draw.picks] - paper.mean).abs().nanmean()) / paper.std
+    picks = draw.picks[draw.picks >= 0]
+    return float((scores.flatten()[picks] - paper.mean).abs().nanmean()) / paper.std
 
 
 def _spearman(judged: Tensor, full: Tensor) -> float:

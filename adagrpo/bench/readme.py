@@ -12,6 +12,7 @@ from ..run.charts import number
 from .measure import PHASES
 from .picture import Bars, Point, draw, scatter
 from .records import Record, read_record
+from .seeds import interval
 from .statistics import Series
 
 PICTURE = "phases.svg"
@@ -36,7 +37,8 @@ TABLES = {
 EXPLAINED = {
     "probes": "Overheads are over the recipe without selection and fusion; `cost` counts evaluations, decoding and scoring at "
     "their measured prices. True regret: distance of the picked prompt's mean reward (over many noises) from the level that "
-    "the EMA converges to, in its std, ± standard error; beside it how much that is above the best of the paper's candidates. "
+    "the EMA converges to, in its std, ± standard error; beside it the difference to `full`, paired by draw, and how much it "
+    "is above the best of the paper's candidates (best by these means, noise included: too much for every probe alike). "
     "Paper regret: how much farther from the paper's EMA the picks' full-length scores are than those of its own picks, in its "
     "std. Same pick: share of the paper's picks that are picked here too. Spearman: of the judging with the full-length "
     "scores. –: other candidates than the paper's.\n\n",
@@ -218,6 +220,7 @@ def _probe_row(row: dict[str, Any]) -> list[str]:
         f"{row['overhead_evaluations']:+.1%}",
         f"{row['overhead_cost']:+.1%}",
         f"{row['true_regret']:.3f} ± {shown('standard_error', '.3f')}",
+        f"{row['difference']:+.3f} ± {shown('difference_error', '.3f')}",
         shown("above_best", ".3f"),
         shown("paper_regret", "+.3f"),
         shown("same_pick", ".0%"),
@@ -230,8 +233,8 @@ def _seed_rows(record: Record) -> list[list[str]]:
     for row in record.facts["rows"]:
         against = "reference", ""
         if "difference" in row:
-            against = f"{row['difference']:+.4f}", f"{row['low']:+.4f} … {row['high']:+.4f}"
-        names = [row["prompts"], row["probe"], str(record.facts["seeds"])]
+            against = f"{row['difference']:+.4f}", interval(row)
+        names = [row["prompts"], row["probe"], str(len(record.facts["seeds"]))]
         rows.append([*names, f"{row['end']:.4f}", f"{row['gain']:+.4f}", *against])
     return rows
 

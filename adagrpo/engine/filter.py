@@ -21,8 +21,8 @@ class CheapFilter:
         half_life, noise_share, group_evidence: as the recipe's ``selection`` keys.
         levels: EMA of the judging scores, one per stage: of short probes, of each preview of a race; none for memory.
         posterior: of every prompt's mean reward; None without memory.
-        recent: [stages, M, P*B], scores of the last B draws' uniform candidates at a race's previews, then in full length; NaN
-            before there are any.
+        recent: [n, M, P*B], scores of the last B draws' uniform candidates, at a race's previews from the second on, then in
+            full length; NaN before there are any.
     """
 
     candidates: int
@@ -47,7 +47,7 @@ class CheapFilter:
         group_evidence: float = 2.0,
     ) -> CheapFilter:
         """Nothing seen yet; candidates are judged at ``stages``, and ``remembered`` prompts have a posterior (0: none)."""
-        recent = torch.full((stages + 1, rewards, slots * candidates), torch.nan, dtype=torch.float64, device=device)
+        recent = torch.full((max(stages, 1), rewards, slots * candidates), torch.nan, dtype=torch.float64, device=device)
         posterior = PromptPosterior.empty(rewards, remembered, device) if remembered else None
         levels = tuple(CapabilityState.for_rewards(rewards, device) for _ in range(stages))
         return cls(candidates, half_life, noise_share, group_evidence, levels, posterior, recent)

@@ -69,7 +69,7 @@ class Probed:
     """What a probe found.
 
     Attributes:
-        picks: int64 [P], rows among the candidates [P*B]; -1 where there is none with a score.
+        picks: int64 [P], rows among the candidates [P*B]; -1 where none has a judging score.
         anchors: rollout whose first P rows are the picks', with what forks need; of plans without forks nothing of use.
         judged: [M, P, B], the last scores that candidates were judged by.
         capability: the EMA with this draw's full-length uniform scores.
@@ -92,20 +92,18 @@ class _Field:
     Attributes:
         rows: int64 [R], among all candidates.
         x: [R, L, C], latents now.
-        latents, velocities: [R, L, C] at the fork steps behind.
+        latents: [R, L, C] at the fork steps behind.
         preview: [R, L, C], the image expected at the last step, where it was asked for.
     """
 
     rows: Tensor
     x: Tensor
     latents: dict[int, Tensor] = dataclasses.field(default_factory=dict)
-    velocities: dict[int, Tensor] = dataclasses.field(default_factory=dict)
     preview: Tensor | None = None
 
     def only(self, index: Tensor) -> _Field:
         """Those at ``index``, int64 [R']."""
-        latents, velocities = ({k: t[index] for k, t in kept.items()} for kept in (self.latents, self.velocities))
-        return _Field(self.rows[index], self.x[index], latents, velocities)
+        return _Field(self.rows[index], self.x[index], {k: t[index] for k, t in self.latents.items()})
 
 
 class CheapProbe:
@@ -195,7 +193,9 @@ class CheapProbe:
                 distance = closest_distance(scores[:, :racing], level, self.weights).unflatten(0, (slots, -1))
                 left = nearest_rows(distance, stage.left, self.pooled)
                 picks = torch.where(distance.flatten()[left].isfinite(), field.rows[left], -1)
-                field = field.only(torch.cat([left, at_uniform] if self.forks or stage.left > 1 else [at_uniform]))
+                field = field.only(
+                    torch.cat([left, at_uniform] if self.forks or stage.last < self.race_steps[-1] else [at_uniform])
+                )
                 at_uniform = torch.arange(-slots, 0, device=uniform.device) + len(field.rows)
         text = candidates.conditioning.rows(field.rows)
         field = self._sampled(field, text, candidates.draw, self.race_steps[-1], self.steps)
@@ -206,7 +206,7 @@ class CheapProbe:
         slots, places = uniform.shape[0], candidates.places.flatten()
         with self.executor.phase("select"):
             judged, distance = state.judged(candidates.places, capability, self.weights, candidates.draw)
-            # Candidates that nothing tells apart are equally good: a draw among them, not always the first.
+            # While nothing tells candidates apart, one is drawn; later ties go to the first, of a stream that is shuffled.
             lucky = self.uniform(candidates, step=2)
             distance = distance.flatten().index_add(0, lucky, torch.full_like(distance[:, 0], -1e-9)).unflatten(0, (slots, -1))
             picks = nearest_rows(distance, self.finalists, self.pooled)
@@ -214,7 +214,8 @@ class CheapProbe:
         if self.finalists > 1:
             scores = self.score(field.x[:-slots], PromptRows(candidates.prompts, picks))
             with self.executor.phase("select"):
-                state = state.with_images(places[picks], scores, candidates.draw)
+                again = picks == uniform.repeat_interleave(self.finalists)  # the uniform candidate's image: scored below
+                state = state.with_images(places[picks], scores.masked_fill(again, torch.nan), candidates.draw)
                 shown = places[picks].unflatten(0, (slots, -1))
                 _, distance = state.judged(shown, capability, self.weights, candidates.draw)
                 best = nearest_rows(distance, 1, self.pooled)
@@ -236,13 +237,12 @@ class CheapProbe:
         plan = probe_plan(range(field.rows.shape[0]), range(first, last), keep)
         out = self.executor.run(plan, field.x, conditioning, draw, "probe")
         latents = field.latents | {k: out.latents[k - first] for k in kept}
-        velocities = field.velocities | {k: out.velocities[k - first] for k in kept}
         expected = None
         if preview:
             x, v = out.latents[last - 1 - first], out.velocities[last - 1 - first]
             sigma = self.executor.table.sigma[last - 1]
             expected = (x.to(sigma.dtype) - sigma * v.to(sigma.dtype)).to(x.dtype)
-        return _Field(field.rows, out.final, latents, velocities, expected)
+        return _Field(field.rows, out.final, latents, expected)
 
     def _sampled_whole(self, picks: Tensor, uniform: Tensor, candidates: Candidates) -> _Field:
         """The picks, where anything needs their images or what is behind them, and the uniform candidates, to the end."""
@@ -267,7 +267,7 @@ class CheapProbe:
         with self.executor.phase("select"):
             state = state.with_recent(-1, scores, draw).with_images(places[uniform], scores, draw)
             found = self._folded(capability, state.recent[-1].unsqueeze(1))
-        anchors = Rollout(field.x, field.latents, field.velocities, None)
+        anchors = Rollout(field.x, field.latents, {}, None)  # forks of cheap probes take fresh velocities
         return Probed(picks, anchors, judged, found.state, state, found.status)
 
     def _folded(self, level: CapabilityState, scores: Tensor, strategy: str = "closest") -> Selection:

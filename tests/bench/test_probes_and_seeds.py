@@ -1,20 +1,23 @@
 """What `adagrpo bench probes` and `seeds` say of picks and end rewards, against figures worked out by hand."""
 
+import dataclasses
 import json
 import math
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import pytest
 import torch
 from scipy import stats
 
-from adagrpo.bench.hosts import with_probe
+from adagrpo.bench.hosts import race_steps, with_probe, without_adagrpo
 from adagrpo.bench.measure import Iteration
 from adagrpo.bench.picture import Point, pareto_front, scatter
-from adagrpo.bench.probes import Drawn, Truth, cost, quality
-from adagrpo.bench.seeds import Study, digest, read_log, summary
+from adagrpo.bench.probes import Drawn, Truth, cost, planned_work, quality
+from adagrpo.bench.seeds import Study, digest, read_log, seeds_report, summary, trained
 from adagrpo.bench.statistics import paired_interval
 from adagrpo.cli import main
+from adagrpo.config import SelectionConfig
 from adagrpo.errors import InputError
 from adagrpo.recipe import load_recipe
 
@@ -57,13 +60,71 @@ def test_cost_is_priced_by_what_a_plain_iteration_took() -> None:
     """Recipe tiny, memory: 12 slots x 8 steps more, 12 images more; a forward costs 1 ms there, an image 10 ms."""
     config = load_recipe("tiny")
     evaluations = {"probe": 96, "prefix": 48, "rollout": 2112, "update": 48}
-    seconds = {"probe": 0.096, "prefix": 0.048, "rollout": 2.112, "decode": 3.0, "reward": 0.96}
-    plain = Iteration(8.0, seconds, evaluations, {}, 396, 0, None)
+    seconds = {"probe": 0.096, "prefix": 0.048, "rollout": 2.112, "decode": 3.0, "reward": 0.84}
+    plain = Iteration(8.0, seconds, evaluations, {}, 384, 0, None)
+    assert planned_work(without_adagrpo(config)) == (2304, 384)  # nothing reads a probe's image there
     found = cost(with_probe(config, "memory"), [plain])
-    assert found["evaluations"] == 2304 + 96 and found["images"] == 396
-    assert found["overhead_evaluations"] == pytest.approx(96 / 2304) and found["overhead_cost"] == pytest.approx(0.096 / 8)
+    assert found["evaluations"] == 2304 + 96 and found["images"] == 384 + 12
+    assert found["overhead_evaluations"] == pytest.approx(96 / 2304) and found["overhead_cost"] == pytest.approx(0.216 / 8)
     full = cost(with_probe(config, "full"), [plain])
-    assert full["images"] == 396 - 12 + 96 and full["overhead_cost"] == pytest.approx((7 * 96 * 1e-3 + 84 * 1e-2) / 8)
+    assert full["images"] == 384 + 96 and full["overhead_cost"] == pytest.approx((7 * 96 * 1e-3 + 96 * 1e-2) / 8)
+
+
+def test_each_probe_is_held_against_its_own_recipe_without_it() -> None:
+    """The released code's forks take the full probe's velocities, those of memory fresh ones: 16 more than 600, not 596."""
+    config = load_recipe("bench-tiny")
+    plain = Iteration(
+        1.0, dict.fromkeys(("probe", "rollout", "prefix", "decode", "reward"), 0.1), {"rollout": 1}, {}, 1, 0, None
+    )
+    assert cost(with_probe(config, "memory"), [plain])["overhead_evaluations"] == pytest.approx(16 / 600)
+    assert cost(with_probe(config, "full"), [plain])["overhead_evaluations"] == pytest.approx(144 / 596)
+
+
+def test_another_probe_keeps_the_keys_it_reads() -> None:
+    own = load_recipe("tiny")
+    keys = {"probe": "memory", "half_life": 30.0, "noise_share": 0.3, "alpha": 0.5, "candidates": 6}
+    config = dataclasses.replace(own, selection=dataclasses.replace(own.selection, **keys))
+    memory, full, racing = (with_probe(config, name).selection for name in ("memory-2", "full", "racing"))
+    assert (memory.half_life, memory.noise_share, memory.finalists) == (30.0, 0.3, 2)
+    assert full == SelectionConfig(candidates=6, alpha=0.5)
+    assert racing == SelectionConfig(candidates=6, alpha=0.5, probe="racing", race_steps=(5, 6, 7))
+    hardest = dataclasses.replace(own, selection=dataclasses.replace(own.selection, strategy="hardest"))
+    assert with_probe(hardest, "full").selection.strategy == "hardest"
+
+
+def test_previews_are_late_distinct_and_as_many_as_halve_the_field() -> None:
+    assert race_steps(10, 16) == (10, 12, 14) and race_steps(8, 8) == (5, 6, 7)
+    assert race_steps(2, 8) == (7,) and race_steps(3, 8) == (6, 7)
+    assert race_steps(8, 4) == (2, 3) and race_steps(8, 2) == (1,)
+
+
+def test_arms_are_named_once_and_count_from_the_recipes_seed() -> None:
+    config = load_recipe("tiny")
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=7))
+    study = Study(("full", "full", "memory"), ("tiny:even", "tiny:even"), 2, 1, Path("log"))
+    assert [str(arm) for arm in study.arms(config)] == [
+        f"{probe}, tiny:even, seed {seed}" for seed in (7, 8) for probe in ("full", "memory")
+    ]
+
+
+def test_a_log_of_other_prompts_is_refused(tmp_path) -> None:
+    study = Study(("full",), ("tiny:even",), 1, 1, tmp_path / "log")
+    arms = study.arms(load_recipe("tiny"))
+    study.log.write_text(json.dumps(arms[0].entry() | {"prompts_sha256": "another"}) + "\n")
+    with pytest.raises(InputError, match="full, tiny:even, seed 0 was trained on other prompts"):
+        trained(study, arms, {"threads": 1})
+
+
+def test_a_failed_training_is_named_and_nothing_starts_after_it(tmp_path, capsys) -> None:
+    keys = ["--model.family", "parts:model", "--model.max_text_tokens", "256", "--model.guidance", "3.5", "--train.slots", "1",
+            "--data.prompts", "parts:prompts", "--data.held_out", "parts:prompts", "--train.iterations", "2",
+            "--evaluation.final_prompts", "2", "--evaluation.final_noises", "1",
+            "--rewards.0.name", "parts:broken"]  # fmt: skip
+    files = ["--log", str(tmp_path / "log"), "--out", str(tmp_path / "results")]
+    assert main(["bench", "seeds", "tiny", *keys, *files, "--seeds", "3"]) == 1
+    out = capsys.readouterr()
+    assert "6 trainings" in out.out and not (tmp_path / "log").exists() and not (tmp_path / "results").exists()
+    assert "full, parts:prompts, seed 0: RunError" in out.err and "no disk" in out.err
 
 
 def test_the_front_is_what_nothing_beats() -> None:
@@ -93,13 +154,14 @@ def trainings() -> list[dict]:
     ]
 
 
-def test_summary_pairs_by_seed(tmp_path) -> None:
-    study = Study(("full", "memory"), ("tiny:even",), 2, 1, tmp_path / "log.jsonl")
-    series, facts = summary(trainings()[::-1], study)
+def test_summary_pairs_by_seed() -> None:
+    series, facts = summary(sorted(trainings(), key=lambda r: (r["probe"], -r["seed"])), "full")
     assert series["tiny:even/memory"].values == (0.71, 0.63)
     full, memory = facts["rows"]
     assert full["end"] == pytest.approx(0.65) and full["gain"] == pytest.approx(0.15) and "difference" not in full
     assert memory["difference"] == pytest.approx(0.02)
+    _, facts = summary([r for r in trainings() if r["seed"] == 0], "full")
+    assert facts["rows"][1]["low"] is None and "unknown: one seed" in seeds_report(facts)[2]
     assert memory["low"] == pytest.approx(0.02 - 12.706 * 0.01414 / math.sqrt(2), abs=1e-3)
 
 
