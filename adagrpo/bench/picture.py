@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 from ..run.charts import escape, number
@@ -86,6 +87,14 @@ def pareto_front(points: Sequence[Point]) -> list[Point]:
     return front
 
 
+def ticks(low: float, high: float) -> list[float]:
+    """Round numbers within [low, high], at most eight."""
+    rough = (high - low) / 7
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough)
+    return [step * i for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
 PLOT_HEIGHT, PLOT_BOTTOM, PLOT_LEFT = 420, 56, 70
 
 
@@ -100,10 +109,10 @@ def scatter(title: str, points: Sequence[Point]) -> str:
     at_y = lambda distance: TOP + height * (high - distance) / (high - low)  # noqa: E731
     parts = [f'<text x="12" y="24" font-weight="bold">{escape(title)}</text>']
     parts.append(f'<path d="M{PLOT_LEFT} {TOP}V{TOP + height}H{PLOT_LEFT + width}" fill="none" stroke="#888"/>')
-    for i in range(6):
-        cost, distance = x_top * i / 5, low + (high - low) * i / 5
+    for cost in ticks(0.0, x_top):
         parts.append(f'<text x="{at_x(cost):.1f}" y="{TOP + height + 18}" text-anchor="middle">{cost:+.0%}</text>')
-        parts.append(f'<text x="{PLOT_LEFT - 8}" y="{at_y(distance) + 4:.1f}" text-anchor="end">{distance:.2f}</text>')
+    for regret in ticks(low, high):
+        parts.append(f'<text x="{PLOT_LEFT - 8}" y="{at_y(regret) + 4:.1f}" text-anchor="end">{regret:.2f}</text>')
     parts.append(
         f'<text x="{PLOT_LEFT + width / 2:.0f}" y="{PLOT_HEIGHT - 14}" text-anchor="middle">overhead at measured cost: '
         f"evaluations, decoding, scoring</text>"
@@ -115,11 +124,13 @@ def scatter(title: str, points: Sequence[Point]) -> str:
     for p in points:
         x, y, whisker = at_x(p.cost), at_y(p.regret), 2 * p.error
         fill = COLOURS["rollout"] if p in front else "#fff"
+        crowded = any(0 < at_x(q.cost) - x < 60 and abs(at_y(q.regret) - y) < 40 for q in points)
+        label = (x - 9, "end") if crowded else (x + 9, "start")
         parts.append(
             f'<path d="M{x:.1f} {at_y(p.regret - whisker):.1f}V{at_y(p.regret + whisker):.1f}" stroke="#999"/>'
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{fill}" stroke="{COLOURS["rollout"]}"><title>{escape(p.label)}: '
             f"{p.cost:+.1%}, {p.regret:.3f} ± {p.error:.3f}</title></circle>"
-            f'<text x="{x + 9:.1f}" y="{y + 4:.1f}">{escape(p.label)}</text>'
+            f'<text x="{label[0]:.1f}" y="{y + 4:.1f}" text-anchor="{label[1]}">{escape(p.label)}</text>'
         )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{PLOT_HEIGHT}" viewBox="0 0 {WIDTH} {PLOT_HEIGHT}" '

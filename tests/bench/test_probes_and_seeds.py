@@ -12,7 +12,7 @@ from scipy import stats
 
 from adagrpo.bench.hosts import race_steps, with_probe, without_adagrpo
 from adagrpo.bench.measure import Iteration
-from adagrpo.bench.picture import Point, pareto_front, scatter
+from adagrpo.bench.picture import Point, pareto_front, scatter, ticks
 from adagrpo.bench.probes import Drawn, Truth, cost, planned_work, quality
 from adagrpo.bench.seeds import Study, digest, read_log, seeds_report, summary, trained
 from adagrpo.bench.statistics import paired_interval
@@ -137,6 +137,11 @@ def test_the_front_is_what_nothing_beats() -> None:
     assert [p.label for p in pareto_front(points)] == ["cheap", "good"]
     texts = [t.text for t in ElementTree.fromstring(scatter("a < b", points)).iter("{http://www.w3.org/2000/svg}text")]
     assert {"a < b", "dear", "good", "cheap", "bad"} <= set(texts)
+
+
+def test_ticks_are_round() -> None:
+    assert ticks(0.0, 0.31) == pytest.approx([0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3])
+    assert ticks(0.31, 0.64) == pytest.approx([0.35, 0.4, 0.45, 0.5, 0.55, 0.6])
 
 
 def test_paired_interval_against_scipy() -> None:
