@@ -4,6 +4,7 @@ import tomllib
 
 import pytest
 
+from adagrpo.bench.hosts import PROBES
 from adagrpo.cli import main
 
 
@@ -73,3 +74,9 @@ def test_a_wrong_value_names_the_command_once(capsys, command: str) -> None:
     assert left.value.code == 2
     error = capsys.readouterr().err
     assert f"adagrpo {command} tiny" in error and error.count("adagrpo") == 1
+
+
+def test_help_names_every_probe(capsys) -> None:
+    for command in ("probes", "seeds"):
+        words = " ".join(run(capsys, "bench", command, "--help")[1].split())
+        assert f"known: {', '.join(PROBES)}" in words

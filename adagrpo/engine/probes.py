@@ -193,9 +193,8 @@ class CheapProbe:
                 distance = closest_distance(scores[:, :racing], level, self.weights).unflatten(0, (slots, -1))
                 left = nearest_rows(distance, stage.left, self.pooled)
                 picks = torch.where(distance.flatten()[left].isfinite(), field.rows[left], -1)
-                field = field.only(
-                    torch.cat([left, at_uniform] if self.forks or stage.last < self.race_steps[-1] else [at_uniform])
-                )
+                over = stage.last == self.race_steps[-1] and not self.forks  # nobody needs the pick's own trajectory
+                field = field.only(at_uniform if over else torch.cat([left, at_uniform]))
                 at_uniform = torch.arange(-slots, 0, device=uniform.device) + len(field.rows)
         text = candidates.conditioning.rows(field.rows)
         field = self._sampled(field, text, candidates.draw, self.race_steps[-1], self.steps)
@@ -214,7 +213,7 @@ class CheapProbe:
         if self.finalists > 1:
             scores = self.score(field.x[:-slots], PromptRows(candidates.prompts, picks))
             with self.executor.phase("select"):
-                again = picks == uniform.repeat_interleave(self.finalists)  # the uniform candidate's image: scored below
+                again = (picks.unsqueeze(1) == uniform).any(1)  # the very images that are scored below
                 state = state.with_images(places[picks], scores.masked_fill(again, torch.nan), candidates.draw)
                 shown = places[picks].unflatten(0, (slots, -1))
                 _, distance = state.judged(shown, capability, self.weights, candidates.draw)
