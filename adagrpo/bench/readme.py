@@ -41,7 +41,7 @@ EXPLAINED = {
     "is above the best of the paper's candidates (best by these means, noise included: too much for every probe alike). "
     "Paper regret: how much farther from the paper's EMA the picks' full-length scores are than those of its own picks, in its "
     "std. Same pick: share of the paper's picks that are picked here too. Spearman: of the judging with the full-length "
-    "scores. –: other candidates than the paper's.\n\n",
+    "scores. –: other candidates than the paper's. `random` picks blindly, and pays for full probes that feed the EMA.\n\n",
 }
 
 
