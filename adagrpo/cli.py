@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .config import Config
@@ -278,8 +278,7 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
         ("budget", "what selection and fusion cost; exit code 1 above the recipe's budget"),
         ("baseline", "against a plain implementation of the published loop"),
     ):
-        usage = f"adagrpo bench {name} [RECIPE] [--section.key VALUE …] [options]"
-        measuring = bench.add_parser(name, help=does, description=f"Measure: {does}.", usage=usage, allow_abbrev=False)
+        measuring = _bench_parser(bench, name, does, f"Measure: {does}.", _bench_recipe)
         measuring.add_argument(
             "--iterations", "--rounds", type=int, default=6, dest="rounds", help="measured rounds (default: 6)"
         )
@@ -289,15 +288,13 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
             )
         if name == "iteration":
             measuring.add_argument("--peak", type=float, default=0.0, metavar="TFLOPS", help="peak that utilisation refers to")
-        measuring.set_defaults(run=_bench_recipe, recipe_keys=True)
-        _add_record_options(measuring)
     known = "known: full, short-4, short-2, racing, pool-3, pool-2, memory, memory-2, memory+pool, random"
-    seeds = bench.add_parser(
+    seeds = _bench_parser(
+        bench,
         "seeds",
-        help="end reward of several probes over seeds, with paired intervals",
-        description="Train every probe on every mix of prompts from every seed, and compare the end rewards.",
-        usage="adagrpo bench seeds [RECIPE] [--section.key VALUE …] [options]",
-        allow_abbrev=False,
+        "end reward of several probes over seeds, with paired intervals",
+        "Train every probe on every mix of prompts from every seed, and compare the end rewards.",
+        _bench_seeds,
     )
     seeds.add_argument(
         "--probes", default="full,memory", help=f"the others are compared with the first (default: full,memory); {known}"
@@ -306,21 +303,17 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     seeds.add_argument("--seeds", type=int, default=5, help="how many, from the recipe's train.seed on (default: 5)")
     seeds.add_argument("--jobs", type=int, default=1, help="trainings at once (default: 1)")
     seeds.add_argument("--log", type=Path, help="finished trainings, to go on from (default: runs/seeds-<recipe>.jsonl)")
-    seeds.set_defaults(run=_bench_seeds, recipe_keys=True)
-    _add_record_options(seeds)
-    probes = bench.add_parser(
+    probes = _bench_parser(
+        bench,
         "probes",
-        help="how well each probe picks, and what it costs",
-        description="Let every probe pick with the policy held still, and compare the picks with the paper's and the truth.",
-        usage="adagrpo bench probes [RECIPE] [--section.key VALUE …] [options]",
-        allow_abbrev=False,
+        "how well each probe picks, and what it costs",
+        "Let every probe pick with the policy held still, and compare the picks with the paper's and the truth.",
+        _bench_probes,
     )
     probes.add_argument("--probes", help=f"names, separated by commas (default: all); {known}")
     probes.add_argument("--draws", type=int, default=60, help="of each probe; the first third is left out (default: 60)")
     probes.add_argument("--noises", type=int, default=16, help="images per prompt that are its truth (default: 16)")
     probes.add_argument("--rounds", type=int, default=3, help="iterations that costs are measured on (default: 3)")
-    probes.set_defaults(run=_bench_probes, recipe_keys=True)
-    _add_record_options(probes)
     compare = bench.add_parser("compare", help="differences of two records beyond noise")
     compare.add_argument("before", type=Path, metavar="A.json")
     compare.add_argument("after", type=Path, metavar="B.json")
@@ -334,6 +327,17 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     readme.add_argument("--results", type=Path, default=Path("bench/results"), help="folder of the records")
     readme.add_argument("--check", action="store_true", help="write nothing; exit code 1 when out of date")
     readme.set_defaults(run=_bench_readme)
+
+
+def _bench_parser(
+    bench: argparse._SubParsersAction, name: str, does: str, description: str, run: Callable[..., int]
+) -> argparse.ArgumentParser:
+    """A command that measures a recipe, whose keys it takes, and writes a record."""
+    usage = f"adagrpo bench {name} [RECIPE] [--section.key VALUE …] [options]"
+    command = bench.add_parser(name, help=does, description=description, usage=usage, allow_abbrev=False)
+    command.set_defaults(run=run, recipe_keys=True)
+    _add_record_options(command)
+    return command
 
 
 def _add_record_options(parser: argparse.ArgumentParser) -> None:

@@ -125,8 +125,9 @@ def _watched_numbers(one: Trainer) -> list[int]:
     numbers = one.stream.take_numbers
 
     def keep(count: int) -> list[int]:
-        taken.extend(numbers(count))
-        return list(taken)
+        found = numbers(count)
+        taken.extend(found)
+        return found
 
     one.stream.take_numbers = keep  # type: ignore[method-assign]
     return taken
