@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 import os
 import shutil
@@ -25,6 +24,7 @@ from .engine.backends import (
     precision_problem,
 )
 from .run.folder import PACKAGES, describe_machine
+from .strict_json import from_json
 
 FIDELITY = Path("runs/fidelity")
 MAKE_FIDELITY = "adagrpo fidelity RECIPE --engine.precision fp8"
@@ -106,8 +106,8 @@ def fidelity(folder: Path, device: torch.device) -> Iterator[str]:
     recipes = []
     for path in sorted(folder.glob("*.json")):
         try:
-            found = json.loads(path.read_text("utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
+            found = from_json(path.read_text("utf-8"))
+        except (OSError, ValueError) as error:
             yield f"{path}: not readable JSON ({type(error).__name__})"
             continue
         try:

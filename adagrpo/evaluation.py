@@ -18,7 +18,11 @@ Scorer = Callable[[Tensor, PromptRows], Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class PairedGain:
-    """Mean of after - before over prompts, with its 95 % t interval; rewards are means over noises."""
+    """Mean of after - before over prompts, with its 95 % t interval; rewards are means over noises.
+
+    Only what was scored both times counts. ``low`` and ``high`` are NaN with fewer than two such prompts: a single
+    difference has no interval; without any, all rewards are NaN.
+    """
 
     before: float
     after: float
@@ -29,10 +33,13 @@ class PairedGain:
     noises: int
 
     def __str__(self) -> str:
-        return (
-            f"held-out reward {self.before:.3f} → {self.after:.3f}: {self.gain:+.3f} "
-            f"(95 % {self.low:+.3f} … {self.high:+.3f}, {self.prompts} prompts x {self.noises} noises)"
-        )
+        if not self.prompts:
+            return "held-out reward: no comparison, for no prompt has a finite reward before and after"
+        interval = f"95 % {self.low:+.3f} … {self.high:+.3f}" if self.prompts > 1 else "no interval"
+        prompts = f"{self.prompts} {'prompt' if self.prompts == 1 else 'prompts'}"
+        noises = f"{self.noises} {'noise' if self.noises == 1 else 'noises'}"
+        moved = f"held-out reward {self.before:.3f} → {self.after:.3f}: {self.gain:+.3f}"
+        return f"{moved} ({interval}, {prompts} x {noises})"
 
 
 def sample_latents(executor: RolloutExecutor, prompts: Sequence[str], noises: int, stream: Stream) -> Tensor:
@@ -62,17 +69,21 @@ def evaluate(executor: RolloutExecutor, score: Scorer, prompts: Sequence[str], n
 
 
 def paired_gain(before: Tensor, after: Tensor) -> PairedGain:
-    """Compare scores [N prompts, noises] taken on the same prompts and noises; prompts are the independent unit."""
+    """Compare scores [N prompts, noises] taken on the same prompts and noises; prompts are the independent unit.
+
+    An image without a finite score, before or after, is left out of both.
+    """
     from scipy.stats import t
 
-    first, second = before.double().nanmean(1), after.double().nanmean(1)
-    difference = (second - first)[(second - first).isfinite()]
+    scored = before.isfinite() & after.isfinite()
+    first, second = (scores.double().where(scored, torch.nan).nanmean(1)[scored.any(1)] for scores in (before, after))
+    difference = second - first
     n = difference.numel()
     gain = float(difference.mean())
     half = float(t.ppf(0.975, n - 1) * difference.std() / n**0.5) if n > 1 else float("nan")
     return PairedGain(
-        before=float(first.nanmean()),
-        after=float(second.nanmean()),
+        before=float(first.mean()),
+        after=float(second.mean()),
         gain=gain,
         low=gain - half,
         high=gain + half,

@@ -76,9 +76,8 @@ class Fidelity:
         return self.spearman >= SPEARMAN and picks
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values; NaN becomes null."""
-        values = dataclasses.asdict(self) | {"passed": self.passed}
-        return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in values.items()}
+        """Plain values."""
+        return dataclasses.asdict(self) | {"passed": self.passed}
 
     def __str__(self) -> str:
         levers = ", ".join(f"{key} = {value}" for key, value in self.levers.items())

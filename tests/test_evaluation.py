@@ -27,3 +27,19 @@ def test_failed_scores_are_left_out() -> None:
     after = torch.tensor([[0.5, 0.5], [1.5, 1.5], [9.0, 9.0]])
     gain = paired_gain(before, after)
     assert gain.prompts == 2 and gain.gain == pytest.approx(0.5)
+
+
+def test_a_score_that_failed_once_is_left_out_both_times() -> None:
+    before = torch.tensor([[0.0, math.nan, 9.0], [1.0, 1.0, 1.0], [math.nan, math.inf, 5.0]])
+    after = torch.tensor([[0.5, 7.0, math.nan], [1.5, 1.5, 1.5], [9.0, 9.0, -math.inf]])
+    gain = paired_gain(before, after)
+    assert (gain.before, gain.after, gain.gain, gain.prompts) == pytest.approx((0.5, 1.0, 0.5, 2))
+
+
+@pytest.mark.parametrize(
+    ("after", "said"),
+    [([[0.5]], "held-out reward 0.250 → 0.500: +0.250 (no interval, 1 prompt x 1 noise)"), ([[math.nan]], "no comparison")],
+)
+def test_too_few_prompts_for_an_interval_are_said_in_words(after: list[list[float]], said: str) -> None:
+    gain = paired_gain(torch.tensor([[0.25]]), torch.tensor(after))
+    assert said in str(gain) and "nan" not in str(gain)

@@ -12,6 +12,7 @@ from adagrpo.cli import main
 from adagrpo.config import Config, EngineConfig, RolloutConfig, SelectionConfig
 from adagrpo.fidelity import Fidelity, changed_levers, compare
 from adagrpo.rewards import build_reward
+from adagrpo.strict_json import to_json
 from adagrpo.tiny.prompts import training_prompts
 
 PROMPTS = training_prompts("wide")[:60]
@@ -54,7 +55,7 @@ def test_broken_rollouts_fail(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_written_threshold(spearman: float, same_pick: float, passed: bool) -> None:
     found = Fidelity("r", {}, "cpu", 1, 1, 0.0, 0.0, 0.0, spearman, same_pick, math.nan)
     assert found.passed is passed and found.as_json()["passed"] is passed
-    assert json.loads(json.dumps(found.as_json(), allow_nan=False))["group_spearman"] is None
+    assert json.loads(to_json(found.as_json()))["group_spearman"] is None
 
 
 def test_levers_are_what_differs_from_the_policy() -> None:

@@ -23,7 +23,7 @@ LAYERS = [
     {"config"},
     {"models"},
     {"algorithm"},
-    {"errors", "version", "plugins"},
+    {"errors", "version", "plugins", "strict_json"},
 ]
 
 

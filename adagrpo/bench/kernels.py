@@ -8,7 +8,6 @@ CUDA graph and its share reads "launch-bound".
 from __future__ import annotations
 
 import functools
-import json
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -36,6 +35,7 @@ from adagrpo_kernels import (
 )
 
 from ..errors import InputError
+from ..strict_json import to_json
 from .records import new_record
 from .statistics import Series
 
@@ -261,7 +261,7 @@ def kernels_command(ops: Sequence[str], out: Path, note: str, argv: tuple[str, .
             series[f"{row['case']}, {row['shape']}, {row['dtype']}"] = Series("us", tuple(row["us"]))
             facts = {"copy_GB/s": round(copy / 1e9, 1), "driver": driver(), "rows": rows}
             path = new_record(f"kernels-{op}", device, argv, series, facts, note=note).write(out)
-            print(json.dumps(row), flush=True)
+            print(to_json(row), flush=True)
         print(f"record: {path}")
     return 0
 

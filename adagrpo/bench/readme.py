@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
 from ..run.charts import number
+from ..strict_json import from_json
 from .measure import PHASES
 from .picture import Bars, Point, draw, scatter
 from .records import Record, read_record
@@ -106,7 +106,7 @@ def read_results(results: Path) -> tuple[list[tuple[Path, Record]], list[tuple[P
     records, others = [], []
     for path in sorted(results.rglob("*.json")):
         try:
-            data = json.loads(path.read_text("utf-8"))
+            data = from_json(path.read_text("utf-8"))
         except ValueError as error:
             raise InputError(f"{path}: not a record: broken JSON ({error})") from error
         if isinstance(data, dict) and "schema" in data:

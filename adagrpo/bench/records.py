@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import json
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from ..config import Config
 from ..errors import InputError
 from ..recipe import to_toml
 from ..run.folder import describe_machine, processor, slug
+from ..strict_json import from_json, to_json
 from .statistics import Series
 
 SCHEMA = 1
@@ -68,7 +68,7 @@ class Record:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             draft = path.with_suffix(".partial")
-            draft.write_text(json.dumps(self.to_json(), indent=1, ensure_ascii=False) + "\n", "utf-8")
+            draft.write_text(to_json(self.to_json(), indent=1) + "\n", "utf-8")
             draft.rename(path)
         except OSError as error:
             raise InputError(f"--out {root}: cannot be written: {error.strerror}") from error
@@ -98,7 +98,7 @@ def read_record(path: Path) -> Record:
         InputError: no such file, not JSON, or not a record of this schema.
     """
     try:
-        data = json.loads(path.read_text("utf-8"))
+        data = from_json(path.read_text("utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such record") from error
     except OSError as error:

@@ -24,6 +24,7 @@ from ..evaluation import evaluate
 from ..fit import read_metrics
 from ..prompts import load_prompts
 from ..run.folder import changed_keys, describe_machine, prompts_digest
+from ..strict_json import from_json, to_json
 from .hosts import with_probe
 from .records import new_record
 from .statistics import Series, paired_interval
@@ -135,7 +136,7 @@ def trained(study: Study, arms: Sequence[Arm], machine: Mapping[str, Any]) -> li
                         continue
                     done[digest(arm.config)] = arm.entry() | result | {"machine": dict(machine)}
                     with study.log.open("a", encoding="utf-8") as log:
-                        log.write(json.dumps(done[digest(arm.config)]) + "\n")
+                        log.write(to_json(done[digest(arm.config)]) + "\n")
                     print(f"{arm}: {result['after']:.4f}, {result['minutes']:.1f} min", flush=True)
         except BaseException:
             for child in multiprocessing.active_children():
@@ -197,7 +198,7 @@ def read_log(path: Path) -> dict[str, dict[str, Any]]:
     found = {}
     for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
         try:
-            result = json.loads(line)
+            result = from_json(line)
             found[result["digest"]] = result
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"--log {path}: line {number} is broken; remove it") from error

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 
 from ..errors import InputError
+from ..strict_json import from_json, to_json
 
 INDEX = "checkpoint.json"
 STATE = Path("state") / "state.pt"
@@ -65,7 +65,7 @@ def save_checkpoint(
         torch.save(state, draft / STATE)
         files = sorted(p for p in draft.rglob("*") if p.is_file())
         index = {str(p.relative_to(draft)): {"bytes": p.stat().st_size, "sha256": _digest(p)} for p in files}
-        (draft / INDEX).write_text(json.dumps({"iteration": iteration, "held_out": held_out, "files": index}, indent=1))
+        (draft / INDEX).write_text(to_json({"iteration": iteration, "held_out": held_out, "files": index}, indent=1))
         for path in [*files, draft / INDEX, *{p.parent for p in files}, draft]:
             _flush(path)
         replaced = _set_aside(target)
@@ -161,7 +161,7 @@ def verify(checkpoint: Path) -> None:
 
 def _index(checkpoint: Path) -> dict[str, Any]:
     try:
-        index = json.loads((checkpoint / INDEX).read_text())
+        index = from_json((checkpoint / INDEX).read_text())
         return {"files": index["files"], "iteration": index["iteration"], "held_out": index.get("held_out")}
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{checkpoint}: not a complete checkpoint ({INDEX} is missing or damaged)") from error

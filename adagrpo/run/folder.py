@@ -21,6 +21,7 @@ import torch
 from ..config import Config
 from ..errors import InputError
 from ..recipe import load_recipe, to_toml
+from ..strict_json import from_json, to_json
 from .checkpoint import checkpoints, tidy
 
 PACKAGES = ("adagrpo", "torch", "triton", "diffusers", "transformers", "peft", "torchao", "safetensors", "numpy")
@@ -115,18 +116,17 @@ class RunFolder:
     def read_json(self, name: str) -> Any:
         """Inverse of ``write_json``; None when the file does not exist."""
         file = self.path / name
-        return json.loads(file.read_text("utf-8")) if file.exists() else None
+        return from_json(file.read_text("utf-8")) if file.exists() else None
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to ``metrics.jsonl``; non-finite numbers become null."""
-        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         with self.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(clean, ensure_ascii=False) + "\n")
+            file.write(to_json(record) + "\n")
 
     def event(self, iteration: int, kind: str, message: str) -> None:
         """Append one line to ``events.jsonl``."""
         with (self.path / "events.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"iteration": iteration, "kind": kind, "message": message}, ensure_ascii=False) + "\n")
+            file.write(to_json({"iteration": iteration, "kind": kind, "message": message}) + "\n")
 
     def truncate_metrics(self, iteration: int) -> None:
         """Drop the lines of iterations after ``iteration``: the resumed run will write them again."""
@@ -183,9 +183,9 @@ def _commit() -> str | None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file in one piece."""
+    """Write a JSON file in one piece; non-finite numbers become null."""
     draft = path.with_name(f".{path.name}.partial")
-    draft.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    draft.write_text(to_json(value, indent=1) + "\n", "utf-8")
     draft.rename(path)
 
 
@@ -226,6 +226,6 @@ def _flat(table: Any, prefix: str = "") -> dict[str, Any]:
 
 def _iteration(line: str) -> float:
     try:
-        return json.loads(line)["iteration"]
+        return from_json(line)["iteration"]
     except (ValueError, KeyError):
         return math.inf

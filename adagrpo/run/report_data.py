@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import json
 import math
 import re
 import struct
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
+from ..strict_json import from_json
 
 IMAGE_BYTES = 8 * 1024 * 1024
 _LARGEST = 1e100
@@ -187,10 +187,10 @@ def _read_recipe(file: Path, notes: list[str]) -> tuple[dict[str, Any], str]:
 
 def _read_object(file: Path, notes: list[str]) -> dict[str, Any]:
     try:
-        value = json.loads(file.read_bytes())
+        value = from_json(file.read_bytes())
     except OSError:
         return {}
-    except (ValueError, RecursionError):
+    except ValueError:
         value = None
     if not isinstance(value, dict):
         notes.append(f"{file.name} is damaged and left out.")
@@ -244,9 +244,9 @@ def _stream(file: Path) -> Iterator[tuple[dict[str, Any] | None, int]]:
         with file.open("rb") as lines:
             for line in lines:
                 try:
-                    record = json.loads(line)
+                    record = from_json(line)
                     sound = type(record["iteration"]) is int and 0 <= record["iteration"] < 2**53
-                except (ValueError, KeyError, TypeError, RecursionError):
+                except (ValueError, KeyError, TypeError):
                     sound = False
                 yield (record, 0) if sound else (None, int(line.endswith(b"\n") and bool(line.strip())))
     except OSError:

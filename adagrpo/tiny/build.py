@@ -6,7 +6,6 @@ Same seed, same software, same number of threads: same weights.
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict
 from importlib.metadata import version
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from adagrpo.strict_json import from_json, to_json
 from adagrpo.tiny import architecture
 from adagrpo.tiny.evaluate import evaluate, quiet
 from adagrpo.tiny.reward import inspect
@@ -47,7 +47,7 @@ def build(out: Path, seed: int = 0, recipe: Recipe | None = None, threads: int =
         torch.set_num_threads(before)
     software = {name: version(name) for name in ("torch", "diffusers", "transformers", "numpy")}
     log = {"seed": seed, "threads": threads, "software": software, "recipe": asdict(recipe), "bytes": folder_bytes(out)} | log
-    (out / "build.json").write_text(json.dumps(log, indent=1) + "\n")
+    (out / "build.json").write_text(to_json(log, indent=1) + "\n")
     return log
 
 
@@ -107,7 +107,7 @@ def _save(pipe: FluxPipeline, out: Path) -> None:
         pipe.to(torch.bfloat16).save_pretrained(out)
     pipe.tokenizer.backend_tokenizer.model.save(str(out / "tokenizer"))  # vocab.json and merges.txt, as upstream
     index = out / "model_index.json"
-    entries = json.loads(index.read_text())
+    entries = from_json(index.read_text())
     entries.pop("_name_or_path", None)
     entries["tokenizer_2"] = ["transformers", "T5TokenizerFast"]  # the name that every transformers version knows
-    index.write_text(json.dumps(entries, indent=2) + "\n")
+    index.write_text(to_json(entries, indent=2) + "\n")
