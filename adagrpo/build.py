@@ -15,7 +15,7 @@ from .errors import InputError
 from .models.base import FlowModel
 from .planning import memory_plan, rehearse
 from .plugins import checked, is_import_path, load_callable
-from .prompts import load_prompts
+from .prompts import load_prompts, require_disjoint
 from .recipe import check
 from .rewards import build_reward
 from .tiny import tiny_flux_path
@@ -157,12 +157,17 @@ def build_trainer(
 
 
 def load_data(config: Config) -> tuple[list[str], list[str]]:
-    """Training and held-out prompts."""
+    """Training and held-out prompts.
+
+    Raises:
+        InputError: a source that cannot be meant, or prompts in both.
+    """
     data = config.data
-    return (
-        load_prompts(data.prompts, "data.prompts", data.allow_duplicates, data.kwargs),
-        load_prompts(data.held_out, "data.held_out", data.allow_duplicates, data.kwargs),
-    )
+    prompts = load_prompts(data.prompts, "data.prompts", data.allow_duplicates, data.kwargs)
+    held_out = load_prompts(data.held_out, "data.held_out", data.allow_duplicates, data.kwargs)
+    if not data.allow_overlap:
+        require_disjoint(prompts, held_out, data.prompts, data.held_out)
+    return prompts, held_out
 
 
 def load_plugins(config: Config) -> tuple[Select | None, Fuse | None]:

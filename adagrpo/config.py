@@ -237,6 +237,8 @@ class DataConfig:
     held_out: str = "tiny:held_out"
     allow_duplicates: bool = False
     """Accept repeated lines in prompt files."""
+    allow_overlap: bool = False
+    """Accept held-out prompts that also train: the held-out reward is then not one on unseen prompts."""
     kwargs: dict[str, KwargValue] = field(default_factory=dict)
     """Arguments of prompt sources named by import path."""
 

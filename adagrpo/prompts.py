@@ -1,17 +1,17 @@
-"""Prompt sources and the endless seeded stream that feeds training."""
+"""Prompt sources, what they must have in common and what not, and the endless seeded stream that feeds training."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .errors import InputError
+from .errors import InputError, RunError
 from .plugins import is_import_path, load_callable
-
-MAX_CHARACTERS = 4096
+from .prompt_file import MAX_BYTES, MAX_PROMPTS, prompt_problem, read_prompt_file, same
+from .user_text import shown
 
 
 def load_prompts(
@@ -20,14 +20,16 @@ def load_prompts(
     """Prompts of a source, in order.
 
     Args:
-        source: ``tiny:even``, ``tiny:wide``, ``tiny:held_out``, a UTF-8 text file with one prompt per line (blank lines
-            are ignored), or ``package.module:attribute`` of a callable that returns them.
+        source: ``tiny:even``, ``tiny:wide``, ``tiny:held_out``, a text file (``read_prompt_file``), or
+            ``package.module:attribute`` of a callable that returns them.
         key: the recipe's key, for messages.
         allow_duplicates: accept repeated lines in a file.
         kwargs: arguments of a source named by import path.
 
     Raises:
-        InputError: unknown source; file missing, empty, not UTF-8, or with over-long or repeated lines.
+        InputError: unknown source; a file that cannot be meant as prompts; a callable that returns none, too many, or what
+            is no prompt.
+        RunError: the callable failed.
     """
     if source.startswith("tiny:"):
         from .tiny.prompts import held_out_prompts, training_prompts
@@ -38,7 +40,26 @@ def load_prompts(
         return held_out_prompts() if mix == "held_out" else training_prompts(mix)
     if is_import_path(source):
         return _from_plugin(source, key, kwargs or {})
-    return _from_file(Path(source), key, allow_duplicates)
+    return read_prompt_file(Path(source), key, allow_duplicates)
+
+
+def require_disjoint(prompts: Sequence[str], held_out: Sequence[str], trained: str, judged: str) -> None:
+    """Refuse held-out prompts that also train: a gain on them would not be one on unseen prompts.
+
+    Args:
+        trained, judged: the two sources, for the message.
+
+    Raises:
+        InputError: with how many, and which is the first.
+    """
+    known = {same(prompt) for prompt in prompts}
+    both = [prompt for prompt in held_out if same(prompt) in known]
+    if both:
+        share = f"{len(both)} of its {len(held_out)} prompts ({len(both) / len(held_out):.0%})"
+        raise InputError(
+            f"data.held_out = {judged}: {share} also train (data.prompts = {trained}), the first is {shown(both[0])}; take "
+            "them out of one of the two, or set data.allow_overlap = true"
+        )
 
 
 def prompt_category(source: str) -> Callable[[str], str] | None:
@@ -51,38 +72,31 @@ def prompt_category(source: str) -> Callable[[str], str] | None:
 
 
 def _from_plugin(source: str, key: str, kwargs: Mapping[str, Any]) -> list[str]:
-    prompts = list(load_callable(source, key, 0, kwargs)())
-    if not prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
-        raise InputError(f"{key} = {source}: must return at least one prompt, and only non-empty strings")
-    return prompts
-
-
-def _from_file(path: Path, key: str, allow_duplicates: bool) -> list[str]:
+    """Whatever the callable returns or generates, read to its end within bounds."""
+    named = f"{key} = {source}"
+    found = load_callable(source, key, 0, kwargs)()
+    if isinstance(found, str | bytes | Mapping) or not isinstance(found, Iterable):
+        raise InputError(f"{named}: returned a {type(found).__name__}; return a list of prompts, one string each")
+    prompts: list[str] = []
+    characters = 0
     try:
-        lines = path.read_text("utf-8-sig").split("\n")
-    except FileNotFoundError as error:
-        raise InputError(f"{key} = {path}: this file does not exist; name a text file with one prompt per line") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{key} = {path}: not UTF-8 text (byte {error.start}); convert it") from error
-    except OSError as error:
-        raise InputError(f"{key} = {path}: cannot be read: {error.strerror}") from error
-    prompts: dict[str, int] = {}
-    kept = []
-    for number, line in enumerate(lines, 1):
-        prompt = line.strip()
-        if not prompt:
-            continue
-        if len(prompt) > MAX_CHARACTERS:
-            raise InputError(f"{key} = {path}: line {number} is longer than {MAX_CHARACTERS} characters; shorten it")
-        first = prompts.setdefault(prompt, number)
-        if first != number and not allow_duplicates:
-            raise InputError(
-                f"{key} = {path}: line {number} repeats line {first}; remove it or set data.allow_duplicates = true"
-            )
-        kept.append(prompt)
-    if not kept:
-        raise InputError(f"{key} = {path}: holds no prompt; write one per line")
-    return kept
+        for prompt in found:
+            if not isinstance(prompt, str) or not prompt.strip():
+                raise InputError(f"{named}: prompt {len(prompts)} is {shown(prompt)}; return non-empty strings only")
+            if problem := prompt_problem(prompt):
+                raise InputError(f"{named}: prompt {len(prompts)} {problem}")
+            prompts.append(prompt)
+            characters += len(prompt)
+            if len(prompts) > MAX_PROMPTS or characters > MAX_BYTES:
+                limits = f"{MAX_PROMPTS} prompts and {MAX_BYTES / 1e6:.0f} million characters"
+                raise InputError(f"{named}: gives more than the {limits} that are read; let it end earlier")
+    except (InputError, RunError):
+        raise
+    except Exception as error:
+        raise RunError(f"{named} failed: {type(error).__name__}: {error}") from error
+    if not prompts:
+        raise InputError(f"{named}: gives no prompt; it must give at least one")
+    return prompts
 
 
 class PromptStream:

@@ -12,6 +12,10 @@ def prompts() -> list[str]:
     return PROMPTS
 
 
+def held_out() -> list[str]:
+    return [f"unseen {i}" for i in range(20)]
+
+
 def reward():
     return half_bright
 

@@ -18,12 +18,12 @@ LAYERS = [
     {"fit", "build", "fidelity"},
     {"planning"},
     {"train", "evaluation"},
-    {"engine", "rewards", "run", "tiny", "prompts"},
+    {"engine", "rewards", "run", "tiny", "prompts", "prompt_file"},
     {"recipe"},
     {"config"},
     {"models"},
     {"algorithm"},
-    {"errors", "version", "plugins", "strict_json"},
+    {"errors", "version", "plugins", "strict_json", "user_text"},
 ]
 
 

@@ -72,7 +72,7 @@ def recipe(**sections):
 def test_every_part_acts() -> None:
     config = recipe(
         model={"family": "myparts:model", "kwargs": {"row_noise": 1e-3}, "max_text_tokens": 256},
-        data={"prompts": "myparts:prompts", "held_out": "myparts:prompts", "kwargs": {"count": 7}},
+        data={"prompts": "myparts:prompts", "held_out": "myparts:prompts", "kwargs": {"count": 7}, "allow_overlap": True},
         selection={"strategy": "myparts:last", "kwargs": {"offset": 2}},
         advantage={"function": "myparts:flat"},
     )

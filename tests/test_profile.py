@@ -45,7 +45,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture
 def toy(tmp_path) -> str:
     model = {"family": "parts:model", "device": "cpu"}
-    data = {"prompts": "parts:prompts", "held_out": "parts:prompts"}
+    data = {"prompts": "parts:prompts", "held_out": "parts:held_out"}
     config = toy_config(model=model, data=data, rewards=(RewardConfig("parts:reward"),), name="toy")
     file = tmp_path / "toy.toml"
     file.write_text(to_toml(config), "utf-8")

@@ -22,7 +22,7 @@ def recipe(tmp_path):
 
     def write(**sections) -> str:
         model = {"family": "parts:model", "device": "cpu"}
-        data = {"prompts": "parts:prompts", "held_out": "parts:prompts"}
+        data = {"prompts": "parts:prompts", "held_out": "parts:held_out"}
         config = toy_config(model=model, data=data, rewards=(RewardConfig("parts:reward"),), name="toy", **sections)
         file = tmp_path / "toy.toml"
         file.write_text(to_toml(config), "utf-8")

@@ -24,7 +24,7 @@ def toy(**sections) -> Config:
     rollout = {"steps": 16, "sde_steps": (0, 2, 4, 6), "group_size": 12, **sections.pop("rollout", {})}
     parts = {
         "model": {"family": "parts:model", "device": "cpu"},
-        "data": {"prompts": "parts:prompts", "held_out": "parts:prompts"},
+        "data": {"prompts": "parts:prompts", "held_out": "parts:held_out"},
     }
     train = {"slots": 1, **sections.pop("train", {})}
     selection = {"candidates": 10, **sections.pop("selection", {})}

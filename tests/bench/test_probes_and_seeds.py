@@ -117,7 +117,7 @@ def test_a_log_of_other_prompts_is_refused(tmp_path) -> None:
 
 def test_a_failed_training_is_named_and_nothing_starts_after_it(tmp_path, capsys) -> None:
     keys = ["--model.family", "parts:model", "--model.max_text_tokens", "256", "--model.guidance", "3.5", "--train.slots", "1",
-            "--data.prompts", "parts:prompts", "--data.held_out", "parts:prompts", "--train.iterations", "2",
+            "--data.prompts", "parts:prompts", "--data.held_out", "parts:held_out", "--train.iterations", "2",
             "--evaluation.final_prompts", "2", "--evaluation.final_noises", "1",
             "--rewards.0.name", "parts:broken"]  # fmt: skip
     files = ["--log", str(tmp_path / "log"), "--out", str(tmp_path / "results")]

@@ -1,0 +1,128 @@
+"""Prompt files: one prompt per line, and nothing that was meant as something else."""
+
+from __future__ import annotations
+
+import csv
+import re
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+
+from .errors import InputError
+from .strict_json import from_json
+from .user_text import character_problem, read_text
+
+MAX_CHARACTERS = 4096
+MAX_PROMPTS = 2_000_000
+MAX_BYTES = 256 * 2**20
+
+_TABLES = {".csv": "a CSV table", ".tsv": "a TSV table", ".xlsx": "a spreadsheet", ".ods": "a spreadsheet"}
+_DOCUMENTS = {".json": "JSON", ".jsonl": "JSON lines", ".ndjson": "JSON lines", ".parquet": "Parquet", ".arrow": "Arrow"}
+_CONFIGURATION = {".toml": "TOML", ".yaml": "YAML", ".yml": "YAML", ".xml": "XML", ".html": "HTML"}
+_PACKED = dict.fromkeys((".gz", ".zip", ".zst", ".xz", ".bz2"), "compressed data")
+_SUFFIXES = {**_TABLES, **_DOCUMENTS, **_CONFIGURATION, **_PACKED}
+_COLUMNS = {"prompt", "prompts", "caption", "captions", "text"}
+_SAMPLE = 200  # lines that tell the structure of a file
+
+
+def read_prompt_file(path: Path, key: str, allow_duplicates: bool) -> list[str]:
+    """The prompts of a UTF-8 text file, one per line, in order; blank lines are ignored.
+
+    Raises:
+        InputError: naming ``key``, file and line: not such a file, a table or document instead of lines, too large, no prompt,
+            over-long, repeated or garbled lines.
+    """
+    named = f"{key} = {path}"
+    if kind := _SUFFIXES.get(path.suffix.lower()):
+        raise InputError(f"{named}: {_refusal(f'its name says {kind}', path)}")
+    numbered = enumerate(read_text(path, named, MAX_BYTES).split("\n"), 1)
+    lines = [(number, line) for number, raw in numbered if (line := raw.replace("\ufeff", "").strip())]
+    if not lines:
+        raise InputError(f"{named}: holds no prompt; write one per line")
+    if len(lines) > MAX_PROMPTS:
+        raise InputError(f"{named}: holds {len(lines)} prompts; at most {MAX_PROMPTS} are read: shorten it")
+    if structure := structure_of([line for _, line in lines]):
+        raise InputError(f"{named}: {_refusal(structure, path)}")
+    first: dict[str, int] = {}
+    for number, line in lines:
+        if problem := prompt_problem(line, spaces="\t"):
+            raise InputError(f"{named}: line {number} {problem}")
+        known = first.setdefault(same(line), number)
+        if known != number and not allow_duplicates:
+            raise InputError(f"{named}: line {number} repeats line {known}; remove it or set data.allow_duplicates = true")
+    return [line for _, line in lines]
+
+
+def prompt_problem(prompt: str, spaces: str = "\t\n") -> str | None:
+    """Why a prompt is refused, with the remedy; None where it is not. ``spaces``: control characters that may stand in it."""
+    if len(prompt) > MAX_CHARACTERS:
+        return f"is longer than {MAX_CHARACTERS} characters; shorten it"
+    if problem := character_problem(prompt, spaces):
+        return f"{problem}; remove it"
+    return None
+
+
+def same(prompt: str) -> str:
+    """What prompts have in common that say the same: neither Unicode's composed forms nor runs of blanks tell them apart."""
+    return " ".join(unicodedata.normalize("NFC", prompt).split())
+
+
+def structure_of(lines: Sequence[str]) -> str | None:
+    """What lines are instead of prompts: JSON, a table, quoted strings; None where they are prompts.
+
+    Commas, quotes and brackets are usual in prompts: only what holds for every line (of the first few hundred) is structure.
+
+    Args:
+        lines: stripped and not blank.
+    """
+    head = lines[:_SAMPLE]
+    if all(line[0] in "[{" and _is_json(line) for line in head):
+        return "every line is JSON"
+    if lines[0][0] in "[{" and lines[-1][-1] in "]}" and _is_json("\n".join(lines)):
+        return "it holds JSON"
+    if lines[0].strip("\"'").lower() in _COLUMNS:
+        return f"its first line is {lines[0]}, as a table's is"
+    for mark, name in (("\t", "tab"), (",", "comma"), (";", "semicolon")):
+        if _is_table(head, mark):
+            return f"it is a table whose columns are parted by a {name}"
+    if len(head) > 1 and len({line.count("\t") for line in head}) == 1 and "\t" in head[0]:
+        return "every line has columns parted by a tab"
+    if len(head) > 1 and all(re.match(r"\d+[,;|]", line) for line in head):
+        return "every line begins with a number and a comma"
+    if len(head) > 1 and all(re.fullmatch(r'"[^"]*",?', line) for line in head):
+        return "every line is a string in quotes"
+    return None
+
+
+def _is_table(lines: Sequence[str], mark: str) -> bool:
+    """Whether the first line names columns, a prompt's among them, and the others have as many."""
+    names = [name.strip().strip('"').lower() for name in lines[0].split(mark)]
+    if (
+        len(names) < 2
+        or len(lines) < 2
+        or not _COLUMNS & set(names)
+        or not all(re.fullmatch(r"[\w .-]{1,40}", n) for n in names)
+    ):
+        return False
+    try:
+        rows = list(csv.reader(lines, delimiter=mark))
+    except csv.Error:
+        return False
+    return all(len(row) == len(names) for row in rows)
+
+
+def _is_json(text: str) -> bool:
+    try:
+        return isinstance(from_json(text), dict | list)
+    except ValueError:
+        return False
+
+
+def _refusal(reason: str, path: Path) -> str:
+    ending, name = path.suffix.lower(), path.name
+    if "JSON" in reason:
+        lines = ending in (".jsonl", ".ndjson") or "every line" in reason
+        how = f" (`jq -r {'.prompt' if lines else '.[]'} {name} > prompts.txt`, with your field's name)"
+    else:
+        how = ", without columns, names and quotes"
+    return f"{reason}; a prompt file is plain text with one prompt per line: write the prompts alone to a .txt file{how}"
