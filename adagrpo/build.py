@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .models.flux import FluxModel
 
 BUILT_IN_MODEL = "tiny-flux"
+BUILT_IN_MODELS = (BUILT_IN_MODEL, "random:flux1-dev")
 
 
 def choose_device(name: str) -> torch.device:
@@ -51,13 +52,13 @@ def choose_device(name: str) -> torch.device:
 
 
 def check_model(config: ModelConfig) -> None:
-    """Refuse a model that cannot be loaded, without loading it."""
+    """Refuse a model that cannot be loaded, without reading its weights; a Hub id is only checked for its form."""
     if is_import_path(config.family):
         load_callable(config.family, "model.family", 5, config.kwargs)
-    elif config.path not in (BUILT_IN_MODEL, "random:flux1-dev"):
-        from .models.flux import check_pipeline_path
+    elif config.path not in BUILT_IN_MODELS:
+        from .models.flux_pipeline import Source, check_pipeline
 
-        check_pipeline_path(config.path)
+        check_pipeline(Source(config.path, config.variant, config.revision))
 
 
 def check_engine(config: Config) -> None:
@@ -91,6 +92,8 @@ def build_model(config: ModelConfig) -> FlowModel:
         config.max_text_tokens,
         config.guidance,
         config.prompt_cache,
+        config.variant,
+        config.revision,
     )
     _prepare(model, config)
     return model

@@ -30,7 +30,7 @@ from .fit import Fit
 from .models.base import FlowModel
 from .planning import iteration_prediction, memory_notice, memory_plan, planned_evaluations, rehearse
 from .recipe import check, load_recipe
-from .rewards import build_reward, check_reward
+from .rewards import build_reward, check_reward_files
 from .run.checkpoint import INDEX, verify
 from .run.folder import RunFolder, next_free, prompts_digest, write_json
 from .run.grid import to_pil
@@ -78,7 +78,7 @@ def dry_run(config: Config, out: Path | None = None) -> int:
     prompts, held_out = load_data(config)
     load_plugins(config)
     for i, reward in enumerate(config.rewards):
-        check_reward(reward.name, reward.kwargs, f"rewards.{i}")
+        check_reward_files(reward.name, reward.kwargs, f"rewards.{i}")
     check_loggers(config.output.loggers)
     if out is not None:
         RunFolder.check_fresh(out)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
-import sys
-import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from .base import Conditioning, PromptEncoder
+from .flux_pipeline import Source, load_pipeline
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
@@ -281,87 +279,30 @@ def load_flux(
     max_text_tokens: int = 256,
     guidance: float = 3.5,
     prompt_cache: int = 512,
+    variant: str = "",
+    revision: str = "",
 ) -> FluxModel:
     """Load a FluxPipeline; every parameter of its transformer is trainable.
 
     Args:
         path: folder, Hub id (downloaded unless ``HF_HUB_OFFLINE`` is set), or ``random:flux1-dev`` for the architecture of
             FLUX.1-dev with random weights (benchmarks; any device, ``meta`` included).
+        variant, revision: see ``Source``.
 
     Raises:
-        InputError: no such folder or id, or not a FLUX pipeline.
+        InputError: no such folder or id, not a FLUX pipeline, or one that is not whole and sound.
     """
     if path == "random:flux1-dev":
         from .random_flux import random_flux1_dev
 
         return random_flux1_dev(dtype, device, height, width, max_text_tokens, guidance)
-    pipeline = load_pipeline(path, dtype)
-    pipeline.to(device)
+    pipeline = load_pipeline(Source(path, variant, revision), dtype, device)
     pipeline.set_progress_bar_config(disable=True)
     for part in (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
         part.requires_grad_(False).eval()
     pipeline.transformer.requires_grad_(True).eval()
     encoder = PipelineEncoder(pipeline, max_text_tokens, prompt_cache)
     return FluxModel(pipeline.transformer, pipeline.vae, encoder, height, width, guidance, pipeline)
-
-
-def check_pipeline_path(path: str) -> None:
-    """Refuse what cannot be a FLUX pipeline, without loading anything.
-
-    Raises:
-        InputError: no such folder, not a pipeline, or another family's; Hub ids are only checked for their form.
-    """
-    folder = Path(path)
-    if not folder.is_dir():
-        if path.startswith((".", "/", "~")) or path.count("/") != 1:
-            raise InputError(f"model.path = {path}: no such folder, and not a Hub id of the form owner/name")
-        return
-    try:
-        name = json.loads((folder / "model_index.json").read_text("utf-8"))["_class_name"]
-    except FileNotFoundError as error:
-        message = "this folder holds no model_index.json; name a diffusers pipeline folder"
-        raise InputError(f"model.path = {path}: {message}") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"model.path = {path}: model_index.json cannot be read; download the model again") from error
-    if name != "FluxPipeline":
-        raise InputError(f"model.path = {path}: a {name}; model.family = flux needs a FluxPipeline")
-
-
-def load_pipeline(path: str, dtype: torch.dtype) -> Any:
-    """``FluxPipeline.from_pretrained`` with one readable error instead of a traceback."""
-    check_pipeline_path(path)
-    folder = Path(path)
-    try:
-        with _quiet():
-            from diffusers import FluxPipeline
-
-            return FluxPipeline.from_pretrained(folder if folder.is_dir() else path, torch_dtype=dtype)
-    except Exception as error:  # safetensors and the Hub raise types of their own
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"model.path = {path}: cannot be loaded as a FLUX pipeline: {first}") from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No notes and no deprecation notice (of an argument name that older diffusers need); bars only on a terminal."""
-    import transformers.utils.logging as transformers_logging
-
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    import diffusers.utils.logging as diffusers_logging
-
-    libraries = () if sys.stderr.isatty() else (diffusers_logging, transformers_logging)
-    shown = [library for library in libraries if library.is_progress_bar_enabled()]
-    for library in shown:
-        library.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        for library in shown:
-            library.enable_progress_bar()
 
 
 def _existing(path: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ from ..errors import InputError
 from ..plugins import check_call, is_import_path, load_attribute
 from .base import PromptRows, Reward
 
-__all__ = ["BUILT_IN", "PromptRows", "Reward", "build_reward", "check_reward", "reward_target"]
+__all__ = ["BUILT_IN", "PromptRows", "Reward", "build_reward", "check_reward", "check_reward_files", "reward_target"]
 
 BUILT_IN = {
     "tiny": "adagrpo.tiny.reward:TinyReward",
@@ -40,6 +41,19 @@ def check_reward(name: str, kwargs: Mapping[str, Any], key: str = "rewards") -> 
     factory = load_attribute(reward_target(name, key), key)
     check_call(factory, key, name, 0, kwargs)
     return factory
+
+
+def check_reward_files(name: str, kwargs: Mapping[str, Any], key: str = "rewards") -> None:
+    """``check_reward``, and of a built-in reward what its files' headers say; no weight is read.
+
+    Raises:
+        InputError: what ``check_reward`` refuses, or files that lack or exceed what the reward is made of.
+    """
+    factory = check_reward(name, kwargs, key)
+    if name in BUILT_IN and hasattr(factory, "check"):
+        arguments = inspect.signature(factory).bind(**kwargs)
+        arguments.apply_defaults()
+        factory.check(**arguments.arguments)
 
 
 def build_reward(name: str, kwargs: Mapping[str, Any], key: str = "rewards") -> Reward:

@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import InputError
+from ..models.loading import Component, check_component, check_finite, load_component, refuse_differences
 from .base import PromptRows
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _CHUNK = 32  # images preprocessed and encoded at once
 _STEPS = dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize"), True)
+_CLIP = Component("CLIP", "transformers", "CLIPModel")
 _FIXED = {**_STEPS, "resample": 3, "rescale_factor": 1 / 255}  # 3: PIL.Image.Resampling.BICUBIC
 
 
@@ -46,13 +48,10 @@ class ClipScore:
         dtype: str = "fp32",
         prompt_cache: int = 4096,
     ) -> None:
-        from transformers import AutoTokenizer, ImageProcessingMixin
-
         if dtype not in _DTYPES:
             raise InputError(f"rewards: dtype = {dtype}: one of {', '.join(_DTYPES)}")
         source = processor or path
-        self.tokenizer = _loaded(source, AutoTokenizer.from_pretrained)
-        self.preprocess = Preprocess(_loaded(source, ImageProcessingMixin.get_image_processor_dict)[0], source)
+        self.tokenizer, self.preprocess = _load_processor(source)
         self.model = _load_model(path)
         self.logit_scale = float(self.model.logit_scale.exp())  # rounding it to bf16 first would cost 1%
         self.model.to(_DTYPES[dtype])
@@ -65,6 +64,16 @@ class ClipScore:
         self.max_tokens = min(self.tokenizer.model_max_length, text.max_position_embeddings)
         self.prompt_cache = prompt_cache
         self._cache: OrderedDict[str, Tensor] = OrderedDict()
+
+    @staticmethod
+    def check(path: str, processor: str | None, dtype: str, prompt_cache: int) -> None:
+        """Raise what the constructor can find without reading weights; Hub ids are only checked for their form."""
+        for source in (processor or path, path):
+            _refuse_form(source)
+        if Path(processor or path).is_dir():
+            _load_processor(processor or path)
+        if Path(path).is_dir():
+            check_component(_CLIP, Path(path), f"rewards: {path}")
 
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -175,20 +184,36 @@ def _unit(features: Tensor) -> Tensor:
 
 
 def _load_model(path: str) -> Any:
-    """A frozen fp32 ``CLIPModel`` on the CPU."""
-    from transformers import CLIPModel
-
-    load = partial(CLIPModel.from_pretrained, dtype=torch.float32, output_loading_info=True)
-    model, info = _loaded(path, load)
-    if info["missing_keys"]:  # left at random values, which would score all the same
-        raise InputError(f"rewards: {path}: lacks CLIP's {min(info['missing_keys'])}; name a complete CLIP model")
+    """A frozen fp32 ``CLIPModel`` on the CPU, every tensor of it from its files."""
+    where = f"rewards: {path}"
+    if Path(path).is_dir():
+        weights = check_component(_CLIP, Path(path), where)
+        model = load_component(_CLIP, Path(path), weights, torch.float32, where)
+    else:
+        load = partial(_CLIP.cls.from_pretrained, dtype=torch.float32, output_loading_info=True)
+        model, info = _loaded(path, load)
+        misshaped = {name: (tuple(found), tuple(wanted)) for name, found, wanted in info["mismatched_keys"]}
+        refuse_differences(_CLIP, where, info["missing_keys"], info["unexpected_keys"], misshaped)
+    check_finite({_CLIP.name: model}, where)
     return model.requires_grad_(False).eval()
+
+
+def _load_processor(source: str) -> tuple[Any, Preprocess]:
+    """Tokenizer and preprocessing of a folder or Hub id."""
+    from transformers import AutoTokenizer, ImageProcessingMixin
+
+    tokenizer = _loaded(source, AutoTokenizer.from_pretrained)
+    return tokenizer, Preprocess(_loaded(source, ImageProcessingMixin.get_image_processor_dict)[0], source)
+
+
+def _refuse_form(path: str) -> None:
+    if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
+        raise InputError(f"rewards: {path}: no such folder, nor a Hub id of the form owner/name; name a CLIP model")
 
 
 def _loaded(path: str, load: Callable[[str], Any]) -> Any:
     """``load(path)`` with one readable error instead of a traceback."""
-    if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
-        raise InputError(f"rewards: {path}: no such folder, nor a Hub id of the form owner/name; name a CLIP model")
+    _refuse_form(path)
     try:
         return load(path)
     except Exception as error:  # safetensors and tokenizers raise what derives from nothing narrower

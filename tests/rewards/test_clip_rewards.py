@@ -1,6 +1,7 @@
 """CLIP score and PickScore against the stock transformers path, on a tiny checkpoint laid out as the published ones."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -209,7 +210,7 @@ def test_what_is_not_a_clip_model_is_refused(checkpoint, tmp_path, monkeypatch) 
         ClipScore(str(missing))
     with pytest.raises(InputError, match=f"rewards: {missing}: no such folder"):
         PickScore(str(checkpoint), processor=str(missing))
-    with pytest.raises(InputError, match=f"rewards: {tmp_path}: cannot be loaded as a CLIP model"):
+    with pytest.raises(InputError, match=rf"rewards: {tmp_path}: CLIP: lacks .*config\.json"):
         ClipScore(str(tmp_path), processor=str(checkpoint))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match=r"rewards: nobody/nothing: .*can be downloaded from here"):
@@ -232,8 +233,8 @@ def test_incomplete_folders_are_refused(checkpoint, tmp_path) -> None:
     other = PREPROCESSING | {"resample": 2}
     larger = PREPROCESSING | {"size": {"shortest_edge": 64}, "crop_size": {"height": 64, "width": 64}}
     cases = {
-        "lacks CLIP's visual_projection": ("model.safetensors", save(weights, {"format": "pt"})),
-        "cannot be loaded": ("model.safetensors", b"not safetensors"),
+        "CLIP: lacks visual_projection.weight": ("model.safetensors", save(weights, {"format": "pt"})),
+        "truncated or damaged": ("model.safetensors", b"not safetensors"),
         "preprocessor_config.json: resample": ("preprocessor_config.json", json.dumps(other).encode()),
         "preprocessor_config.json: size": ("preprocessor_config.json", b'{"crop_size": 32}'),
         r"crops to \(64, 64\)": ("preprocessor_config.json", json.dumps(larger).encode()),
@@ -244,3 +245,58 @@ def test_incomplete_folders_are_refused(checkpoint, tmp_path) -> None:
     for number, (message, change) in enumerate(cases.items()):
         with pytest.raises(InputError, match=message):
             ClipScore(broken(checkpoint, tmp_path / str(number), *change))
+
+
+DAMAGED = {
+    "lacks": (lambda t: t.pop("text_projection.weight"), r"CLIP: lacks text_projection\.weight"),
+    "holds": (lambda t: t.update(extra=torch.zeros(1)), r"CLIP: holds extra"),
+    "shape": (lambda t: t.update({"text_projection.weight": torch.zeros(2)}), r"CLIP: text_projection\.weight has shape \[2\]"),
+    "quantised": (
+        lambda t: t.update(scale=torch.zeros(1, dtype=torch.uint8)),
+        r"CLIP: its weights are quantised: scale \(U8\)",
+    ),
+    "not finite": (lambda t: t["logit_scale"].fill_(torch.nan), r"CLIP: logit_scale holds values that are not finite"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_weights_that_are_not_a_clip_models_are_named(case: str, checkpoint, tmp_path, capsys) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from adagrpo.cli import main
+
+    change, words = DAMAGED[case]
+    folder = shutil.copytree(checkpoint, tmp_path / "clip")
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=words):
+        build_reward("clip", {"path": str(folder)})
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(f"{TINY}[[rewards]]\nname = 'pickscore'\nkwargs = {{ path = '{folder}', processor = '{folder}' }}\n")
+    code = main(["train", str(recipe), "--dry-run"])
+    assert code == (0 if case == "not finite" else 2)  # a dry run reads headers only
+    assert code == 0 or re.search(words, capsys.readouterr().err)
+
+
+TINY = """
+[data]
+prompts = "tiny:even"
+held_out = "tiny:held_out"
+[model]
+max_text_tokens = 12
+"""
+
+
+def test_older_checkpoints_with_position_ids_load_whole(checkpoint, reward, tmp_path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(checkpoint, tmp_path / "clip")
+    tensors = load_file(folder / "model.safetensors")
+    tensors |= {f"{part}_model.embeddings.position_ids": torch.arange(n)[None] for part, n in (("text", 16), ("vision", 17))}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    images = pictures(2, 40, 40)
+    older = ClipScore(str(folder))
+    expected, found = reward.model.state_dict(), older.model.state_dict()
+    assert expected.keys() == found.keys() and all(torch.equal(found[name], t) for name, t in expected.items())
+    torch.testing.assert_close(older(images, PROMPTS[:2]), reward(images, PROMPTS[:2]))

@@ -1,0 +1,176 @@
+"""The folder of a diffusers ``FluxPipeline``: found, checked and loaded component by component."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import InputError
+from .loading import Component, check_component, check_finite, first_line, load_component, quiet, read_json_object
+
+COMPONENTS = (
+    Component("transformer", "diffusers", "FluxTransformer2DModel"),
+    Component("vae", "diffusers", "AutoencoderKL"),
+    Component("text_encoder", "transformers", "CLIPTextModel"),
+    Component("text_encoder_2", "transformers", "T5EncoderModel", spare=r"^lm_head\."),  # of a whole T5
+)
+TOKENIZERS = {"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2"}
+_LEGACY_CLIP_EOS = 2  # in configurations of OpenAI's CLIP; the end of the text is then its highest token
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where a pipeline comes from.
+
+    Attributes:
+        path: folder or Hub id.
+        variant: of the weights' files, such as fp16; empty for none.
+        revision: branch, tag or commit of a Hub id; empty for the newest.
+    """
+
+    path: str
+    variant: str = ""
+    revision: str = ""
+
+    def __str__(self) -> str:
+        return f"model.path = {self.path}"
+
+    @property
+    def is_local(self) -> bool:
+        return Path(self.path).is_dir()
+
+
+def check_source(source: Source) -> None:
+    """Refuse what cannot be a FLUX pipeline by its form and ``model_index.json``, without importing anything.
+
+    Raises:
+        InputError: no such folder, a single file, not a pipeline, another family's, or an incomplete one; Hub ids are only
+            checked for their form.
+    """
+    path, folder = source.path, Path(source.path)
+    if folder.is_file():
+        remedy = "FluxPipeline.from_single_file(FILE).save_pretrained(FOLDER) of diffusers makes one of it"
+        raise InputError(f"{source}: a single file; name a diffusers pipeline folder ({remedy})")
+    if not source.is_local:
+        if path.startswith((".", "/", "~")) or path.count("/") != 1:
+            raise InputError(f"{source}: no such folder, and not a Hub id of the form owner/name")
+        return
+    if source.revision:
+        raise InputError(f"model.revision = {source.revision}: {path} is a local folder, and only Hub ids have revisions")
+    if not (folder / "model_index.json").is_file():
+        part = " (one of its components?)" if (folder / "config.json").is_file() else ""
+        raise InputError(f"{source}: this folder holds no model_index.json{part}; name a diffusers pipeline folder")
+    index = read_json_object(folder / "model_index.json", str(source))
+    name = index.get("_class_name")
+    if name != "FluxPipeline":
+        raise InputError(f"{source}: a {name}; model.family = flux needs a FluxPipeline")
+    kinds = {component.name: component.kind for component in COMPONENTS} | dict.fromkeys((*TOKENIZERS, "scheduler"), "")
+    for part, kind in kinds.items():
+        entry = index.get(part)
+        if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[1], str):
+            raise InputError(f"{source}: was saved without its {part}; name a complete pipeline folder")
+        if kind and entry[1] != kind:
+            raise InputError(f"{source}: its {part} is a {entry[1]}; model.family = flux needs a {kind}")
+
+
+def check_pipeline(source: Source) -> None:
+    """Check all of a local pipeline folder that can be checked without reading its weights.
+
+    Raises:
+        InputError: see ``check_source``, ``check_component`` and ``load_tokenizers``.
+    """
+    check_source(source)
+    if source.is_local:
+        _check_folder(Path(source.path), source)
+
+
+def load_pipeline(source: Source, dtype: torch.dtype, device: torch.device) -> Any:
+    """A ``FluxPipeline`` whose every tensor comes from its files and is finite.
+
+    Raises:
+        InputError: anything less, naming component and tensor.
+    """
+    check_source(source)
+    folder = Path(source.path) if source.is_local else _download(source)
+    if not source.is_local:
+        check_source(dataclasses.replace(source, path=str(folder), revision=""))
+    weights, tokenizers = _check_folder(folder, source)
+    parts = {c.name: load_component(c, folder / c.name, weights[c.name], dtype, str(source)) for c in COMPONENTS}
+    with quiet():
+        from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+
+        # The folder's own scheduler is not what we sample with; an export writes ours.
+        pipeline = FluxPipeline(scheduler=FlowMatchEulerDiscreteScheduler(), **tokenizers, **parts)
+        pipeline.to(device)
+    check_finite(parts, str(source))
+    return pipeline
+
+
+def load_tokenizers(folder: Path, where: str) -> dict[str, Any]:
+    """Both tokenizers, known to speak their encoders' language.
+
+    Raises:
+        InputError: a file that is missing or damaged, tokens beyond the encoder's vocabulary, or other special tokens.
+    """
+    import transformers
+
+    index = read_json_object(folder / "model_index.json", where)
+    found = {}
+    for name, encoder in TOKENIZERS.items():
+        kind = getattr(transformers, index[name][1], None)
+        if kind is None:
+            raise InputError(f"{where}: {name}: transformers has no {index[name][1]}")
+        files = {file for file in kind.vocab_files_names.values() if file != "tokenizer.json"}
+        at = folder / name
+        if not (at / "tokenizer.json").is_file() and not all((at / file).is_file() for file in files):
+            wanted = " and ".join(sorted(files))  # without them transformers makes a tokenizer of few words
+            raise InputError(f"{where}: {name}: {at} holds neither tokenizer.json nor {wanted}; download it again")
+        try:
+            with quiet():
+                found[name] = kind.from_pretrained(at)
+        except Exception as error:  # the tokenizers library raises what derives from nothing narrower
+            raise InputError(f"{where}: {name}: cannot be loaded from {at}: {first_line(error)}") from error
+        _check_tokenizer(found[name], read_json_object(folder / encoder / "config.json", where), f"{where}: {name}", encoder)
+    return found
+
+
+def _check_folder(folder: Path, source: Source) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Files of every component, and the tokenizers."""
+    where = str(source)
+    weights = {c.name: check_component(c, folder / c.name, where, source.variant) for c in COMPONENTS}
+    if source.variant and not any(files.variant for files in weights.values()):
+        raise InputError(f"model.variant = {source.variant}: no component of {source.path} has weights of that variant")
+    read_json_object(folder / "scheduler" / "scheduler_config.json", f"{where}: scheduler")
+    return weights, load_tokenizers(folder, where)
+
+
+def _check_tokenizer(tokenizer: Any, config: dict[str, Any], where: str, encoder: str) -> None:
+    """Refuse tokens that the encoder has no row for, and another end of the text than it looks for."""
+    config = config.get("text_config_dict") or config.get("text_config") or config
+    known, tokens = config.get("vocab_size"), len(tokenizer)
+    if known is not None and tokens > known:
+        raise InputError(f"{where}: has {tokens} tokens, {encoder} only {known}; name folders of one kind")
+    end = config.get("eos_token_id")
+    if end == _LEGACY_CLIP_EOS and encoder == "text_encoder":
+        end = tokens - 1
+    if end is not None and tokenizer.eos_token_id != end:
+        raise InputError(
+            f"{where}: ends a text with token {tokenizer.eos_token_id}, {encoder} with {end}; name folders of one kind"
+        )
+
+
+def _download(source: Source) -> Path:
+    """The Hub's snapshot of a pipeline, in its cache."""
+    try:
+        with quiet():
+            from diffusers import FluxPipeline
+
+            options = {"variant": source.variant or None, "revision": source.revision or None}
+            return Path(FluxPipeline.download(source.path, **options))
+    except Exception as error:  # the Hub raises types of its own
+        revision = f" of revision {source.revision}" if source.revision else ""
+        variant = f" in variant {source.variant}" if source.variant else ""
+        raise InputError(f"{source}: no FLUX pipeline{revision}{variant} can be had: {first_line(error)}") from error
