@@ -26,6 +26,8 @@ from torch import Tensor
 IMPLS = ("auto", "triton", "reference")
 VARIABLE = "ADAGRPO_IMPL"
 
+launchable = {"cuda"}  # device types whose tensors go to Triton's driver
+
 _launches: Counter[str] = Counter()
 _ran: dict[str, set[str]] = {}
 _observers: list[Callable[[str, Any, dict[str, Any]], object]] = []
@@ -52,8 +54,8 @@ def use_triton(op: str, impl: str | None, tensors: Sequence[Tensor | None], prob
         problem = problem or device_problem(devices)
         if problem:
             raise RuntimeError(f"impl='triton' cannot run {op}: {problem}")
-    on_cuda = devices == {"cuda"} and problem is None and importlib.util.find_spec("triton") is not None
-    chosen = name == "triton" or (name == "auto" and on_cuda)
+    there = devices <= launchable and bool(devices) and problem is None and importlib.util.find_spec("triton") is not None
+    chosen = name == "triton" or (name == "auto" and there)
     _ran.setdefault(op, set()).add("triton" if chosen else "reference")
     return chosen
 
@@ -71,10 +73,7 @@ def launch(name: str, kernel: Any, grid: tuple[int, ...], arguments: dict[str, A
     device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
     if device.type == "meta":
         return
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            kernel[grid](**arguments, num_warps=num_warps, enable_fp_fusion=False)
-    else:
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[grid](**arguments, num_warps=num_warps, enable_fp_fusion=False)
 
 
@@ -115,7 +114,7 @@ def device_problem(devices: set[str]) -> str | None:
     """Why kernels cannot run on tensors of these device types; None when they can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if devices in ({"cuda"}, {"meta"}):
+    if devices == {"meta"} or (len(devices) == 1 and devices <= launchable):
         return None
     if devices != {"cpu"}:
         return f"its tensors are on {', '.join(sorted(devices))}"

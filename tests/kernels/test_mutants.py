@@ -62,7 +62,7 @@ MUTANTS: dict[str, dict[str, tuple[str, str, str]]] = {
     },
     "step of the counter + 1": {
         "reference": ("philox.py", "| device_word(step, rows)", "| (1 + device_word(step, rows))"),
-        "triton": ("_triton/sde_step.py", "tag = (stream << 16) | tl.load", "tag = (stream << 16) | 1 + tl.load"),
+        "triton": ("_triton/sde_step.py", "tag = (noise_stream << 16) | tl.load", "tag = (noise_stream << 16) | 1 + tl.load"),
     },
     "row missing from the counter": {
         "reference": ("philox.py", "rows.unsqueeze(1) & _WORD", "rows.unsqueeze(1) & 0"),

@@ -69,11 +69,11 @@ def levels(score_ptr, mean_ptr, var_ptr, weight_ptr, at, mask, number, stride):
     return level, distance
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["number"])  # the kernel of one reward would use stack
 def capability_step_kernel(
     score_ptr, mean_ptr, var_ptr, count_ptr, weight_ptr, seed_ptr, row_ptr, iteration_ptr, step_ptr,
     new_mean_ptr, new_var_ptr, new_count_ptr, pick_ptr, distance_ptr, status_ptr,
-    number, slots, candidates, score_stride, step_stride, stream,
+    number, slots, candidates, score_stride, step_stride, noise_stream,
     ALPHA: tl.constexpr, STRATEGY: tl.constexpr, CANDIDATES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = mean_ptr.dtype.element_ty
@@ -99,7 +99,7 @@ def capability_step_kernel(
         elif STRATEGY == "hardest":
             key = level
         elif STRATEGY == "random":
-            tag = (stream << 16) | tl.load(step_ptr + slot * step_stride)
+            tag = (noise_stream << 16) | tl.load(step_ptr + slot * step_stride)
             zero = tl.zeros([1], tl.int32)
             row, iteration = tl.load(row_ptr + slot).to(tl.int32), tl.load(iteration_ptr).to(tl.int32)
             word, _, _, _ = tl.philox(tl.load(seed_ptr), zero, zero + row, zero + iteration, zero + tag.to(tl.int32))

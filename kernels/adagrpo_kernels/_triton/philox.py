@@ -68,13 +68,13 @@ def normal_tile(seed, row, iteration, tag, first, ROWS: tl.constexpr, BLOCK: tl.
 
 @triton.jit
 def philox_normal_kernel(
-    out_ptr, seed_ptr, row_ptr, iteration_ptr, step_ptr, rows, numel, step_stride, stream,
+    out_ptr, seed_ptr, row_ptr, iteration_ptr, step_ptr, rows, numel, step_stride, noise_stream,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     first = tl.program_id(1) * BLOCK
     inside = r < rows
-    tag = (stream << 16) | tl.load(step_ptr + r * step_stride, mask=inside, other=0)
+    tag = (noise_stream << 16) | tl.load(step_ptr + r * step_stride, mask=inside, other=0)
     row = tl.load(row_ptr + r, mask=inside, other=0)
     noise = normal_tile(tl.load(seed_ptr), row, tl.load(iteration_ptr), tag, first, ROWS, BLOCK)
     d = first + tl.arange(0, BLOCK)
@@ -83,7 +83,7 @@ def philox_normal_kernel(
     tl.store(out_ptr + at, noise.to(out_ptr.dtype.element_ty), mask=inside[:, None] & (d < numel)[None, :])
 
 
-NO_DRAW = {"seed_ptr": None, "row_ptr": None, "iteration_ptr": None, "step_ptr": None, "step_stride": 0, "stream": 0}
+NO_DRAW = {"seed_ptr": None, "row_ptr": None, "iteration_ptr": None, "step_ptr": None, "step_stride": 0, "noise_stream": 0}
 
 
 def draw_arguments(draw: Draw) -> dict[str, object]:
@@ -92,7 +92,7 @@ def draw_arguments(draw: Draw) -> dict[str, object]:
     one = draw.step.numel() == 1
     return {
         "seed_ptr": draw.seed, "row_ptr": draw.rows.contiguous(), "iteration_ptr": draw.iteration, "step_ptr": draw.step,
-        "step_stride": 0 if one else draw.step.stride(0), "stream": int(draw.stream),
+        "step_stride": 0 if one else draw.step.stride(0), "noise_stream": int(draw.stream),
     }  # fmt: skip
 
 

@@ -37,7 +37,7 @@ def sde_step_kernel(
     a_ptr, b_ptr, w_ptr, scale_ptr, const_ptr, sigma_ptr, seed_ptr, row_ptr, iteration_ptr, step_ptr,
     next_ptr, mean_ptr, clean_ptr, logp_ptr, partial_ptr, arrived_ptr,
     rows, numel, splits, x_stride, v_stride, unconditional_stride, guidance_stride, noise_stride, previous_stride,
-    step_stride, stream, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    step_stride, noise_stream, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     first = tl.program_id(1) * BLOCK
@@ -68,7 +68,7 @@ def sde_step_kernel(
         noise = tl.load(noise_ptr + wide[:, None] * noise_stride + d[None, :], mask=mask, other=0).to(tl.float32)
         sample = tl.where(finished, mean, mean + column(w_ptr, k, inside) * noise)
     if seed_ptr is not None:
-        tag = (stream << 16) | tl.load(step_ptr + r * step_stride, mask=inside, other=0)
+        tag = (noise_stream << 16) | tl.load(step_ptr + r * step_stride, mask=inside, other=0)
         row = tl.load(row_ptr + r, mask=inside, other=0)
         noise = normal_tile(tl.load(seed_ptr), row, tl.load(iteration_ptr), tag, first, ROWS, BLOCK)
         sample = tl.where(finished, mean, mean + column(w_ptr, k, inside) * noise)
