@@ -23,7 +23,7 @@ from .config import Config, bucket_size
 from .engine.backends import build_forward
 from .engine.executor import Rollout, RolloutExecutor
 from .engine.filter import CheapFilter
-from .engine.graphs import StepGraphs
+from .engine.graphs import StepGraphs, out_of_memory
 from .engine.optimizer import PolicyOptimizer
 from .engine.overlap import Overlap
 from .engine.plans import host_integers, probe_plan, window_steps
@@ -153,10 +153,19 @@ class Trainer:
         while True:
             try:
                 return sampling()
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                self._settle()
                 self.executor.halve_rows(error)
-            torch.cuda.empty_cache()
+            torch.cuda.empty_cache()  # only now is the failed attempt's last tensor gone, with the error that held its frames
             self.say(f"out of memory while sampling: continuing with engine.max_rows = {self.executor.max_rows}")
+
+    def _settle(self) -> None:
+        """Wait for every stream: the second one may still read what the failed attempt held, and the allocator keeps such
+        blocks back until it is done."""
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
 
     def _draw(self, numbers: Sequence[int], slots: int, before: tuple[CapabilityState, CheapFilter | None]) -> Draw:
         self.capability, self.filter = before
@@ -355,7 +364,9 @@ class Trainer:
                     step_weighting=loss.step_weights,
                     skip_empty=self.config.advantage.equal_groups != "keep",
                 )
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
             raise RunError(
                 "out of memory in the update: lower train.slots (raise train.accumulation instead), set engine.max_rows, "
                 "model.gradient_checkpointing = true or model.tuning = lora"

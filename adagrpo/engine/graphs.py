@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeVar
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 T = TypeVar("T")
+OUT_OF_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "Triton Error [CUDA]: out of memory")
 Layout = tuple[tuple[int, tuple[int, ...], tuple[int, ...]], ...]
 
 
@@ -36,6 +38,7 @@ class StepGraphs:
         self.device, self.say = device, say
         self.enabled, self.pool_bytes = True, 0
         self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None
         self._seen: dict[Hashable, Layout] = {}
         self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, object]] = {}
 
@@ -52,6 +55,8 @@ class StepGraphs:
 
         Raises:
             RuntimeError: a static tensor moved or changed its shape.
+            Exception: what the step raises. If its capture ran out of memory (``out_of_memory``) that error, and nothing is
+                left capturing; any other failure of a capture is told, and the step runs directly from then on.
         """
         if not self.enabled:
             return step()
@@ -64,9 +69,11 @@ class StepGraphs:
         if key not in self._graphs:
             try:
                 self._capture(key, step)
-            except RuntimeError as error:
+            except Exception as error:
+                if out_of_memory(error):  # not the step's fault: with fewer rows it can be captured
+                    raise
                 self.enabled = False
-                self._graphs.clear()
+                self.forget()
                 first = (str(error).strip() or type(error).__name__).splitlines()[0]
                 self.say(f"CUDA graphs are off: the step {key} cannot be captured: {first}")
                 return step()
@@ -75,17 +82,56 @@ class StepGraphs:
         return result  # type: ignore[return-value]
 
     def forget(self) -> None:
-        """Drop every graph and layout: buffers were released or weights moved."""
+        """Drop every graph and layout: buffers were released or weights moved. Waits for replays that still run."""
+        if self._graphs:
+            torch.cuda.synchronize(self.device)
         self._seen.clear()
         self._graphs.clear()
         self._pool, self.pool_bytes = None, 0
 
     def _capture(self, key: Hashable, step: Callable[[], object]) -> None:
+        """Record ``step``; whatever fails, the stream is left, the allocator captures no more and the first error is raised.
+
+        ``torch.cuda.graph`` promises neither: ending a broken capture raises inside its ``__exit__``, over the first error
+        and before the stream is left.
+        """
+        torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()  # what is cached is of no use to the pool
         before = torch.cuda.memory_allocated(self.device)
         graph = torch.cuda.CUDAGraph()
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        with torch.cuda.graph(graph, pool=self._pool):
-            result = step()
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self.device)  # one for all: blocks of the pool are reused on their stream only
+        with torch.cuda.stream(self._stream):
+            try:
+                graph.capture_begin(pool=self._pool)
+                result = step()
+            except BaseException:
+                with contextlib.suppress(RuntimeError):  # that it cannot be ended is no news beside the first error
+                    self._end(graph)
+                    graph.reset()
+                raise
+            self._end(graph)
         self._graphs[key] = (graph, result)
         self.pool_bytes += max(0, torch.cuda.memory_allocated(self.device) - before)
+
+    def _end(self, graph: torch.cuda.CUDAGraph) -> None:
+        """End the capture. If that fails the allocator is taken out of it too: in a capture it would free no cached block and
+        never let go of the pool. Both calls are those that ``torch.cuda.use_mem_pool`` ends with."""
+        try:
+            graph.capture_end()
+        except RuntimeError:
+            index = torch.cuda.current_device() if self.device.index is None else self.device.index
+            with contextlib.suppress(RuntimeError):  # it is out already, and the graph itself lets go
+                torch._C._cuda_endAllocateToPool(index, self._pool)
+                torch._C._cuda_releasePool(index, self._pool)
+            raise
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the device's memory ran out: the allocator's own, or what the driver or a library that
+    allocates by itself (graph instantiation, cuBLAS handles, Triton launches) makes of it."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in OUT_OF_MEMORY)
