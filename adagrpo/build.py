@@ -64,7 +64,7 @@ def check_model(config: ModelConfig) -> None:
 def check_engine(config: Config) -> None:
     """Refuse ``engine`` keys that cannot run on the recipe's device, without loading the model."""
     e, device = config.engine, choose_device(config.model.device)
-    require_backends(device, e.forward, e.precision == "fp8", e.attention, e.fp8_attention)
+    require_backends(device, e.forward, e.precision == "fp8", e.attention)
     if e.kernels != "triton":
         return
     problem = device_problem({device.type})

@@ -142,7 +142,7 @@ def fidelity(config: Config, checkpoint: Path | None, slots: int, out: Path | No
     check(config)
     check_engine(config)
     if not changed_levers(config):
-        keys = "engine.precision, engine.fp8_attention, engine.forward, engine.attention or rollout.tail_steps"
+        keys = "engine.precision, engine.forward, engine.attention or rollout.tail_steps"
         raise InputError(f"{config.name}: its rollouts are the policy's own; set {keys}")
     prompts, _ = load_data(config)
     rewards = [build_reward(r.name, r.kwargs, f"rewards.{i}") for i, r in enumerate(config.rewards)]
@@ -196,7 +196,8 @@ def load_trained(source: str) -> tuple[Config, FlowModel]:
         InputError: no such source, or a damaged checkpoint.
     """
     config, checkpoint = source_config(source)
-    check(config)
+    engine = dataclasses.replace(config.engine, fp8_attention=False, fp8_scaling="rowwise")
+    check(dataclasses.replace(config, engine=engine))  # what rollouts are refused today, an older run may have had
     if checkpoint is not None:
         verify(checkpoint)
     model = build_model(config.model)

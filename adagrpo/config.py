@@ -204,8 +204,8 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How it runs. Only `precision`, `attention` and `fp8_attention` change what rollouts compute, and log-probabilities never:
-    those belong to the training weights in training precision."""
+    """How it runs. Only `precision` and `attention` change what rollouts compute, and log-probabilities never: those belong to
+    the training weights in training precision."""
 
     max_rows: int = 0
     """Largest batch of the transformer, in images; 0 is unlimited."""
@@ -220,12 +220,12 @@ class EngineConfig:
     precision: Literal["auto", "bf16", "fp8"] = "auto"
     """Precision of the rollouts: auto is that of the model (lossless); fp8 (lossy) multiplies in e4m3, from Hopper on."""
     fp8_scaling: Literal["rowwise", "tensorwise"] = "rowwise"
-    """One FP8 scale per token and output channel, or one per tensor."""
+    """One FP8 scale per token and output channel, or one per tensor; tensorwise is refused with forward = fused."""
     attention: Literal["auto", "native", "cudnn", "flash", "flash3"] = "auto"
     """Attention of rollouts and training: auto is torch's choice, native torch's kernels, cudnn cuDNN's, flash and flash3 those
     of the flash-attn packages."""
     fp8_attention: bool = False
-    """Rollouts attend in FP8 (lossy); needs forward = fused."""
+    """Rollouts attend in FP8: refused until Q, K and V are quantised by the kernel that writes them."""
     cuda_graphs: bool = False
     """Capture the rollout's steps as CUDA graphs, one per number of rows. On the CPU: run under the capture's contract."""
     overlap: bool = True

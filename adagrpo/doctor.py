@@ -20,9 +20,9 @@ from .engine.backends import (
     attention_problem,
     auto_forward,
     forward_problem,
-    fp8_attention_problem,
     precision_problem,
 )
+from .recipe import FP8_ATTENTION, TENSORWISE_FUSED
 from .run.folder import PACKAGES, describe_machine
 from .strict_json import from_json
 
@@ -85,7 +85,8 @@ def backends(device: torch.device) -> Iterator[tuple[str, str, str | None]]:
         yield "precision", precision, precision_problem(precision, device)
     for attention in ATTENTION:
         yield "attention", attention, attention_problem(attention, device)
-    yield "fp8_attention", "true", fp8_attention_problem(device)
+    yield "fp8_scaling", "tensorwise", precision_problem("fp8", device) or TENSORWISE_FUSED
+    yield "fp8_attention", "true", FP8_ATTENTION
     graphs = None if device.type == "cuda" else "needs a CUDA device; elsewhere the steps run directly, under a capture's rules"
     yield "cuda_graphs", "true", graphs
     yield "kernels", "triton", device_problem({device.type})

@@ -28,7 +28,7 @@ from .rewards import PromptRows, Reward
 from .train import build_executor
 
 LEVERS = {
-    "engine": ("forward", "precision", "fp8_scaling", "attention", "fp8_attention"),
+    "engine": ("forward", "precision", "fp8_scaling", "attention"),
     "rollout": ("tail_steps", "tail_solver"),
 }
 SPEARMAN, SAME_PICK = 0.98, 0.95
@@ -124,7 +124,7 @@ def compare(
     if not levers:
         keys = [f"{section}.{key}" for section, names in LEVERS.items() for key in names]
         raise InputError(f"nothing to compare: set one of {', '.join(keys)}")
-    e = dataclasses.replace(config.engine, forward="eager", precision="auto", attention="auto", fp8_attention=False)
+    e = dataclasses.replace(config.engine, forward="eager", precision="auto", attention="auto")
     plain = dataclasses.replace(config, engine=e, rollout=dataclasses.replace(config.rollout, tail_steps=0))
     sides = [build_executor(c, model, rollouts=True) for c in (plain, config)]
     names = [reward.name for reward in config.rewards]

@@ -69,13 +69,39 @@ def check(config: Config) -> None:
     Raises:
         InputError: naming the key, the value and what is allowed.
     """
-    rules = (_check_ranges, _check_plugins, _check_dead_keys, _check_sizes, _check_rollout, _check_training, _check_rewards)
+    rules = (
+        _check_unfused,
+        _check_ranges,
+        _check_plugins,
+        _check_dead_keys,
+        _check_sizes,
+        _check_rollout,
+        _check_training,
+        _check_rewards,
+    )
     for rule in rules:
         for key, value, remedy in rule(config):
             raise InputError(f"{key} = {value}: {remedy}")
 
 
 Problem = tuple[str, Any, str]
+FP8_ATTENTION = (
+    "Q, K and V would be quantised in passes of their own, which cost more than FP8 attention saves; refused until the kernel "
+    "that writes them quantises them"
+)
+TENSORWISE_FUSED = (
+    "with engine.forward = fused each input would be quantised in passes of its own, which cost more than one scale per tensor "
+    "saves; refused until the kernel that writes it quantises it: use rowwise, or engine.forward = compile"
+)
+
+
+def _check_unfused(c: Config) -> typing.Iterator[Problem]:
+    """Keys that would slow a run down, by how they are computed today."""
+    e = c.engine
+    if e.fp8_attention:
+        yield "engine.fp8_attention", "true", FP8_ATTENTION
+    if e.forward == "fused" and e.precision == "fp8" and e.fp8_scaling == "tensorwise":
+        yield "engine.fp8_scaling", e.fp8_scaling, TENSORWISE_FUSED
 
 
 def _check_ranges(c: Config) -> typing.Iterator[Problem]:
@@ -134,9 +160,8 @@ def _check_dead_keys(c: Config) -> typing.Iterator[Problem]:
     r, plugin = c.rollout, is_import_path(c.model.family)
     fp8 = c.engine.precision == "fp8"
     rules = [
-        (plugin, "model.family = flux", [f"engine.{k}" for k in ("forward", "precision", "attention", "fp8_attention")]),
+        (plugin, "model.family = flux", [f"engine.{k}" for k in ("forward", "precision", "attention")]),
         (not fp8, "engine.precision = fp8", ["engine.fp8_scaling"]),
-        (c.engine.forward != "fused", "engine.forward = fused", ["engine.fp8_attention"]),
         (r.plan != "fork", "rollout.plan = fork", ["rollout.tail_steps"]),
         (c.selection.judge != "short", "selection.probe = short", ["selection.probe_steps"]),
         (c.selection.judge != "racing", "selection.probe = racing", ["selection.race_steps"]),
@@ -205,7 +230,7 @@ def _check_rollout(c: Config) -> typing.Iterator[Problem]:
 def _is_lossy(c: Config) -> bool:
     """Whether rollouts compute something else than the policy does."""
     e = c.engine
-    return e.precision == "fp8" or e.fp8_attention or (e.precision == "bf16" and c.model.dtype != "bf16")
+    return e.precision == "fp8" or (e.precision == "bf16" and c.model.dtype != "bf16")
 
 
 def _check_sizes(c: Config) -> typing.Iterator[Problem]:

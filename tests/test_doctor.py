@@ -58,6 +58,8 @@ def test_reasons_on_a_cpu(monkeypatch) -> None:
     assert all(found[name] is None for name in able)
     for name in ("attention = cudnn", "attention = flash", "attention = flash3", "cuda_graphs = true"):
         assert "needs a CUDA device" in (found[name] or "")
+    assert "passes of their own" in (found["fp8_attention = true"] or "")
+    assert "with engine.forward = fused" in (found["fp8_scaling = tensorwise"] or "")
     assert "CPU" in (found["kernels = triton"] or "") or "not installed" in (found["kernels = triton"] or "")
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert "install gcc" in (reasons(CPU)["forward = compile"] or "")
@@ -72,7 +74,7 @@ def test_reasons_on_an_ampere_card_without_packages(monkeypatch) -> None:
         "precision = fp8": "8.9",
         "attention = flash": "pip install 'adagrpo[flash]'",
         "attention = flash3": "needs Hopper",
-        "fp8_attention = true": "needs Hopper",
+        "fp8_attention = true": "cost more than FP8 attention saves",
         "kernels = triton": "not installed",
     }.items():
         assert words in (found[name] or ""), name

@@ -225,7 +225,7 @@ def host_read(config: Config) -> HostRead:
     Its rewards are replaced by one that reads nothing: those may block the host, beside the next chunk's rollout.
     """
     model = dataclasses.replace(config.model, device="meta")
-    copies = ("forward", "precision", "fp8_scaling", "attention", "fp8_attention", "cuda_graphs")  # none of them on meta
+    copies = ("forward", "precision", "fp8_scaling", "attention", "cuda_graphs")  # none of them on meta
     engine = dataclasses.replace(config.engine, **{key: getattr(EngineConfig(), key) for key in copies})
     try:
         trainer = bench_trainer(dataclasses.replace(config, model=model, engine=engine, rewards=(RewardConfig("brightness"),)))

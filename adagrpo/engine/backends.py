@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import shutil
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..errors import InputError
 from ..models.base import FlowModel
 from ..models.flux import FluxModel
+from ..recipe import TENSORWISE_FUSED
 from .forwards import CopyForward, Forward
-from .fused_flux import Attend, FusedFluxForward, torch_attention
+from .fused_flux import Attend, FusedFluxForward
 from .tables import RolloutTable
 
 ATTENTION = {"native": "native", "cudnn": "_native_cudnn", "flash": "flash", "flash3": "_flash_3"}
@@ -52,11 +50,6 @@ def attention_problem(name: str, device: torch.device) -> str | None:
     return None
 
 
-def fp8_attention_problem(device: torch.device) -> str | None:
-    """Why FP8 attention cannot run on ``device``; None when it can. Elsewhere than on CUDA it is simulated."""
-    return attention_problem("flash3", device) if device.type == "cuda" else None
-
-
 def resolve_forward(name: str, model: FlowModel) -> str:
     """``auto`` becomes ``auto_forward`` where the model has a copy, else eager."""
     if name != "auto":
@@ -69,7 +62,7 @@ def auto_forward(device: torch.device) -> str:
     return "compile" if device.type == "cuda" and forward_problem("compile", device) is None else "eager"
 
 
-def require_backends(device: torch.device, forward: str, fp8: bool, attention: str, fp8_attention: bool) -> None:
+def require_backends(device: torch.device, forward: str, fp8: bool, attention: str) -> None:
     """Refuse what cannot run on ``device``, without loading anything.
 
     Raises:
@@ -79,7 +72,6 @@ def require_backends(device: torch.device, forward: str, fp8: bool, attention: s
         ("forward", forward, forward_problem(forward, device)),
         ("precision", "fp8", precision_problem("fp8", device) if fp8 else None),
         ("attention", attention, attention_problem(attention, device)),
-        ("fp8_attention", "true", fp8_attention_problem(device) if fp8_attention else None),
     ):
         if problem:
             raise InputError(f"engine.{key} = {value}: {problem}; `adagrpo doctor` tells what runs here")
@@ -92,7 +84,6 @@ def build_forward(
     precision: torch.dtype | str | None = None,
     scaling: str = "rowwise",
     attention: str = "auto",
-    fp8_attention: bool = False,
     impl: str | None = None,
 ) -> Forward | None:
     """What computes the rollouts; None is the policy itself.
@@ -101,7 +92,7 @@ def build_forward(
         model: the policy; anything but the default needs a FLUX transformer.
         table: on the model's device.
         precision: ``fp8``, or the dtype of the copy; None is the model's.
-        forward, scaling, attention, fp8_attention: as the recipe's ``engine`` keys.
+        forward, scaling, attention: as the recipe's ``engine`` keys.
 
     Raises:
         InputError: what was asked for cannot run here, with the reason.
@@ -111,16 +102,13 @@ def build_forward(
         return None
     if not isinstance(model, FluxModel):
         raise InputError("engine.forward, precision and attention act on FLUX models only; remove these keys")
-    require_backends(model.device, name, fp8, attention, fp8_attention)
+    require_backends(model.device, name, fp8, attention)
     if attention != "auto":
         model.transformer.set_attention_backend(ATTENTION[attention])
     if is_policy(model, name, precision):
         return None
-    attend = fp8_attend if fp8_attention else _attend(attention)
     compiled = name == "compile" or (model.device.type == "cuda" and forward_problem("compile", model.device) is None)
-    copy = make_copy(model, table, name, precision, scaling, compiled, attend, impl)
-    copy.lossy |= fp8_attention
-    return copy
+    return make_copy(model, table, name, precision, scaling, compiled, _attend(attention), impl)
 
 
 def is_policy(model: FlowModel, forward: str, precision: torch.dtype | str | None) -> bool:
@@ -142,7 +130,9 @@ def make_copy(
     dtype = precision if isinstance(precision, torch.dtype) else model.dtype
     fp8 = scaling if precision == "fp8" else None
     if forward == "fused":
-        return FusedFluxForward(model, table, dtype, fp8, attend, compiled, impl)
+        if fp8 == "tensorwise":
+            raise InputError(f"engine.fp8_scaling = tensorwise: {TENSORWISE_FUSED}")
+        return FusedFluxForward(model, table, dtype, fp8 is not None, attend, compiled, impl)
     return CopyForward(model, table, dtype, fp8, forward == "compile" and compiled, impl=impl)
 
 
@@ -154,24 +144,3 @@ def _attend(attention: str) -> Attend | None:
 
     backend = AttentionBackendName(ATTENTION[attention])
     return lambda q, k, v: dispatch_attention_fn(q, k, v, backend=backend)
-
-
-def fp8_attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention over [R, L, H, D] with Q, K and V in e4m3, one scale per row and head.
-
-    FlashAttention 3 on Hopper; elsewhere the quantisation alone is simulated (its rounding of the probabilities is not).
-    """
-    quantised = [_quantise_heads(t) for t in (q, k, v)]
-    if q.device.type == "cuda":
-        flash: Any = importlib.import_module("flash_attn_interface")
-        (q8, qs), (k8, ks), (v8, vs) = quantised
-        out = flash.flash_attn_func(q8, k8, v8, q_descale=qs, k_descale=ks, v_descale=vs)
-        return (out[0] if isinstance(out, tuple) else out).to(q.dtype)
-    q, k, v = ((values.float() * scale[:, None, :, None]).to(q.dtype) for values, scale in quantised)
-    return torch_attention(q, k, v)
-
-
-def _quantise_heads(x: Tensor) -> tuple[Tensor, Tensor]:
-    """e4m3 values [R, L, H, D] and float32 scales [R, H]."""
-    scale = x.abs().amax((1, 3)).float().clamp_min(1e-12) / torch.finfo(torch.float8_e4m3fn).max
-    return (x.float() / scale[:, None, :, None]).to(torch.float8_e4m3fn), scale

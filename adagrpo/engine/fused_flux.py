@@ -57,8 +57,8 @@ class FusedFluxForward:
         model: the policy.
         table: noise levels of the rollout.
         dtype: of the copy.
-        scaling: of FP8, ``rowwise`` or ``tensorwise``; None keeps ``dtype``. Rowwise quantisation is part of the op before,
-            except for inputs that LoRA adapters read too: those are written in ``dtype``, then quantised.
+        fp8: quantise products, one scale per token and channel. Quantisation is part of the op before, except for inputs that
+            LoRA adapters read too: those are written in ``dtype``, then quantised.
         attend: (q, k, v [R, L, H, D]) -> [R, L, H, D]; None is torch's own attention.
         compiled: torch.compile of the element-wise part between products (QK-norm and rotary embedding).
         impl: of the kernels.
@@ -69,7 +69,7 @@ class FusedFluxForward:
         model: FluxModel,
         table: RolloutTable,
         dtype: torch.dtype,
-        scaling: str | None = None,
+        fp8: bool = False,
         attend: Attend | None = None,
         compiled: bool = False,
         impl: str | None = None,
@@ -78,7 +78,7 @@ class FusedFluxForward:
         self.attend = attend or torch_attention
         config = model.transformer.config
         self.head_dim, self.width = config.attention_head_dim, config.num_attention_heads * config.attention_head_dim
-        build = _ProjectionBuilder(model.transformer, dtype, scaling, impl)
+        build = _ProjectionBuilder(model.transformer, dtype, fp8, impl)
         doubles = [f"transformer_blocks.{i}" for i in range(config.num_layers)]
         singles = [f"single_transformer_blocks.{i}" for i in range(config.num_single_layers)]
         qkv, text_qkv = "attn.to_q+attn.to_k+attn.to_v", "attn.add_q_proj+attn.add_k_proj+attn.add_v_proj"
@@ -108,7 +108,7 @@ class FusedFluxForward:
             for i, b in enumerate(t.single_transformer_blocks)
         ]
         self._last = self._columns(t.norm_out.linear)
-        self.lossy = scaling is not None or dtype is not model.dtype
+        self.lossy = fp8 or dtype is not model.dtype
         self.own_bytes = self.copy.own_bytes
         self._rotary: dict[tuple[int, tuple[int, int]], Rotary] = {}
         self._norm_rope = torch.compile(norm_rope, dynamic=False) if compiled else norm_rope
@@ -218,9 +218,9 @@ class FusedFluxForward:
 class _ProjectionBuilder:
     """Makes the projections of a block from the names of its layers; ``a+b`` packs two."""
 
-    def __init__(self, transformer: nn.Module, dtype: torch.dtype, scaling: str | None, impl: str | None) -> None:
-        self.layers, self.dtype, self.scaling = dict(linear_layers(transformer)), dtype, scaling
-        self.quantise = None if scaling is None else choose_quantise(scaling, traceable=False, impl=impl)
+    def __init__(self, transformer: nn.Module, dtype: torch.dtype, fp8: bool, impl: str | None) -> None:
+        self.layers, self.dtype = dict(linear_layers(transformer)), dtype
+        self.quantise = choose_quantise("rowwise", traceable=False, impl=impl) if fp8 else None
         self.by_name: dict[str, Projection] = {}
 
     def __call__(self, block: str, **groups: str) -> dict[str, Any]:
@@ -230,7 +230,7 @@ class _ProjectionBuilder:
     def _project(self, names: Sequence[str]) -> Projection:
         layers = [self.layers[name] for name in names]
         quantise = self.quantise if all(map(is_quantised, names)) and all(map(fits_fp8, layers)) else None
-        projection = Projection(layers, self.dtype, quantise, self.scaling or "rowwise")
+        projection = Projection(layers, self.dtype, quantise)
         self.by_name |= dict.fromkeys(names, projection)
         return projection
 

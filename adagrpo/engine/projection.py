@@ -149,7 +149,7 @@ class Projection(nn.Module):
     @property
     def takes_quantized(self) -> bool:
         """Whether the op before may hand over a quantised input and nothing else."""
-        return self.quantise is not None and self.scaling == "rowwise" and self.lora_a is None
+        return self.quantise is not None and self.lora_a is None
 
     def from_quantized(self, q: Quantized, x: Tensor | None = None) -> Tensor:
         """[..., N] for inputs already quantised; ``x``, the same unquantised, is read by adapters only."""

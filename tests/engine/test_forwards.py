@@ -1,6 +1,6 @@
 """The rollout copy and its forwards against the unmodified library: parity, freshness, what FP8 may touch."""
 
-import copy
+import dataclasses
 
 import pytest
 import torch
@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from adagrpo.algorithm.sde import sigma_schedule
 from adagrpo.build import build_model
 from adagrpo.config import ModelConfig
-from adagrpo.engine.backends import build_forward, fp8_attend
+from adagrpo.engine.backends import build_forward
 from adagrpo.engine.forwards import CopyForward, Forward, PolicyForward
-from adagrpo.engine.fused_flux import torch_attention
 from adagrpo.engine.projection import Projection, linear_layers
 from adagrpo.engine.tables import RolloutTable, rollout_table
 from adagrpo.models.flux import FluxModel
@@ -219,13 +218,26 @@ def test_other_sizes_get_their_own_rotary_tables() -> None:
     assert len(fused._rotary) == 3
 
 
-def test_fp8_attention_rounds_its_inputs_and_nothing_else() -> None:
-    generator = torch.Generator().manual_seed(4)
-    q, k, v = (torch.randn(2, 7, 3, 16, generator=generator) * scale for scale in (1, 5, 0.1))
-    exact = torch_attention(q.double(), k.double(), v.double())
-    assert 1e-3 < distance(fp8_attend(q, k, v).double(), exact) < 0.1
-    grid = copy.deepcopy(q).sign()  # ±1 is exact in e4m3 under a scale of 1/448 of the largest
-    torch.testing.assert_close(fp8_attend(grid, grid, grid), torch_attention(grid, grid, grid), rtol=1e-5, atol=1e-6)
+def test_what_would_be_slower_than_without_it_is_refused_by_name(tmp_path) -> None:
+    from adagrpo.commands import load_trained
+    from adagrpo.config import Config, EngineConfig
+    from adagrpo.errors import InputError
+    from adagrpo.recipe import check, to_toml
+
+    for keys, match in (
+        ({"forward": "fused", "fp8_attention": True}, r"engine.fp8_attention = true: Q, K and V .*passes of their own"),
+        ({"fp8_attention": True}, r"engine.fp8_attention = true: .*passes of their own"),
+        ({"forward": "fused", "precision": "fp8", "fp8_scaling": "tensorwise"}, r"fp8_scaling = tensorwise: .*use rowwise"),
+    ):
+        with pytest.raises(InputError, match=match):
+            check(dataclasses.replace(Config(), engine=EngineConfig(**keys)))
+    check(dataclasses.replace(Config(), engine=EngineConfig(forward="compile", precision="fp8", fp8_scaling="tensorwise")))
+    with pytest.raises(InputError, match=r"fp8_scaling = tensorwise: .*use rowwise"):
+        build_forward(model := tiny(), table_for(model), "fused", "fp8", "tensorwise")
+    older = dataclasses.replace(Config(), engine=EngineConfig(forward="fused", fp8_attention=True))
+    (tmp_path / "older.toml").write_text(to_toml(older), "utf-8")
+    config, _ = load_trained(str(tmp_path / "older.toml"))  # its trained weights stay within reach
+    assert config == older
 
 
 def test_what_a_machine_cannot_run_is_refused_with_the_reason() -> None:

@@ -1,4 +1,4 @@
-"""Captures that fail, on a stand-in for torch.cuda that keeps torch's rules: what a broken capture leaves, and who hears of it."""
+"""Captures that fail, on a stand-in for torch.cuda that keeps torch's rules: what one leaves behind, and who hears of it."""
 
 import contextlib
 

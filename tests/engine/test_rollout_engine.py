@@ -70,7 +70,7 @@ def test_steps_that_are_reinforced_run_on_the_policy_under_fp8() -> None:
     torch.testing.assert_close(fresh, found.logp, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("keys", [{"precision": "fp8"}, {"precision": "bf16"}, {"forward": "fused", "fp8_attention": True}])
+@pytest.mark.parametrize("keys", [{"precision": "fp8"}, {"precision": "bf16"}, {"forward": "fused", "precision": "fp8"}])
 def test_a_lossy_probe_never_gives_the_forks_velocity(keys: dict) -> None:
     config = small(rollout={"fork_velocity": "probe"}, engine=engine(**keys))
     config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, old_logp="detached"))
