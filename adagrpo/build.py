@@ -7,14 +7,17 @@ from typing import TYPE_CHECKING
 
 import torch
 from adagrpo_kernels._dispatch import device_problem
+from torch import Tensor
 
+from .algorithm.selection import CapabilityState
 from .config import Config, ModelConfig, bucket_size
 from .engine.backends import require_backends
 from .engine.memory import MemoryPlan, free_bytes
-from .errors import InputError
+from .errors import InputError, RunError
 from .models.base import FlowModel
+from .models.isolated import isolated_model
 from .planning import memory_plan, rehearse
-from .plugins import checked, is_import_path, load_callable
+from .plugins import checked, is_import_path, load_callable, make_part
 from .prompts import load_prompts, require_disjoint
 from .recipe import check
 from .rewards import build_reward
@@ -80,8 +83,8 @@ def build_model(config: ModelConfig) -> FlowModel:
 
     if is_import_path(config.family):
         device = choose_device(config.device)
-        adapter = load_callable(config.family, "model.family", 5, config.kwargs)
-        return adapter(config.path, DTYPES[config.dtype], device, config.height, config.width)
+        given = (config.path, DTYPES[config.dtype], device, config.height, config.width)
+        return isolated_model(make_part(config.family, "model.family", given, config.kwargs), f"model.family = {config.family}")
     torch.manual_seed(0)  # initial LoRA weights are part of the recipe
     model = load_flux(
         str(tiny_flux_path()) if config.path == BUILT_IN_MODEL else config.path,
@@ -176,12 +179,24 @@ def load_data(config: Config) -> tuple[list[str], list[str]]:
 def load_plugins(config: Config) -> tuple[Select | None, Fuse | None]:
     """The selection strategy and advantage function named by import path; None for built-in ones."""
     select = fuse = None
-    if is_import_path(config.selection.strategy):
-        chosen = load_callable(config.selection.strategy, "selection.strategy", 2, config.selection.kwargs)
-        slots = "one index per slot"
-        select = lambda scores, state: checked(chosen(scores, state), scores.shape[1:2], "selection.strategy", slots).long()  # noqa: E731
-    if is_import_path(config.advantage.function):
-        fused = load_callable(config.advantage.function, "advantage.function", 3, config.advantage.kwargs)
+    s, a = config.selection, config.advantage
+    if is_import_path(s.strategy):
+        select = _selection(load_callable(s.strategy, "selection.strategy", 2, s.kwargs))
+    if is_import_path(a.function):
+        fused = load_callable(a.function, "advantage.function", 3, a.kwargs)
         each = "one advantage per sample"
-        fuse = lambda r, state, w: checked(fused(r, state, w), r.shape[1:], "advantage.function", each).to(r.dtype)  # noqa: E731
+        fuse = lambda r, state, w: checked(fused(r, state, w), r.shape[1:], "advantage.function", each).to(r)  # noqa: E731
     return select, fuse
+
+
+def _selection(chosen: Select) -> Select:
+    """``chosen``, whose picks are read once: one that names no candidate would train another slot's."""
+
+    def select(scores: Tensor, state: CapabilityState) -> Tensor:
+        found = checked(chosen(scores, state), scores.shape[1:2], "selection.strategy", "one index per slot", whole=True)
+        picks, last = found.to(scores.device, torch.int64), scores.shape[2] - 1
+        if bool(((picks < -1) | (picks > last)).any()):
+            raise RunError(f"selection.strategy returned {picks.tolist()}; candidates are 0 to {last}, and -1 is none")
+        return picks
+
+    return select

@@ -314,11 +314,20 @@ class Fit:
         return found
 
     def _try_rewards(self) -> None:
-        """Score two pictures of noise: a broken reward ends the run here, not after the first rollout."""
+        """Score two pictures of noise: a broken reward ends the run here, not after the first rollout.
+
+        Noise may have no score; so a reward without one is asked again, of what the policy draws.
+        """
         prompts = (self.held_out * 2)[:2]
         x = self.trainer.executor.initial_noise(torch.arange(2), 0, Stream.SAMPLE)
-        self.trainer.score(x, PromptRows(prompts, torch.arange(2, device=x.device)))
+        scores = self.trainer.score(x, PromptRows(prompts, torch.arange(2, device=x.device)))
+        if not bool(scores.isfinite().any(1).all()):
+            scores = evaluate(self.trainer.executor, self.trainer.score, prompts, 1, Stream.SAMPLE).flatten(1)
         self.trainer.phase.read()
+        for m, some in enumerate(scores.isfinite().any(1).tolist()):
+            if not some:
+                name = f"rewards.{m} ({self.config.rewards[m].name})"
+                raise RunError(f"{name} has no finite score, neither of noise nor of the policy's images: {scores[m].tolist()}")
 
     def _before(self) -> Tensor | None:
         """Scores of the initial policy on the final comparison's prompts; kept in the run folder for a resumed run."""

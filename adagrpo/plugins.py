@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import sys
@@ -9,9 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .errors import InputError, RunError
+from .isolation import Part, build_part, call_part
+
+TIMEOUT_KEY = "train.part_timeout"
 
 
 def is_import_path(name: str) -> bool:
@@ -29,13 +34,14 @@ def load_attribute(target: str, key: str) -> Any:
     module, _, attribute = target.partition(":")
     if str(Path.cwd()) not in sys.path and "" not in sys.path:
         sys.path.append(str(Path.cwd()))
-    try:
+
+    def imported() -> Any:
         found = importlib.import_module(module)
         for part in attribute.split("."):
             found = getattr(found, part)
-    except Exception as error:
-        raise InputError(f"{key} = {target}: cannot be imported: {type(error).__name__}: {error}") from error
-    return found
+        return found
+
+    return build_part(Part(f"{key} = {target}", InputError, ": cannot be imported"), imported)
 
 
 def check_call(function: Callable[..., Any], key: str, target: str, positional: int, kwargs: Mapping[str, Any]) -> None:
@@ -57,29 +63,51 @@ def check_call(function: Callable[..., Any], key: str, target: str, positional: 
         raise InputError(f"{key} = {target}: does not take {' and '.join(given) or 'a call'}: {error}") from error
 
 
-def load_callable(target: str, key: str, positional: int, kwargs: Mapping[str, Any]) -> Callable[..., Any]:
-    """The callable behind an import path with ``kwargs`` bound; its signature is checked now, not in the first iteration.
+def load_callable(
+    target: str, key: str, positional: int, kwargs: Mapping[str, Any], timeout: float = 0.0
+) -> Callable[..., Any]:
+    """The callable behind an import path with ``kwargs`` bound, as ``call_part`` calls it.
 
-    What it raises later becomes a ``RunError`` that names ``key``; running out of memory passes through.
+    Its signature is checked now, not in the first iteration. What it raises later becomes a ``RunError`` that names ``key``.
+
+    Args:
+        timeout: seconds per call; 0 waits for ever.
     """
     function = load_attribute(target, key)
     check_call(function, key, target, positional, kwargs)
-
-    def call(*args: Any) -> Any:
-        try:
-            return function(*args, **kwargs)
-        except (InputError, RunError):
-            raise
-        except Exception as error:
-            if type(error).__name__ == "OutOfMemoryError":
-                raise
-            raise RunError(f"{key} = {target} failed: {type(error).__name__}: {error}") from error
-
-    return call
+    part = Part(f"{key} = {target}", timeout=timeout, timeout_key=TIMEOUT_KEY)
+    return lambda *args: call_part(part, functools.partial(function, **kwargs), *args)
 
 
-def checked(value: Any, shape: Sequence[int], key: str, meaning: str) -> Tensor:
-    """A plug-in's result, if it is a tensor of ``shape``.
+def make_part(
+    target: str,
+    key: str,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    taken: Callable[[Any], Any] = lambda made: made,
+    timeout: float = 0.0,
+) -> Any:
+    """What the callable behind an import path makes at the start of a run: a model adapter, prompts.
+
+    Args:
+        taken: what is wanted of it, e.g. a list of what it generates; part of the call.
+        timeout: seconds; 0 waits for ever.
+
+    Raises:
+        InputError: it cannot be imported or called so; of its own making.
+        RunError: naming the key, whatever else went wrong.
+    """
+    function = load_attribute(target, key)
+    check_call(function, key, target, len(args), kwargs)
+    part = Part(f"{key} = {target}", passes=(InputError, RunError), timeout=timeout, timeout_key=TIMEOUT_KEY)
+    return build_part(part, lambda: taken(function(*args, **kwargs)))
+
+
+def checked(value: Any, shape: Sequence[int], key: str, meaning: str, whole: bool = False) -> Tensor:
+    """A part's result, if it is a dense tensor of real numbers of ``shape``.
+
+    Args:
+        whole: they must be integers.
 
     Raises:
         RunError: it is not.
@@ -87,4 +115,8 @@ def checked(value: Any, shape: Sequence[int], key: str, meaning: str) -> Tensor:
     if not isinstance(value, Tensor) or value.shape != tuple(shape):
         got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise RunError(f"{key} returned {got}; it must return a tensor of shape {tuple(shape)}, {meaning}")
+    wrong = value.is_floating_point() or value.dtype is torch.bool if whole else value.is_complex()
+    if wrong or value.is_complex() or value.layout is not torch.strided or value.is_quantized:
+        kind = "integers" if whole else "real numbers"
+        raise RunError(f"{key} returned a {value.layout} tensor of {value.dtype}; it must be a dense tensor of {kind}")
     return value

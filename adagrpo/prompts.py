@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from .errors import InputError, RunError
-from .plugins import is_import_path, load_callable
+from .errors import InputError
+from .plugins import is_import_path, make_part
 from .prompt_file import MAX_BYTES, MAX_PROMPTS, prompt_problem, read_prompt_file, same
 from .user_text import shown
 
@@ -72,28 +72,27 @@ def prompt_category(source: str) -> Callable[[str], str] | None:
 
 
 def _from_plugin(source: str, key: str, kwargs: Mapping[str, Any]) -> list[str]:
-    """Whatever the callable returns or generates, read to its end within bounds."""
     named = f"{key} = {source}"
-    found = load_callable(source, key, 0, kwargs)()
+    prompts: list[str] = make_part(source, key, (), kwargs, taken=lambda found: _read_to_the_end(found, named))
+    return prompts
+
+
+def _read_to_the_end(found: Any, named: str) -> list[str]:
+    """Whatever a source returned or generates, within bounds."""
     if isinstance(found, str | bytes | Mapping) or not isinstance(found, Iterable):
         raise InputError(f"{named}: returned a {type(found).__name__}; return a list of prompts, one string each")
     prompts: list[str] = []
     characters = 0
-    try:
-        for prompt in found:
-            if not isinstance(prompt, str) or not prompt.strip():
-                raise InputError(f"{named}: prompt {len(prompts)} is {shown(prompt)}; return non-empty strings only")
-            if problem := prompt_problem(prompt):
-                raise InputError(f"{named}: prompt {len(prompts)} {problem}")
-            prompts.append(prompt)
-            characters += len(prompt)
-            if len(prompts) > MAX_PROMPTS or characters > MAX_BYTES:
-                limits = f"{MAX_PROMPTS} prompts and {MAX_BYTES / 1e6:.0f} million characters"
-                raise InputError(f"{named}: gives more than the {limits} that are read; let it end earlier")
-    except (InputError, RunError):
-        raise
-    except Exception as error:
-        raise RunError(f"{named} failed: {type(error).__name__}: {error}") from error
+    for prompt in found:
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise InputError(f"{named}: prompt {len(prompts)} is {shown(prompt)}; return non-empty strings only")
+        if problem := prompt_problem(prompt):
+            raise InputError(f"{named}: prompt {len(prompts)} {problem}")
+        prompts.append(str(prompt))
+        characters += len(prompt)
+        if len(prompts) > MAX_PROMPTS or characters > MAX_BYTES:
+            limits = f"{MAX_PROMPTS} prompts and {MAX_BYTES / 1e6:.0f} million characters"
+            raise InputError(f"{named}: gives more than the {limits} that are read; let it end earlier")
     if not prompts:
         raise InputError(f"{named}: gives no prompt; it must give at least one")
     return prompts

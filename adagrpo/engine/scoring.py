@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..errors import RunError
+from ..isolation import Part, call_part
+from ..plugins import checked
 from ..rewards import PromptRows, Reward
 from .executor import RolloutExecutor
 
@@ -19,11 +20,22 @@ class Scorer:
         executor: its model decodes.
         rewards: M of them.
         names: of each, for errors.
+        timeouts: of each, seconds per call; 0, and None, waits for ever.
     """
 
-    def __init__(self, executor: RolloutExecutor, rewards: Sequence[Reward], names: Sequence[str]) -> None:
+    def __init__(
+        self,
+        executor: RolloutExecutor,
+        rewards: Sequence[Reward],
+        names: Sequence[str],
+        timeouts: Sequence[float] | None = None,
+    ) -> None:
         self.executor, self.rewards = executor, list(rewards)
-        self.names = [f"rewards.{m} ({name})" for m, name in enumerate(names)]
+        limits = timeouts or [0.0] * len(names)
+        self.parts = [
+            Part(f"rewards.{m} ({name})", timeout=limit, timeout_key=f"rewards.{m}.timeout")
+            for m, (name, limit) in enumerate(zip(names, limits, strict=True))
+        ]
 
     def __call__(self, latents: Tensor, prompts: PromptRows) -> Tensor:
         """Scores [M, R], float64, of clean latents [R, L, C].
@@ -36,22 +48,15 @@ class Scorer:
             with self.executor.phase("decode"):
                 images = self.executor.model.decode(latents[part])
             with self.executor.phase("reward"):
-                parts.append(self.score_images(images, prompts[part]))
+                parts.append(self.score_images(images, prompts[part], kept=False))
         return torch.cat(parts, 1)
 
-    def score_images(self, images: Tensor, prompts: PromptRows) -> Tensor:
-        """Scores [M, R] of images [R, 3, H, W] in [0, 1]."""
-        return torch.stack([self._score(m, images, prompts) for m in range(len(self.rewards))])
+    def score_images(self, images: Tensor, prompts: PromptRows, kept: bool = True) -> Tensor:
+        """Scores [M, R], float64, of images [R, 3, H, W] in [0, 1]; not ``kept``: the last reward may write into them."""
+        last = len(self.rewards) - 1
+        return torch.stack([self._score(m, images, prompts, kept or m < last) for m in range(last + 1)])
 
-    def _score(self, number: int, images: Tensor, prompts: PromptRows) -> Tensor:
-        name = self.names[number]
-        try:
-            scores = self.rewards[number](images, prompts)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            raise RunError(f"{name} failed: {type(error).__name__}: {error}") from error
-        if not isinstance(scores, Tensor) or scores.shape != (images.shape[0],):
-            got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-            raise RunError(f"{name} returned {got}; it must return a tensor of shape ({images.shape[0]},), a score per image")
-        return scores.to(images.device, torch.float64)
+    def _score(self, number: int, images: Tensor, prompts: PromptRows, kept: bool) -> Tensor:
+        part = self.parts[number]
+        scores = call_part(part, self.rewards[number], images.clone() if kept else images, prompts.copied(), copied=False)
+        return checked(scores, images.shape[:1], part.name, "a score per image").to(images.device, torch.float64)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..errors import InputError
+from ..isolation import Part, build_part
 from ..plugins import check_call, is_import_path, load_attribute
 from .base import PromptRows, Reward
 
@@ -63,11 +64,7 @@ def build_reward(name: str, kwargs: Mapping[str, Any], key: str = "rewards") -> 
         InputError: unknown name, import failure, arguments it does not take, or a result that is not a reward.
     """
     factory = check_reward(name, kwargs, key)
-    try:
-        reward = factory(**kwargs)
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(f"{key} = {name}: cannot be built: {type(error).__name__}: {error}") from error
+    part = Part(f"{key} = {name}", InputError, ": cannot be built", passes=(InputError,))
+    reward: Reward = build_part(part, lambda: factory(**kwargs))
     check_call(reward, key, f"{name}(...)", 2, {})
     return reward

@@ -20,12 +20,18 @@ class PromptRows(Sequence[str]):
     """
 
     def __init__(self, texts: Sequence[str], text_index: Tensor) -> None:
-        self.texts, self.text_index = texts, text_index
+        self.texts, self.text_index = tuple(texts), text_index
         self._rows: list[str] | None = None
 
     def rows(self, index: Tensor) -> PromptRows:
         """The images ``index`` (int64 vector on the device); nothing is read."""
         return PromptRows(self.texts, self.text_index.index_select(0, index))
+
+    def copied(self) -> PromptRows:
+        """The same rows, on an index of their own."""
+        part = PromptRows(self.texts, self.text_index.clone())
+        part._rows = None if self._rows is None else list(self._rows)
+        return part
 
     def _materialised(self) -> list[str]:
         if self._rows is None:
@@ -51,7 +57,11 @@ class PromptRows(Sequence[str]):
 
 
 class Reward(Protocol):
-    """Scores images against prompts."""
+    """Scores images against prompts.
+
+    It is called without gradients, on images of its own, with random states, default dtype and torch's other global switches
+    restored afterwards (``adagrpo.isolation``), and in a thread of its own where ``rewards.N.timeout`` limits its time.
+    """
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores [N] for images [N, 3, H, W] in [0, 1] on the model's device; NaN marks a failed sample."""

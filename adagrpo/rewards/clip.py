@@ -103,7 +103,7 @@ class ClipScore:
             texts, index = prompts.texts, prompts.text_index
         else:
             places = {text: i for i, text in enumerate(dict.fromkeys(prompts))}
-            texts, index = list(places), torch.tensor([places[prompt] for prompt in prompts])
+            texts, index = tuple(places), torch.tensor([places[prompt] for prompt in prompts])
         table = torch.stack([self._one(text) for text in texts])
         while len(self._cache) > max(self.prompt_cache, len(texts)):
             self._cache.popitem(last=False)

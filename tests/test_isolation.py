@@ -1,0 +1,396 @@
+"""Nothing that a part does in its call outlives it: whatever it switches, seeds, writes or raises, the run is the same."""
+
+import contextlib
+import dataclasses
+import os
+import random
+import signal
+import sys
+import textwrap
+
+import numpy
+import pytest
+import torch
+from toy import ToyModel, half_bright, toy_config, toy_trainer
+
+from adagrpo.build import build_model, load_data, load_plugins
+from adagrpo.errors import InputError, RunError
+from adagrpo.fit import Fit
+from adagrpo.recipe import load_recipe
+from adagrpo.rewards import build_reward
+from adagrpo.run.folder import RunFolder
+from adagrpo.train import Trainer
+
+MODULE = """
+    import os, random, signal, sys
+    import numpy, torch
+    from toy import PROMPTS, ToyModel, half_bright
+
+    CALLS, KEPT = [], []
+
+    def vandalise(*tensors):
+        CALLS.append(torch.is_grad_enabled())
+        for tensor in tensors:
+            tensor.copy_(torch.full_like(tensor, 3))
+        torch.manual_seed(1), random.seed(1), numpy.random.seed(1)
+        torch.rand(3), random.random(), numpy.random.rand()
+        torch.set_default_dtype(torch.float64)
+        torch.set_default_device("meta")
+        torch.set_num_threads(torch.get_num_threads() + 1)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.autograd.set_detect_anomaly(True)
+        torch.set_float32_matmul_precision("medium")
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.enable_flash_sdp(False)
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        KEPT.append(torch.autocast("cpu", torch.bfloat16))
+        KEPT[-1].__enter__()
+        torch.set_grad_enabled(bool(len(CALLS) % 2))
+        KEPT.append(torch.inference_mode())
+        KEPT[-1].__enter__()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        os.chdir("/")
+
+    def honest_reward():
+        return half_bright
+
+    def vandal_reward():
+        vandalise()
+        def score(images, prompts):
+            found = half_bright(images, prompts)
+            vandalise(images, prompts.text_index)
+            return found
+        return score
+
+    WEIGHT = torch.nn.Parameter(torch.tensor(1.0))
+
+    def learning_reward():
+        return lambda images, prompts: half_bright(images, prompts) * WEIGHT
+
+    def inferring_reward():
+        return torch.inference_mode()(half_bright)
+
+    def honest_selection(scores, capability):
+        return scores[0].argmax(1)
+
+    PICKS = torch.zeros(2, dtype=torch.int64)
+
+    def vandal_selection(scores, capability):
+        PICKS.copy_(honest_selection(scores, capability))  # the same buffer in every call
+        vandalise(scores, capability.mean, capability.var, capability.count)
+        return PICKS
+
+    def honest_advantage(rewards, capability, weights):
+        return (rewards - rewards.mean(-1, keepdim=True))[0]
+
+    def vandal_advantage(rewards, capability, weights):
+        found = honest_advantage(rewards, capability, weights)
+        vandalise(rewards, capability.mean, capability.var, capability.count, weights)
+        return found
+
+    def honest_model(path, dtype, device, height, width):
+        return ToyModel(torch.float32)
+
+    class Vandal(ToyModel):
+        def encode(self, prompts):
+            found = super().encode(prompts)
+            vandalise()
+            return found
+        def velocity(self, x, sigma, conditioning):
+            found = super().velocity(x, sigma, conditioning)
+            vandalise(*[] if found.requires_grad else [x, sigma, *conditioning.tensors.values()])  # no backward without
+            return found
+        def decode(self, x):
+            found = super().decode(x)
+            vandalise(x)
+            return found
+
+    def vandal_model(path, dtype, device, height, width):
+        made = Vandal(torch.float32)
+        vandalise()
+        return made
+
+    def honest_prompts():
+        return PROMPTS
+
+    def vandal_prompts():
+        def some():
+            vandalise()
+            yield from PROMPTS
+        return some()
+
+    def leaving_prompts():
+        sys.exit(0)
+
+    def leaving_selection(scores, capability):
+        sys.exit(0)
+
+    def leaving_advantage(rewards, capability, weights):
+        raise KeyboardInterrupt
+
+    def leaving_model(path, dtype, device, height, width):
+        sys.exit(0)
+
+    class Leaving(ToyModel):
+        def velocity(self, x, sigma, conditioning):
+            raise GeneratorExit
+
+    def model_that_leaves(path, dtype, device, height, width):
+        return Leaving(torch.float32)
+
+    def leaving_factory():
+        sys.exit(0)
+
+    def leaving_reward():
+        return lambda images, prompts: sys.exit(0)
+
+    def interrupting_reward():
+        def score(images, prompts):
+            raise KeyboardInterrupt
+        return score
+
+    def outside_selection(scores, capability):
+        return torch.full((scores.shape[1],), scores.shape[2])
+
+    def broken_selection(scores, capability):
+        return torch.full((scores.shape[1],), 0.5)
+
+    def complex_reward():
+        return lambda images, prompts: torch.zeros(len(images), dtype=torch.complex64)
+
+    def sparse_reward():
+        return lambda images, prompts: torch.zeros(len(images)).to_sparse()
+"""
+
+
+@pytest.fixture(autouse=True)
+def module(tmp_path, monkeypatch):
+    (tmp_path / "vandals.py").write_text(textwrap.dedent(MODULE), "utf-8")
+    (tmp_path / "leaves.py").write_text("import sys\nsys.exit(0)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield
+    for kept in reversed(getattr(sys.modules.get("vandals"), "KEPT", [])):
+        kept.__exit__(None, None, None)  # of the code that is under test, were it not isolated
+    sys.modules.pop("vandals", None)
+
+
+@pytest.fixture(autouse=True)
+def everything_restored():
+    """What the process is like, before and after."""
+    before = switches()
+    states = torch.get_rng_state(), random.getstate(), numpy.random.get_state(legacy=True)[1].tolist()
+    yield
+    after = switches()
+    again = torch.get_rng_state(), random.getstate(), numpy.random.get_state(legacy=True)[1].tolist()
+    restore(before)
+    assert after == before
+    assert torch.equal(states[0], again[0]) and states[1:] == again[1:]
+
+
+def switches() -> dict[str, object]:
+    try:
+        precision = torch.backends.cuda.matmul.allow_tf32
+    except RuntimeError:
+        precision = "mixed"
+    return {
+        "grad": torch.is_grad_enabled(),
+        "inference": torch.is_inference_mode_enabled(),
+        "dtype": torch.get_default_dtype(),
+        "device": torch.get_default_device(),
+        "threads": torch.get_num_threads(),
+        "deterministic": torch.get_deterministic_debug_mode(),
+        "anomaly": torch.is_anomaly_enabled(),
+        "tf32": precision,
+        "fp32": torch.backends.cuda.matmul.fp32_precision,
+        "benchmark": torch.backends.cudnn.benchmark,
+        "cudnn": torch.backends.cudnn.allow_tf32,
+        "flash": torch.backends.cuda.flash_sdp_enabled(),
+        "autocast": torch.is_autocast_enabled("cpu"),
+        "Ctrl-C": signal.getsignal(signal.SIGINT),
+        "folder": os.getcwd(),
+    }
+
+
+def restore(before: dict[str, object]) -> None:
+    """A test that failed must not take the others with it."""
+    torch.set_grad_enabled(before["grad"])
+    torch.set_default_dtype(before["dtype"])
+    torch.set_default_device(None)
+    torch.set_num_threads(before["threads"])
+    torch.set_deterministic_debug_mode(before["deterministic"])
+    torch.set_anomaly_enabled(before["anomaly"])
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.fp32_precision = before["fp32"]
+    torch.backends.cudnn.benchmark = before["benchmark"]
+    torch.backends.cudnn.allow_tf32 = before["cudnn"]
+    torch.backends.cuda.enable_flash_sdp(before["flash"])
+    torch.set_autocast_enabled("cpu", before["autocast"])
+    signal.signal(signal.SIGINT, before["Ctrl-C"])
+    os.chdir(before["folder"])
+
+
+def trained(who: str, reward: str = "honest_reward", iterations: int = 2, **names: str) -> tuple[list, Trainer]:
+    """Metrics' rewards and the weights after a short run whose parts are ``who``'s, but for those named."""
+    config = toy_config(
+        model={"family": f"vandals:{names.get('model', 'honest_model')}"},
+        data={"prompts": f"vandals:{names.get('prompts', 'honest_prompts')}", "held_out": "vandals:honest_prompts"},
+        selection={"strategy": f"vandals:{names.get('selection', 'honest_selection')}", "candidates": 3},
+        advantage={"function": f"vandals:{names.get('advantage', 'honest_advantage')}"},
+    )
+    select, fuse = load_plugins(config)
+    rewards = [build_reward(f"vandals:{reward}", {}, "rewards.0")]
+    trainer = Trainer(config, build_model(config.model), rewards, load_data(config)[0], select, fuse)
+    seen = []
+    for _ in range(iterations):
+        metrics = trainer.iteration()
+        seen.append([float(metrics["reward/train"]), *metrics["selection/picked"]])
+    return seen, trainer
+
+
+def weights(trainer: Trainer) -> list[torch.Tensor]:
+    return [p.detach() for _, p in trainer.model.trainable()]
+
+
+@pytest.mark.parametrize("part", ["reward", "selection", "advantage", "model", "prompts"])
+def test_a_vandal_trains_what_an_honest_part_trains(part: str) -> None:
+    """Bit for bit: picks, rewards, weights; and the process is afterwards what it was (fixture)."""
+    truth, honest = trained("honest")
+    found, trainer = trained("vandal", **{part: f"vandal_{part}"})
+    assert found == truth
+    for a, b in zip(weights(honest), weights(trainer), strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+    assert sys.modules["vandals"].CALLS
+
+
+@pytest.mark.parametrize("part", ["reward", "selection", "advantage", "prompts"])
+def test_parts_are_called_without_gradients(part: str) -> None:
+    trained("vandal", iterations=1, **{part: f"vandal_{part}"})
+    assert not any(sys.modules["vandals"].CALLS)
+
+
+@pytest.mark.parametrize("reward", ["learning_reward", "inferring_reward"])
+def test_rewards_with_weights_of_their_own_and_of_inference_mode_are_numbers(reward: str) -> None:
+    truth, _ = trained("honest", iterations=1)
+    found, trainer = trained("odd", reward, iterations=1)
+    assert found == truth
+    images = drawn(2, 3, 4, 4)
+    score = trainer.score.score_images(images, prompt_rows(2))
+    assert not score.requires_grad and not score.is_inference()
+    (score * torch.ones(2, requires_grad=True)).sum().backward()
+
+
+def drawn(*shape: int) -> torch.Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(0))
+
+
+def prompt_rows(count: int):
+    from adagrpo.rewards import PromptRows
+
+    return PromptRows(["a"], torch.zeros(count, dtype=torch.int64))
+
+
+def test_every_reward_of_several_sees_the_images() -> None:
+    """Whoever writes into the images first; those the caller keeps are never written into."""
+    seen = []
+
+    def vandal(images, prompts):
+        seen.append(images.clone())
+        images.zero_()
+        return torch.zeros(len(images))
+
+    config = toy_config(rewards=tuple(dataclasses.replace(toy_config().rewards[0]) for _ in range(2)))
+    trainer = toy_trainer(config, reward=vandal)
+    images = drawn(2, 3, 4, 4)
+    kept = images.clone()
+    trainer.score.score_images(images, prompt_rows(2))
+    assert torch.equal(images, kept) and all(torch.equal(s, kept) for s in seen)
+    seen.clear()
+    trainer.score(drawn(2, *ToyModel.latent_shape), prompt_rows(2))
+    assert len(seen) == 2 and torch.equal(*seen) and bool(seen[0].any())
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        ({"reward": "leaving_reward"}, r"rewards\.0 \(tiny\) failed: SystemExit"),
+        ({"reward": "interrupting_reward"}, r"rewards\.0 \(tiny\) failed: KeyboardInterrupt"),
+        ({"reward": "leaving_factory"}, r"rewards\.0 = vandals:leaving_factory: cannot be built: SystemExit"),
+        ({"selection": "leaving_selection"}, r"selection\.strategy = vandals:leaving_selection failed: SystemExit"),
+        ({"advantage": "leaving_advantage"}, r"advantage\.function = vandals:leaving_advantage failed: KeyboardInterrupt"),
+        ({"prompts": "leaving_prompts"}, r"data\.prompts = vandals:leaving_prompts failed: SystemExit"),
+        ({"model": "leaving_model"}, r"model\.family = vandals:leaving_model failed: SystemExit"),
+        ({"model": "model_that_leaves"}, r"model\.family = vandals:model_that_leaves: velocity failed: GeneratorExit"),
+        ({"selection": "outside_selection"}, r"selection\.strategy returned \[3, 3\]; candidates are 0 to 2"),
+        ({"selection": "broken_selection"}, r"selection\.strategy returned .*float32.* integers"),
+        ({"reward": "complex_reward"}, r"rewards\.0 \(tiny\) returned .*complex64.* real numbers"),
+        ({"reward": "sparse_reward"}, r"rewards\.0 \(tiny\) returned .*sparse.* dense"),
+    ],
+)
+def test_leaving_the_process_is_a_failure_of_the_part(names: dict[str, str], words: str) -> None:
+    earlier = signal.signal(signal.SIGINT, lambda number, frame: None)
+    try:
+        with pytest.raises((RunError, InputError), match=words):
+            trained("leaving", iterations=1, **names)
+    finally:
+        signal.signal(signal.SIGINT, earlier)
+
+
+def test_a_module_that_leaves_while_imported_is_named() -> None:
+    with pytest.raises(InputError, match=r"rewards\.0 = leaves:reward: cannot be imported: SystemExit"):
+        build_reward("leaves:reward", {}, "rewards.0")
+
+
+def test_ctrl_c_in_a_part_is_ctrl_c() -> None:
+    """The signal's handler raises inside the part; that is not the part's doing."""
+
+    def interrupted(number, frame):
+        raise KeyboardInterrupt
+
+    def score(images, prompts):
+        signal.raise_signal(signal.SIGINT)
+        return half_bright(images, prompts)
+
+    earlier = signal.signal(signal.SIGINT, interrupted)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            toy_trainer(toy_config(), reward=score).iteration()
+    finally:
+        signal.signal(signal.SIGINT, earlier)
+
+
+@pytest.mark.parametrize("noise_only", [False, True])
+def test_a_reward_that_never_has_a_score_ends_the_run_at_its_start(noise_only: bool, tmp_path) -> None:
+    """Noise alone proves nothing: a detector may find nothing there."""
+    calls = []
+
+    def score(images, prompts):
+        calls.append(1)
+        blind = not noise_only or len(calls) == 1
+        return torch.full((len(images),), torch.nan) if blind else half_bright(images, prompts)
+
+    trainer = toy_trainer(toy_config(train={"iterations": 1, "slots": 2}), reward=score)
+    run = RunFolder.fresh(tmp_path / "run")
+    run.write_start(trainer.config, trainer.model.device, {})
+    fit = Fit(trainer, run, ["a", "b"], say=lambda line: None)
+    with contextlib.nullcontext() if noise_only else pytest.raises(RunError, match=r"rewards\.0 \(tiny\) has no finite score"):
+        fit()
+    assert trainer.iterations_done == noise_only
+
+
+def test_adapters_keep_their_kind_and_their_siblings() -> None:
+    config = dataclasses.replace(load_recipe("tiny").model, family="vandals:honest_model")
+    model = build_model(config)
+    assert isinstance(model, ToyModel)
+    sibling = model.around(ToyModel().transformer)
+    x = drawn(1, *model.latent_shape)
+    with torch.no_grad():
+        next(iter(sibling.transformer.parameters())).add_(1)
+    same, other = (m.velocity(x, torch.ones(1), m.encode(["a"])) for m in (model, sibling))
+    assert not torch.equal(same, other) and same.requires_grad
+
+
+def test_an_adapter_that_is_none_is_refused() -> None:
+    config = dataclasses.replace(load_recipe("tiny").model, family="vandals:honest_prompts")
+    with pytest.raises(InputError, match=r"model\.family"):
+        build_model(config)
