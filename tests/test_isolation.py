@@ -111,6 +111,9 @@ MODULE = """
         vandalise()
         return made
 
+    def held_out():
+        return ["a", "b"]
+
     def honest_prompts():
         return PROMPTS
 
@@ -234,7 +237,7 @@ def trained(who: str, reward: str = "honest_reward", iterations: int = 2, **name
     """Metrics' rewards and the weights after a short run whose parts are ``who``'s, but for those named."""
     config = toy_config(
         model={"family": f"vandals:{names.get('model', 'honest_model')}"},
-        data={"prompts": f"vandals:{names.get('prompts', 'honest_prompts')}", "held_out": "vandals:honest_prompts"},
+        data={"prompts": f"vandals:{names.get('prompts', 'honest_prompts')}", "held_out": "vandals:held_out"},
         selection={"strategy": f"vandals:{names.get('selection', 'honest_selection')}", "candidates": 3},
         advantage={"function": f"vandals:{names.get('advantage', 'honest_advantage')}"},
     )
