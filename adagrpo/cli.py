@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -78,8 +79,11 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
         epilog="`adagrpo train RECIPE --help` lists every key of the recipe with its value.",
     )
     train.add_argument("recipe", nargs="?", help=f"{', '.join(recipe_names())}, or a TOML file")
-    train.add_argument("--out", type=Path, help="run folder (default: runs/<recipe>-<first free number>)")
+    train.add_argument("--out", type=_path, help="run folder (default: runs/<recipe>-<first free number>)")
     train.add_argument("--resume", metavar="latest|auto|CHECKPOINT", help="continue the run in --out")
+    train.add_argument(
+        "--take-over", action="store_true", help="take the folder from an owner on another host that is silent for 5 minutes"
+    )
     train.add_argument("--dry-run", action="store_true", help="check everything that can be checked, then stop")
     train.add_argument("--print-config", action="store_true", help="print the resolved recipe as TOML, then stop")
     train.add_argument("-h", "--help", action="store_true", help="show this help")
@@ -96,11 +100,31 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> int:
     if args.print_config:
         print(to_toml(config), end="")
         return 0
+    _one_rank("train")
     from .commands import dry_run, train
 
     if args.dry_run:
         return dry_run(config, None if args.resume else args.out)
-    return train(config, args.out, args.resume)
+    return train(config, args.out, args.resume, args.take_over)
+
+
+def _one_rank(command: str) -> None:
+    """Refuse to be one of several ranks: each would do the whole work."""
+    size = os.environ.get("WORLD_SIZE", "1").strip()
+    if size not in ("", "0", "1"):
+        raise InputError(
+            f"WORLD_SIZE = {size}: adagrpo {command} runs on one GPU, several ranks are not supported yet; start it as one "
+            "process, without torchrun, or unset WORLD_SIZE"
+        )
+
+
+def _path(text: str) -> Path:
+    """A path of the command line, meant as it is written."""
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError("an empty path" if not text else "a path cannot hold NUL")
+    if text.startswith("~"):
+        raise argparse.ArgumentTypeError(f"the shell left ~ as it is: write the whole path, or ./{text} for a folder named ~")
+    return Path(text)
 
 
 def _recipe_command(commands: argparse._SubParsersAction, name: str, does: str, description: str) -> argparse.ArgumentParser:
@@ -139,7 +163,7 @@ def _add_profile(commands: argparse._SubParsersAction) -> None:
     )
     profile.add_argument("recipe", help=f"{', '.join(recipe_names())}, or a TOML file")
     profile.add_argument("--iterations", type=int, default=3, help="timed iterations (default: 3)")
-    profile.add_argument("--out", type=Path, help="folder (default: profiles/<device>/<recipe>)")
+    profile.add_argument("--out", type=_path, help="folder (default: profiles/<device>/<recipe>)")
     profile.set_defaults(run=_profile)
 
 
@@ -147,6 +171,7 @@ def _profile(args: argparse.Namespace, overrides: list[str]) -> int:
     recipe = load_recipe(args.recipe)
     config = _override(recipe, overrides, f"profile {args.recipe}")
     check(config)
+    _one_rank("profile")
     from .commands import profile
 
     return profile(config, recipe, args.iterations, args.out)
@@ -171,11 +196,12 @@ def _add_fidelity(commands: argparse._SubParsersAction) -> None:
     )
     fidelity.add_argument("source", help="recipe, run folder or checkpoint folder")
     fidelity.add_argument("--slots", type=int, default=20, help="prompts to pick, each among B candidates (default: 20)")
-    fidelity.add_argument("--out", type=Path, help="report file (default: runs/fidelity/<recipe>-<levers>.json)")
+    fidelity.add_argument("--out", type=_path, help="report file (default: runs/fidelity/<recipe>-<levers>.json)")
     fidelity.set_defaults(run=_fidelity)
 
 
 def _fidelity(args: argparse.Namespace, overrides: list[str]) -> int:
+    _one_rank("fidelity")
     from .commands import fidelity, source_config
 
     config, checkpoint = source_config(args.source)
@@ -188,7 +214,7 @@ def _add_sample(commands: argparse._SubParsersAction) -> None:
     sample.add_argument("--prompt", action="append", required=True, help="may be given several times")
     sample.add_argument("--count", type=int, default=1, help="images per prompt")
     sample.add_argument("--seed", type=int, help="default: the recipe's")
-    sample.add_argument("--out", type=Path, default=Path("samples"), help="folder for the PNG files")
+    sample.add_argument("--out", type=_path, default=Path("samples"), help="folder for the PNG files")
     sample.set_defaults(run=_sample)
 
 
@@ -201,7 +227,7 @@ def _sample(args: argparse.Namespace) -> int:
 def _add_export(commands: argparse._SubParsersAction) -> None:
     export = commands.add_parser("export", help="write what stock diffusers loads: a pipeline folder, or a LoRA file")
     export.add_argument("source", help="run folder or checkpoint folder")
-    export.add_argument("out", type=Path, help="new folder")
+    export.add_argument("out", type=_path, help="new folder")
     export.set_defaults(run=_export)
 
 
@@ -213,8 +239,8 @@ def _export(args: argparse.Namespace) -> int:
 
 def _add_report(commands: argparse._SubParsersAction) -> None:
     report = commands.add_parser("report", help="one self-contained report.html of one or several runs")
-    report.add_argument("folders", type=Path, nargs="+", metavar="RUN", help="run folders")
-    report.add_argument("--out", type=Path, help="file to write (default: RUN/report.html)")
+    report.add_argument("folders", type=_path, nargs="+", metavar="RUN", help="run folders")
+    report.add_argument("--out", type=_path, help="file to write (default: RUN/report.html)")
     report.set_defaults(run=_report)
 
 
@@ -229,7 +255,7 @@ def _add_tiny(commands: argparse._SubParsersAction) -> None:
         dest="tiny_command", required=True, metavar="COMMAND"
     )
     build = tiny.add_parser("build", help="train tiny-flux from scratch (about 12 minutes on 2 cores)")
-    build.add_argument("out", type=Path, help="new pipeline folder")
+    build.add_argument("out", type=_path, help="new pipeline folder")
     build.add_argument("--seed", type=int, default=0)
     build.set_defaults(run=_tiny)
     prompts = tiny.add_parser("prompts", help="print prompts with their category")
@@ -238,7 +264,7 @@ def _add_tiny(commands: argparse._SubParsersAction) -> None:
     prompts.add_argument("--count", type=int, default=20, help="how many (default: 20)")
     prompts.set_defaults(run=_tiny)
     score = tiny.add_parser("score", help="score PNG files against a prompt")
-    score.add_argument("images", type=Path, nargs="+")
+    score.add_argument("images", type=_path, nargs="+")
     score.add_argument("--prompt", required=True)
     score.set_defaults(run=_tiny)
 
@@ -302,7 +328,7 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     seeds.add_argument("--mixes", help="sources of prompts (default: the recipe's; of recipe tiny also tiny:wide)")
     seeds.add_argument("--seeds", type=int, default=5, help="how many, from the recipe's train.seed on (default: 5)")
     seeds.add_argument("--jobs", type=int, default=1, help="trainings at once (default: 1)")
-    seeds.add_argument("--log", type=Path, help="finished trainings, to go on from (default: runs/seeds-<recipe>.jsonl)")
+    seeds.add_argument("--log", type=_path, help="finished trainings, to go on from (default: runs/seeds-<recipe>.jsonl)")
     probes = _bench_parser(
         bench,
         "probes",
@@ -315,8 +341,8 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     probes.add_argument("--noises", type=int, default=16, help="images per prompt that are its truth (default: 16)")
     probes.add_argument("--rounds", type=int, default=3, help="iterations that costs are measured on (default: 3)")
     compare = bench.add_parser("compare", help="differences of two records beyond noise")
-    compare.add_argument("before", type=Path, metavar="A.json")
-    compare.add_argument("after", type=Path, metavar="B.json")
+    compare.add_argument("before", type=_path, metavar="A.json")
+    compare.add_argument("after", type=_path, metavar="B.json")
     compare.add_argument("--fail", action="store_true", help="exit code 1 when anything got worse")
     compare.set_defaults(run=_bench_compare)
     kernels = bench.add_parser("kernels", help="time the kernels (CUDA)")
@@ -324,7 +350,7 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     kernels.set_defaults(run=_bench_kernels)
     _add_record_options(kernels)
     readme = bench.add_parser("readme", help="tables and picture of the records")
-    readme.add_argument("--results", type=Path, default=Path("bench/results"), help="folder of the records")
+    readme.add_argument("--results", type=_path, default=Path("bench/results"), help="folder of the records")
     readme.add_argument("--check", action="store_true", help="write nothing; exit code 1 when out of date")
     readme.set_defaults(run=_bench_readme)
 
@@ -341,7 +367,7 @@ def _bench_parser(
 
 
 def _add_record_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder of the records")
+    parser.add_argument("--out", type=_path, default=Path("bench/results"), help="folder of the records")
     parser.add_argument("--note", default="", help="what a reader of the record must know")
 
 
@@ -366,6 +392,7 @@ def _named_recipe(default: str, rest: list[str], command: str) -> Config:
     recipe, overrides = (rest[0], rest[1:]) if named else (default, rest)
     config = _override(load_recipe(recipe), overrides, f"{command} {recipe}")
     check(config)
+    _one_rank(command)
     return config
 
 
@@ -405,6 +432,7 @@ def _bench_compare(args: argparse.Namespace) -> int:
 
 
 def _bench_kernels(args: argparse.Namespace) -> int:
+    _one_rank("bench kernels")
     from .bench.kernels import kernels_command
 
     return kernels_command(args.op, args.out, args.note, args.argv)

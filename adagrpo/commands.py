@@ -32,9 +32,11 @@ from .planning import iteration_prediction, memory_notice, memory_plan, planned_
 from .recipe import check, load_recipe
 from .rewards import build_reward, check_reward_files
 from .run.checkpoint import INDEX, verify
-from .run.folder import RunFolder, next_free, prompts_digest, write_json
+from .run.folder import RunFolder, prompts_digest, write_json
 from .run.grid import to_pil
+from .run.lock import OwnerLock, holding, holding_new
 from .run.loggers import check_loggers
+from .run.opening import check_start, opened
 from .run.report import write_report
 from .train import build_executor
 
@@ -42,9 +44,14 @@ from .train import build_executor
 GPU_BYTES = {"H100 80 GB": int(78.5 * 2**30), "H200 141 GB": 139 * 2**30}
 
 
-def train(config: Config, out: Path | None, resume: str | None) -> int:
+def train(config: Config, out: Path | None, resume: str | None, take_over: bool = False) -> int:
     """Train a checked recipe to its end; returns the exit code."""
-    run, checkpoint = _open_run(config, out, resume)
+    with opened(config, out, resume, take_over) as (run, checkpoint):
+        return _train(config, run, checkpoint)
+
+
+def _train(config: Config, run: RunFolder, checkpoint: Path | None) -> int:
+    """Train in a folder that is this process's own."""
     plans: list[MemoryPlan] = []
     trainer, held_out = build_trainer(config, plans.append)
     digest = prompts_digest(trainer.stream.prompts, held_out)
@@ -81,7 +88,7 @@ def dry_run(config: Config, out: Path | None = None) -> int:
         check_reward_files(reward.name, reward.kwargs, f"rewards.{i}")
     check_loggers(config.output.loggers)
     if out is not None:
-        RunFolder.check_fresh(out)
+        check_start(out)
     counts = planned_evaluations(config)
     print(f"{config.name}: {len(prompts)} training prompts, {len(held_out)} held-out prompts")
     print("evaluations per iteration: " + ", ".join(f"{phase} {n}" for phase, n in counts.items()))
@@ -119,16 +126,13 @@ def sample(source: str, prompts: Sequence[str], count: int, seed: int | None, ou
     """Write ``count`` PNG files per prompt into ``out``."""
     if count < 1:
         raise InputError(f"--count {count}: must be at least 1")
-    config, model = load_trained(source)
-    executor = build_executor(config if seed is None else with_seed(config, seed), model)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out {out}: cannot be created: {error.strerror}") from error
-    for i, image in enumerate(sample_images(executor, prompts, count, Stream.SAMPLE)):
-        path = out / f"{i // count:03d}-{i % count:03d}.png"
-        to_pil(image).save(path)
-        print(path)
+    with holding(OwnerLock(out, "sample", f"--out {out}")):
+        config, model = load_trained(source)
+        executor = build_executor(config if seed is None else with_seed(config, seed), model)
+        for i, image in enumerate(sample_images(executor, prompts, count, Stream.SAMPLE)):
+            path = out / f"{i // count:03d}-{i % count:03d}.png"
+            to_pil(image).save(path)
+            print(path)
     return 0
 
 
@@ -163,29 +167,24 @@ PROFILES = Path("profiles")
 
 def profile(config: Config, recipe: Config, iterations: int, out: Path | None) -> int:
     """Record whole iterations of a checked recipe into a folder of profiles; ``recipe`` is what its file says."""
-    from .profile.summary import device_slug, prepare_folder, write_profile
+    from .profile.summary import device_slug, write_profile
 
     if iterations < 1:
         raise InputError(f"--iterations {iterations}: must be at least 1")
     folder = out or PROFILES / device_slug(choose_device(config.model.device)) / config.name
     config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, overlap=False))
-    prepare_folder(folder)
-    trainer, _ = build_trainer(config)
-    print(write_profile(trainer, recipe, iterations, folder))
+    with holding(OwnerLock(folder, "profile", f"--out {folder}")):
+        trainer, _ = build_trainer(config)
+        print(write_profile(trainer, recipe, iterations, folder))
     print(folder)
     return 0
 
 
 def export(source: str, out: Path) -> int:
     """Write the trained model so that stock diffusers loads it, and say how."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out}: not an empty folder; name another one")
-    config, model = load_trained(source)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{out}: cannot be created: {error.strerror}") from error
-    print(model.export(out, config.rollout.shift))
+    with holding_new(out, "export", str(out)):
+        config, model = load_trained(source)
+        print(model.export(out, config.rollout.shift))
     return 0
 
 
@@ -235,18 +234,3 @@ def attention_backend(transformer: object) -> str:
             backend = processor._attention_backend
             return "default" if backend is None else str(getattr(backend, "value", backend))
     return "none"
-
-
-def _open_run(config: Config, out: Path | None, resume: str | None) -> tuple[RunFolder, Path | None]:
-    """The run folder and the checkpoint to continue from."""
-    if resume is None:
-        return RunFolder.fresh(out or next_free(Path("runs"), config.name)), None
-    if out is None:
-        raise InputError(f"--resume {resume}: name the run folder with --out")
-    if resume == "auto" and not (out / "config.toml").exists():
-        return RunFolder.fresh(out), None
-    run = RunFolder.existing(out, config)
-    checkpoint = run.latest_checkpoint() if resume in ("latest", "auto") else Path(resume)
-    if checkpoint is None and resume == "latest":
-        raise InputError(f"--resume latest: {run.checkpoints} holds no complete checkpoint")
-    return run, checkpoint

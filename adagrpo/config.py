@@ -340,6 +340,7 @@ class Config:
     """A recipe."""
 
     name: str = "unnamed"
+    """The name of a folder; without --out a run goes into runs/<name>-001, or the first number not taken."""
     model: ModelConfig = field(default_factory=ModelConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)

@@ -70,6 +70,7 @@ def check(config: Config) -> None:
         InputError: naming the key, the value and what is allowed.
     """
     rules = (
+        _check_name,
         _check_unfused,
         _check_ranges,
         _check_plugins,
@@ -102,6 +103,19 @@ def _check_unfused(c: Config) -> typing.Iterator[Problem]:
         yield "engine.fp8_attention", "true", FP8_ATTENTION
     if e.forward == "fused" and e.precision == "fp8" and e.fp8_scaling == "tensorwise":
         yield "engine.fp8_scaling", e.fp8_scaling, TENSORWISE_FUSED
+
+
+def _check_name(c: Config) -> typing.Iterator[Problem]:
+    """It becomes the name of a folder, with a number behind it."""
+    name = c.name
+    if name in ("", ".", "..") or name != name.strip() or "/" in name or "\\" in name or not name.isprintable():
+        yield (
+            "name",
+            repr(name),
+            "must be the name of a folder: no separators, control characters or outer spaces (--out takes a path)",
+        )
+    elif len(name.encode()) > 200:
+        yield "name", repr(name[:20] + "…"), "must be at most 200 bytes long"
 
 
 def _check_ranges(c: Config) -> typing.Iterator[Problem]:

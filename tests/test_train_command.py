@@ -1,5 +1,6 @@
 """`adagrpo train` from recipe file to run folder, in process, with a toy model named by import path."""
 
+import dataclasses
 import gzip
 import hashlib
 import json
@@ -13,7 +14,8 @@ from toy import toy_config
 
 from adagrpo.cli import main
 from adagrpo.config import RewardConfig
-from adagrpo.recipe import to_toml
+from adagrpo.errors import InputError
+from adagrpo.recipe import check, to_toml
 
 
 @pytest.fixture
@@ -22,7 +24,7 @@ def recipe(tmp_path):
 
     def write(**sections) -> str:
         model = {"family": "parts:model", "device": "cpu"}
-        data = {"prompts": "parts:prompts", "held_out": "parts:held_out"}
+        data = {"prompts": "parts:prompts", "held_out": "parts:held_out"} | sections.pop("data", {})
         config = toy_config(model=model, data=data, rewards=(RewardConfig("parts:reward"),), name="toy", **sections)
         file = tmp_path / "toy.toml"
         file.write_text(to_toml(config), "utf-8")
@@ -152,6 +154,79 @@ def test_run_errors_end_with_code_one(recipe, tmp_path, capsys, monkeypatch) -> 
     monkeypatch.setattr(parts, "reward", lambda: lambda images, prompts: images)
     assert main(["train", recipe(), "--out", str(tmp_path / "run")]) == 1
     assert "rewards.0 (parts:reward) returned" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["dangling", "too long", "no folder"])
+def test_places_where_no_folder_can_be_made(kind: str, recipe, tmp_path, capsys) -> None:
+    if kind == "dangling":
+        (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    target = {"dangling": tmp_path / "dangling", "too long": tmp_path / ("x" * 300), "no folder": "/proc/nowhere"}[kind]
+    for extra in (["--dry-run"], [], ["--resume", "auto"], ["--resume", "latest"]):
+        if kind == "no folder" and "--dry-run" in extra:
+            continue  # only trying tells
+        assert main(["train", recipe(), "--out", str(target), *extra]) == 2, extra
+        assert f"--out {target}" in capsys.readouterr().err
+    assert main(["export", recipe(), str(target)]) == 2
+    assert str(target) in capsys.readouterr().err
+    assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize(
+    ("path", "words"), [("", "an empty path"), ("~/runs/a", "write the whole path, or ./~/runs/a"), ("a\0b", "NUL")]
+)
+@pytest.mark.parametrize(
+    "command", [["train", "tiny", "--out"], ["export", "tiny"], ["sample", "tiny", "--prompt", "a", "--out"]]
+)
+def test_a_path_is_meant_as_it_is_written(path: str, words: str, command, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as left:
+        main([*command, path])
+    assert left.value.code == 2 and words in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "a/b", "/tmp/a", "a\\b", "a\nb", "a\0b", " a", "a ", "x" * 201, "é" * 101, "a\u2028b"]
+)
+def test_a_name_is_one_component_of_a_path(name: str) -> None:
+    with pytest.raises(InputError, match="name = "):
+        check(dataclasses.replace(toy_config(), name=name))
+
+
+@pytest.mark.parametrize("name", ["a", "flux1-dev", "run 2", "größe", ".hidden", "..."])
+def test_names_of_folders(name: str) -> None:
+    check(dataclasses.replace(toy_config(), name=name))
+
+
+def test_without_out_each_start_gets_a_folder_of_its_own(recipe, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "toy-001").mkdir(parents=True)
+    assert main(["train", recipe(output={"grid_every": 0})]) == 0
+    assert main(["train", recipe(data={"prompts": "parts:nothing"})]) == 2
+    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["toy-001", "toy-002"]
+
+
+@pytest.mark.parametrize("size", ["2", "8", "two"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train"],
+        ["train", "--dry-run"],
+        ["profile"],
+        ["fidelity"],
+        ["bench", "iteration"],
+        ["bench", "seeds"],
+        ["bench", "kernels"],
+    ],
+)
+def test_several_ranks_are_refused_by_name(command: list[str], size: str, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", size)
+    named = [] if command[-1] == "kernels" else ["tiny"]
+    split = 2 if command[0] == "bench" else 1
+    assert main([*command[:split], *named, *command[split:]]) == 2
+    assert f"WORLD_SIZE = {size}" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
 
 
 class FakeDashboard(types.ModuleType):

@@ -24,6 +24,7 @@ from ..evaluation import evaluate
 from ..fit import read_metrics
 from ..prompts import load_prompts
 from ..run.folder import changed_keys, describe_machine, prompts_digest
+from ..run.lock import OwnerLock, holding
 from ..strict_json import from_json, to_json
 from .hosts import with_probe
 from .records import new_record
@@ -89,7 +90,8 @@ def seeds_command(config: Config, study: Study, out: Path, argv: tuple[str, ...]
     if not config.evaluation.final_prompts:
         raise InputError("evaluation.final_prompts = 0: the end reward is that of the final comparison; set it above 0")
     device, threads = choose_device(config.model.device), max(1, (os.cpu_count() or 1) // study.jobs)
-    results = trained(study, study.arms(config), describe_machine(device) | {"threads": threads})
+    with holding(OwnerLock(study.log.parent, "bench seeds", f"--log {study.log}", file=study.log.name)):
+        results = trained(study, study.arms(config), describe_machine(device) | {"threads": threads})
     series, facts = summary(results, study.probes[0])
     record = new_record(f"seeds-{config.name}", device, argv, series, facts, config, note)
     if device.type == "cpu":
@@ -118,7 +120,6 @@ def trained(study: Study, arms: Sequence[Arm], machine: Mapping[str, Any]) -> li
             )
     todo = [arm for arm in arms if digest(arm.config) not in done]
     print(f"{len(arms)} trainings, {len(arms) - len(todo)} of them in {study.log}", flush=True)
-    study.log.parent.mkdir(parents=True, exist_ok=True)
     context, failed = multiprocessing.get_context("spawn"), ""
     running: dict[Future[dict[str, Any]], Arm] = {}
     with ProcessPoolExecutor(study.jobs, context, torch.set_num_threads, (machine["threads"],)) as pool:

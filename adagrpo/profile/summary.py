@@ -16,7 +16,6 @@ import torch
 from ..config import Config
 from ..engine.memory import size_text
 from ..engine.roofline import H100, H200, Device
-from ..errors import InputError
 from ..planning import planned_calls
 from ..run.charts import number
 from ..run.folder import changed_keys, describe_machine, processor, slug, write_json
@@ -37,18 +36,6 @@ def device_slug(device: torch.device) -> str:
 def processor_name() -> str:
     """The CPU's name without its trademarks."""
     return re.sub(r"\([RTM]+\)", "", processor())
-
-
-def prepare_folder(path: Path) -> None:
-    """Create ``path``.
-
-    Raises:
-        InputError: it cannot be created.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out {path}: cannot be written: {error.strerror}") from error
 
 
 def write_profile(trainer: Trainer, recipe: Config, iterations: int, folder: Path) -> str:

@@ -23,6 +23,7 @@ from ..errors import InputError
 from ..recipe import load_recipe, to_toml
 from ..strict_json import from_json, to_json
 from .checkpoint import checkpoints, tidy
+from .lock import OwnerLock, is_unused
 
 PACKAGES = ("adagrpo", "torch", "triton", "diffusers", "transformers", "peft", "torchao", "safetensors", "numpy")
 
@@ -32,37 +33,49 @@ class RunFolder:
 
     Layout: ``config.toml``, ``manifest.json``, ``metrics.jsonl``, ``events.jsonl``, ``samples/``, ``checkpoints/``,
     ``traces/``, ``memory.json``, ``result.json``, ``report.html``.
+
+    Args:
+        lock: of the process that writes there.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, lock: OwnerLock | None = None) -> None:
+        self.path, self.lock = path, lock
         self.metrics_file = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
         self.samples = path / "samples"
 
     @classmethod
-    def fresh(cls, path: Path) -> RunFolder:
+    def fresh(cls, path: Path, lock: OwnerLock | None = None) -> RunFolder:
         """A folder for a new run, created by ``write_start``.
 
         Raises:
             InputError: it holds a run already, or something else, or cannot be written.
         """
         cls.check_fresh(path)
-        return cls(path)
+        return cls(path, lock)
 
     @staticmethod
     def check_fresh(path: Path) -> None:
         """Raise what ``fresh`` would raise, without creating anything."""
         if (path / "config.toml").exists():
             raise InputError(f"--out {path}: holds a run already; continue it with --resume latest, or name another folder")
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        RunFolder.check_place(path)
+
+    @staticmethod
+    def check_place(path: Path) -> None:
+        """Refuse a folder in which something else than a run lies, or that cannot be written.
+
+        Raises:
+            InputError: naming it.
+        """
+        if not (path / "config.toml").exists() and not is_unused(path):
             raise InputError(f"--out {path}: not an empty folder; name another one")
         parent = next(p for p in [path, *path.absolute().parents] if p.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK):
             raise InputError(f"--out {path}: cannot be created: {parent} is not a writable folder")
 
     @classmethod
-    def existing(cls, path: Path, config: Config) -> RunFolder:
+    def existing(cls, path: Path, config: Config, lock: OwnerLock | None = None) -> RunFolder:
         """The folder of a run to continue, with the same recipe.
 
         Raises:
@@ -78,7 +91,7 @@ class RunFolder:
                 f"--out {path}: holds a run of another recipe: {difference}; drop the change or name another --out"
             )
         tidy(path / "checkpoints")
-        return cls(path)
+        return cls(path, lock)
 
     def check_prompts(self, digest: str) -> None:
         """Refuse to continue on other prompts than the run began with.
@@ -120,6 +133,8 @@ class RunFolder:
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to ``metrics.jsonl``; non-finite numbers become null."""
+        if self.lock is not None:
+            self.lock.require()
         with self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(to_json(record) + "\n")
 
@@ -142,14 +157,6 @@ class RunFolder:
         """The newest complete checkpoint."""
         found = checkpoints(self.checkpoints)
         return found[-1] if found else None
-
-
-def next_free(parent: Path, name: str) -> Path:
-    """``parent/name-001``, or the first number not taken."""
-    number = 1
-    while (path := parent / f"{name}-{number:03d}").exists():
-        number += 1
-    return path
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from adagrpo.run.lock import holding_new
 from adagrpo.tiny.prompts import category, held_out_prompts, training_prompts
 from adagrpo.tiny.render import IMAGE_SIZE
 from adagrpo.tiny.reward import Verdict, inspect
@@ -18,11 +19,12 @@ from adagrpo.tiny.scenes import CATEGORIES, parse_prompt
 def build_command(out: Path, seed: int = 0) -> None:
     """Train tiny-flux into a new folder (about 12 minutes on two cores) and print its rewards.
 
-    Raises `FileExistsError` where the folder already holds a pipeline.
+    Raises `InputError` where something is in the folder, or another process has it.
     """
     from adagrpo.tiny.build import build
 
-    log = build(Path(out), seed)
+    with holding_new(Path(out), "tiny build", str(out)):
+        log = build(Path(out), seed)
     print(f"wrote {out}: {log['bytes'] / 1e6:.1f} MB in {sum(log['seconds'].values()) / 60:.1f} min")
     print(f"autoencoder: {log['vae']['psnr']:.1f} dB")
     print("\t".join(["reward", *CATEGORIES, "all"]))

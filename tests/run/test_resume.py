@@ -10,7 +10,7 @@ from adagrpo.config import Config
 from adagrpo.errors import InputError, RunError
 from adagrpo.fit import Fit
 from adagrpo.run.checkpoint import checkpoints, load_state
-from adagrpo.run.folder import RunFolder, next_free
+from adagrpo.run.folder import RunFolder
 
 HELD_OUT = ["a", "b", "c", "d"]
 
@@ -109,4 +109,3 @@ def test_folders_of_others_are_not_touched(tmp_path) -> None:
         RunFolder.existing(tmp_path / "run", toy_config(rollout={"group_size": 6}))
     with pytest.raises(InputError, match="no run to resume"):
         RunFolder.existing(tmp_path / "empty", config)
-    assert next_free(tmp_path, "run").name == "run-001"

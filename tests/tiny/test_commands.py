@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from adagrpo.errors import InputError
 from adagrpo.tiny.commands import build_command, prompts_command, score_command
 from adagrpo.tiny.prompts import held_out_prompts, training_prompts
 from adagrpo.tiny.render import render
@@ -62,5 +63,6 @@ def test_refusals(picture, tmp_path):
 
 def test_build_keeps_an_existing_model(tmp_path):
     (tmp_path / "model_index.json").write_text("{}")
-    with pytest.raises(FileExistsError, match="already holds a pipeline"):
+    with pytest.raises(InputError, match="not an empty folder"):
         build_command(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["model_index.json"]

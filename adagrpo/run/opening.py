@@ -1,0 +1,106 @@
+"""Opening a run folder: alone in it, at its start or at a checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..config import Config
+from ..errors import InputError
+from .folder import RunFolder
+from .lock import OwnerLock, holding, is_claimed, require_free
+
+
+@contextlib.contextmanager
+def opened(
+    config: Config, out: Path | None, resume: str | None, take_over: bool = False
+) -> Iterator[tuple[RunFolder, Path | None]]:
+    """The run folder, this process's alone while inside, and the checkpoint to continue from.
+
+    Args:
+        out: the folder; None is the next free one below ``runs/``.
+        resume: None starts a run, ``latest`` continues one, ``auto`` does what is possible; else a checkpoint's path.
+        take_over: see ``OwnerLock``.
+
+    Raises:
+        InputError: another process owns the folder, or it does not hold what is asked for. Nothing in it was touched.
+    """
+    if out is None:
+        if resume is not None:
+            raise InputError(f"--resume {resume}: name the run folder with --out")
+        lock = next_free(Path("runs"), config.name)
+        try:
+            yield RunFolder.fresh(lock.folder, lock), None
+        finally:
+            lock.release()
+        return
+    _check_place(out, resume)
+    with holding(OwnerLock(out, "train", f"--out {out}", take_over=take_over)) as lock:
+        if resume is None or (resume == "auto" and not (out / "config.toml").exists()):
+            yield RunFolder.fresh(out, lock), None
+            return
+        run = RunFolder.existing(out, config, lock)
+        checkpoint = run.latest_checkpoint() if resume in ("latest", "auto") else Path(resume)
+        if checkpoint is None and resume == "latest":
+            raise InputError(f"--resume latest: {run.checkpoints} holds no complete checkpoint")
+        yield run, checkpoint
+
+
+def next_free(parent: Path, name: str) -> OwnerLock:
+    """``parent/name-001``, or the first number not taken: made and held.
+
+    Raises:
+        InputError: it cannot be made.
+    """
+    number = 0
+    while True:
+        number += 1
+        path = parent / f"{name}-{number:03d}"
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            path.mkdir()
+        except FileExistsError:
+            if not parent.is_dir():
+                raise InputError(f"{parent}: not a folder; name another one with --out") from None
+            continue
+        except OSError as error:
+            raise InputError(f"{path}: cannot be created: {error.strerror}; name another folder with --out") from error
+        lock = OwnerLock(path, "train", str(path), made=[path])
+        try:
+            lock.acquire()
+        except InputError:
+            if path.exists():  # somebody who named it with --out was faster
+                continue
+            raise
+        return lock
+
+
+def check_start(out: Path) -> None:
+    """Refuse what a start there would refuse, without touching anything.
+
+    Raises:
+        InputError: another process owns the folder, or it holds a run or something else, or cannot be written.
+    """
+    with _naming(out):
+        require_free(out, f"--out {out}")
+        RunFolder.check_fresh(out)
+
+
+def _check_place(out: Path, resume: str | None) -> None:
+    """Refuse what no run can live in, before a lock file is put there."""
+    with _naming(out):
+        if resume not in (None, "auto"):
+            if not (out / "config.toml").is_file():
+                raise InputError(f"--out {out}: no run to resume there (config.toml is missing)")
+        elif not is_claimed(out):
+            RunFolder.check_place(out)
+
+
+@contextlib.contextmanager
+def _naming(out: Path) -> Iterator[None]:
+    """A path that the system refuses is bad input."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be used: {error.strerror}") from error
