@@ -6,6 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RECIPE ?= tiny
 ARGS ?=
+WORKERS ?= 2
 TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 INSTALLED := $(VENV)/.installed
 
@@ -14,8 +15,9 @@ INSTALLED := $(VENV)/.installed
 train: install
 	$(BIN)/adagrpo train $(RECIPE) $(ARGS)
 
+# Two processes of one thread each: torch's threads would only take turns on two cores.
 test: install
-	$(BIN)/python -m pytest -q $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ import copy
 import zlib
 
 import torch
+from other_rounding import rounded_elsewhere
 from torch import Tensor, nn
 
 from adagrpo.config import (
@@ -41,6 +42,7 @@ class Net(nn.Module):
         return x - hidden @ self.out
 
 
+@rounded_elsewhere
 class ToyModel:
     """``row_noise`` adds velocity noise that depends on the number of rows, as GPU kernels do when the batch changes."""
 
@@ -108,7 +110,10 @@ def half_bright(images: Tensor, prompts) -> Tensor:
 
 
 def toy_config(**sections) -> Config:
-    """A small AdaGRPO recipe; keyword ``rollout={...}`` and so on change single keys."""
+    """A small AdaGRPO recipe; keyword ``rollout={...}`` and so on change single keys.
+
+    Adam's ``eps`` is a typical gradient: with a tiny one the smallest gradients step by their sign, which is one processor's.
+    """
     defaults = {
         "model": (ModelConfig, {}),
         "data": (DataConfig, {"prompts": "toy.txt", "held_out": "toy.txt"}),
@@ -117,7 +122,7 @@ def toy_config(**sections) -> Config:
         "advantage": (AdvantageConfig, {}),
         "loss": (LossConfig, {}),
         "train": (TrainConfig, {"iterations": 4, "slots": 2}),
-        "optimizer": (OptimizerConfig, {"lr": 1e-2}),
+        "optimizer": (OptimizerConfig, {"lr": 1e-2, "eps": 1e-3}),
         "evaluation": (EvaluationConfig, {"every": 2, "prompts": 4, "final_prompts": 4, "final_noises": 2}),
         "output": (OutputConfig, {"grid_every": 0, "checkpoint_every": 2}),
     }

@@ -6,10 +6,12 @@ import pytest
 import torch
 from toy import PROMPTS, ToyModel, half_bright, recorded, toy_config, toy_trainer
 
+from adagrpo.bench import baseline
 from adagrpo.bench.baseline import PublishedLoop
 from adagrpo.bench.iteration import Options
 from adagrpo.bench.versus import different_work, measure_versus, plain_loop, versus_report
 from adagrpo.build import build_trainer
+from adagrpo.config import RewardConfig
 from adagrpo.engine.probes import rows_of
 from adagrpo.errors import InputError
 from adagrpo.recipe import load_recipe
@@ -18,15 +20,30 @@ PROBE = {"rollout": {"steps": 6, "sde_steps": (0, 2), "group_size": 4, "eta": 0.
          "loss": {"old_logp": "detached"}, "train": {"slots": 2, "steps_per_iteration": 2}}  # fmt: skip
 
 
-def eight_bit(reward):
-    """The reward of images as a PNG would hold them: what the plain loop scores."""
-    return lambda images, prompts: reward((images.float().clamp(0, 1) * 255).round() / 255, prompts)
+@pytest.fixture
+def unrounded(monkeypatch) -> None:
+    """The plain loop scores what it decoded, not its 8-bit picture: no last bit of a latent tips a level of 1/255."""
+    monkeypatch.setattr(baseline, "to_pil", lambda image: image)
+    monkeypatch.setattr(baseline, "from_pil", lambda image: image.unsqueeze(0))
 
 
+def test_the_plain_loop_scores_8_bit_pictures() -> None:
+    """Every level, off by a third of a step: what is scored is the level."""
+    levels = torch.arange(192).reshape(1, 3, 8, 8) / 255
+    model, scored = ToyModel(), []
+    model.decode = lambda latents: levels + torch.tensor([-1 / 3, 1 / 3]).repeat(96).reshape(1, 3, 8, 8) / 255
+    reward = lambda images, prompts: scored.append(images) or images.mean((1, 2, 3))  # noqa: E731
+    loop = PublishedLoop(toy_config(), model, [reward], PROMPTS)
+    found = loop.score(torch.zeros(2, 6, 8), ["a", "b"])
+    assert len(scored) == 2 and all(torch.equal(images, levels) for images in scored)
+    torch.testing.assert_close(found, levels.double().mean().expand(1, 2))
+
+
+@pytest.mark.usefixtures("unrounded")
 @pytest.mark.parametrize("sections", [{}, PROBE, {"loss": {"clip_range": 1e-4}, "advantage": {"weight": 0.0}}])
 def test_same_picks_rewards_and_weights(sections) -> None:
     config = toy_config(**sections)
-    ours = toy_trainer(config, reward=eight_bit(half_bright))
+    ours = toy_trainer(config)
     loop = PublishedLoop(config, ToyModel(), [half_bright], PROMPTS)
     picks, rewards = recorded(ours)
     for iteration in range(3):
@@ -42,19 +59,20 @@ def test_same_picks_rewards_and_weights(sections) -> None:
         assert (weight - before[name]).abs().max() > 1e-3, "nothing was trained"
 
 
+@pytest.mark.usefixtures("unrounded")
 def test_same_on_tiny_flux_and_the_same_work() -> None:
+    """By brightness, which is smooth; the tiny world's reward has thresholds."""
     config = load_recipe("bench-tiny")
     rollout = dataclasses.replace(config.rollout, steps=6, sde_steps=(0, 2, 3, 4), group_size=3)
     config = dataclasses.replace(config, rollout=rollout)
-    ours, other = build_trainer(config)[0], build_trainer(config)[0]
+    bright = dataclasses.replace(config, rewards=(RewardConfig("brightness"),))
+    ours, other = build_trainer(bright)[0], build_trainer(bright)[0]
     loop = plain_loop(other)
-    ours.rewards = [eight_bit(reward) for reward in ours.rewards]
     picks, rewards = recorded(ours)
     ours.iteration()
     found, scored = loop.iteration()
     assert rows_of(found, config.selection.candidates).tolist() == picks[0].tolist()
-    # Latents differ in the last bits between batches of 3 and of 12, and now and then a pixel rounds to its neighbour.
-    torch.testing.assert_close(scored, rewards[0], rtol=0, atol=5e-3)
+    torch.testing.assert_close(scored, rewards[0], rtol=0, atol=1e-5)
     record, problem = measure_versus(config, Options(rounds=1, out=None))  # type: ignore[arg-type]
     assert problem == "" and record.facts["same_work"] and record.facts["images"] == [22, 22]
     assert record.series["ours/evaluations"].values == record.series["plain/evaluations"].values

@@ -46,6 +46,7 @@ def test_batch_dependent_rounding_breaks_the_naive_choices(scheme: str) -> None:
     assert deviation(stored, row_noise=1e-3) > 2e-5
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("storage", ["fp32", "bf16"])
 @pytest.mark.parametrize(("scheme", "plan"), [("flow", "fork"), ("dance", "trajectory"), ("cps", "window")])
 def test_ratio_is_one_with_compiled_references(monkeypatch, scheme: str, plan: str, storage: str) -> None:

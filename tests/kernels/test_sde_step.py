@@ -162,16 +162,18 @@ def test_compiled_step_keeps_the_rounding() -> None:
         step = sde_step_reference(x, v, table, index, noise)
         scaled = wide * 1.7
         halves = [round_to_storage(scaled, dtype) for dtype in (torch.bfloat16, torch.float16)]
-        return step.next, step.logp, scaled, *halves
+        replayed = group_log_prob_reference(x, v, step.next.unsqueeze(1), table, index).squeeze(1)
+        return step.next, step.logp, replayed, scaled, *halves
 
     torch.compiler.reset()
-    successor, logp, scaled, *halves = torch.compile(compute, fullgraph=True)(x, v, noise, wide)
+    successor, logp, compiled_replay, scaled, *halves = torch.compile(compute, fullgraph=True)(x, v, noise, wide)
     assert torch.equal(scaled, wide * 1.7)
     for half, dtype in zip(halves, (torch.bfloat16, torch.float16), strict=True):
         assert half.dtype is torch.float32
         assert torch.equal(half.view(torch.int32), scaled.to(dtype).float().view(torch.int32))
     replayed = group_log_prob_reference(x, v, successor.unsqueeze(1), table, index).squeeze(1)
-    assert float((torch.exp(replayed - logp) - 1).abs().max()) < 1e-6
+    for compiled in (logp, compiled_replay):
+        assert float((torch.exp(replayed - compiled) - 1).abs().max()) < 1e-6
     eager = sde_step_reference(x, v, table, index, noise)
     assert torch.equal(successor, eager.next)
     # What makes the ratio demanding: before rounding the log-probability would have been another one.

@@ -1,6 +1,7 @@
 """kill -9 at any moment loses nothing: the resumed run is the uninterrupted one, bit for bit."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -33,8 +34,8 @@ def killed(tmp_path_factory) -> Path:
     base = tmp_path_factory.mktemp("killed")
     (base / "recipe.toml").write_text(to_toml(CONFIG), "utf-8")
     command = [sys.executable, str(HERE / "crash.py"), str(base)]
-    paths = {"PYTHONPATH": ":".join([str(HERE.parent), *sys.path])}
-    done = subprocess.run(command, capture_output=True, text=True, env=paths, timeout=120)
+    environment = os.environ | {"PYTHONPATH": ":".join([str(HERE.parent), *sys.path])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert done.stdout.split("\n")[:-1] == [f"{moment} -9" for moment in MOMENTS], done.stderr
     return base
 
