@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from .fidelity import changed_levers, compare
 from .fit import Fit
 from .models.base import FlowModel
 from .planning import iteration_prediction, memory_notice, memory_plan, planned_evaluations, rehearse
-from .recipe import check, load_recipe
+from .recipe import check, load_recipe, to_toml
 from .rewards import build_reward, check_reward_files
 from .run.checkpoint import INDEX, verify
 from .run.folder import RunFolder, prompts_digest, write_json
@@ -37,6 +38,7 @@ from .run.grid import to_pil
 from .run.lock import OwnerLock, holding, holding_new
 from .run.loggers import check_loggers
 from .run.opening import check_start, opened
+from .run.origin import Origin, recipe_file
 from .run.report import write_report
 from .train import build_executor
 
@@ -150,9 +152,7 @@ def fidelity(config: Config, checkpoint: Path | None, slots: int, out: Path | No
         raise InputError(f"{config.name}: its rollouts are the policy's own; set {keys}")
     prompts, _ = load_data(config)
     rewards = [build_reward(r.name, r.kwargs, f"rewards.{i}") for i, r in enumerate(config.rewards)]
-    model = build_model(config.model)
-    if checkpoint is not None:
-        model.load_portable(checkpoint)
+    model = load_model(config, checkpoint)
     with tqdm(total=slots, unit="slot", disable=None) as bar:
         found = compare(config, model, rewards, prompts, slots, lambda done: bar.update(done - bar.n))
     path = out or FIDELITY / f"{config.name}-{'-'.join(str(v) for v in found.levers.values())}.json"
@@ -192,28 +192,39 @@ def load_trained(source: str) -> tuple[Config, FlowModel]:
     """Recipe and model behind a recipe, run or checkpoint, with its trained weights; neither prompts nor rewards are needed.
 
     Raises:
-        InputError: no such source, or a damaged checkpoint.
+        InputError: no such source, a damaged checkpoint, or one of another base model.
     """
     config, checkpoint = source_config(source)
     engine = dataclasses.replace(config.engine, fp8_attention=False, fp8_scaling="rowwise")
     check(dataclasses.replace(config, engine=engine))  # what rollouts are refused today, an older run may have had
+    return config, load_model(config, checkpoint)
+
+
+def load_model(config: Config, checkpoint: Path | None) -> FlowModel:
+    """The recipe's model, with the weights of a checkpoint of it.
+
+    Raises:
+        InputError: a damaged checkpoint, or one that belongs to another base model.
+    """
     if checkpoint is not None:
         verify(checkpoint)
     model = build_model(config.model)
     if checkpoint is not None:
+        say = lambda message: print(f"note: {message}", file=sys.stderr)  # noqa: E731
+        Origin(model, config.model.path, to_toml(config), False, say).check(checkpoint)
         model.load_portable(checkpoint)
-    return config, model
+    return model
 
 
 def source_config(source: str) -> tuple[Config, Path | None]:
     """Recipe and checkpoint behind a recipe name, TOML file, run folder or checkpoint folder.
 
     Raises:
-        InputError: none of these.
+        InputError: none of these, or a checkpoint without its recipe.
     """
     path = Path(source)
     if (path / INDEX).is_file():
-        return load_recipe(path.parent.parent / "config.toml"), path
+        return load_recipe(recipe_file(path)), path
     if (path / "config.toml").is_file():
         return load_recipe(path / "config.toml"), RunFolder(path).latest_checkpoint()
     if path.is_dir():

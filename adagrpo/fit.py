@@ -23,12 +23,14 @@ from .errors import InputError, RunError
 from .evaluation import PairedGain, decode, evaluate, paired_gain, sample_latents
 from .planning import memory_notice
 from .prompts import prompt_category
+from .recipe import to_toml
 from .rewards import PromptRows
 from .run.checkpoint import Retention, abandon_later, load_state, require_space, save_checkpoint
 from .run.folder import RunFolder
 from .run.grid import save_grid
 from .run.guards import Guards, Trip
 from .run.loggers import Logger, open_loggers
+from .run.origin import Origin
 from .run.report import write_report
 from .run.signals import StopRequest
 from .train import Trainer
@@ -74,6 +76,8 @@ class Fit:
         self.rollbacks = 0
         self._kernels_recorded = self._saved_now = False
         self.best = -math.inf
+        base = self.config.model.path, to_toml(self.config), self.config.loss.kl_weight > 0
+        self.origin = Origin(trainer.model, *base, lambda message: self._event("warning", message))
         trainer.say = lambda message: self._event("memory", message)
         if self.config.loss.kl_weight:
             trainer.model.keep_reference()
@@ -82,8 +86,9 @@ class Fit:
         """Continue from ``checkpoint``: later lines of ``metrics.jsonl`` are dropped, later checkpoints renamed.
 
         Raises:
-            InputError: the checkpoint is damaged, or of another model or recipe.
+            InputError: the checkpoint is damaged, or of another model, run or recipe.
         """
+        self.origin.check(checkpoint)
         try:
             self._restore(checkpoint)
         except (KeyError, ValueError, RuntimeError, TypeError) as error:
@@ -105,6 +110,8 @@ class Fit:
         kept = o.keep_last + o.keep_best + (total // o.keep_every if o.keep_every else 0)
         size = checkpoint_bytes(self.trainer.optimizer.parameters, bool(self.trainer.optimizer.averages))
         require_space(self.run.checkpoints, size, kept)
+        if self.trainer.iterations_done == 0:
+            self.origin.begin(self.run.path)
         self._plan_memory()
         if notice := memory_notice(self.config, len(self.trainer.stream.prompts)):
             self._event("warning", notice)
@@ -229,9 +236,11 @@ class Fit:
         def portable(folder: Path) -> None:
             with self.trainer.optimizer.averaged_weights():
                 self.trainer.model.save_portable(folder)
+            self.origin.write(folder)
 
         o = self.config.output
         state = {
+            "run": self.run.identity(),
             "trainer": self.trainer.state_dict(),
             "guards": self.guards.state_dict(),
             "rollbacks": self.rollbacks,
@@ -277,6 +286,11 @@ class Fit:
 
     def _restore(self, checkpoint: Path) -> None:
         state = load_state(checkpoint)
+        theirs, ours = state.get("run"), self.run.identity()
+        if theirs and ours and theirs != ours:
+            raise InputError(
+                f"{checkpoint}: of another run ({theirs}; {self.run.path} is {ours}); name a checkpoint of this one"
+            )
         self.trainer.load_state_dict(state["trainer"])
         self.guards.load_state_dict(state["guards"])
         self.rollbacks, self.best = state["rollbacks"], state["best"]

@@ -41,6 +41,7 @@ class FlowModel(Protocol):
         transformer: the trained module; its trainable parameters require gradients.
         device, dtype: of the transformer.
         latent_shape: (L, C) of one packed latent.
+        components: optional; modules by name, transformer included, whose weights a run under adapters stands on.
     """
 
     transformer: torch.nn.Module

@@ -134,6 +134,13 @@ class FluxModel:
         return self.grid[0] * self.grid[1], self.transformer.config.in_channels
 
     @property
+    def components(self) -> dict[str, nn.Module]:
+        """What makes pictures of prompts and noise, by the pipeline's names."""
+        encoders = {} if self.pipeline is None else self.pipeline.components
+        texts = {name: part for name, part in encoders.items() if name.startswith("text_encoder")}
+        return {"transformer": self.transformer, "vae": self.vae, **texts}
+
+    @property
     def is_lora(self) -> bool:
         """Whether adapters are trained, not the transformer itself."""
         return bool(getattr(self.transformer, "peft_config", None))

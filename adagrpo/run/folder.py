@@ -32,7 +32,7 @@ class RunFolder:
     """Paths and records of one run.
 
     Layout: ``config.toml``, ``manifest.json``, ``metrics.jsonl``, ``events.jsonl``, ``samples/``, ``checkpoints/``,
-    ``traces/``, ``memory.json``, ``result.json``, ``report.html``.
+    ``traces/``, ``base.json``, ``memory.json``, ``result.json``, ``report.html``.
 
     Args:
         lock: of the process that writes there.
@@ -105,8 +105,11 @@ class RunFolder:
 
     def name(self) -> str:
         """The folder's name and the run's own id, for dashboards."""
-        manifest = self.read_json("manifest.json") or {}
-        return f"{self.path.name}-{manifest.get('id', '')}".rstrip("-")
+        return f"{self.path.name}-{self.identity()}".rstrip("-")
+
+    def identity(self) -> str:
+        """The run's own id, which copies of the folder share; empty where the manifest has none."""
+        return str((self.read_json("manifest.json") or {}).get("id", ""))
 
     def write_start(self, config: Config, device: torch.device, extra: dict[str, Any]) -> None:
         """Create the folder; record the resolved recipe and the machine.
