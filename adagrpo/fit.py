@@ -110,8 +110,9 @@ class Fit:
         kept = o.keep_last + o.keep_best + (total // o.keep_every if o.keep_every else 0)
         size = checkpoint_bytes(self.trainer.optimizer.parameters, bool(self.trainer.optimizer.averages))
         require_space(self.run.checkpoints, size, kept)
-        if self.trainer.iterations_done == 0:
-            self.origin.begin(self.run.path)
+        if self.trainer.iterations_done == 0 and (other := self.origin.begin(self.run.path)):
+            (self.run.path / BASELINE).unlink(missing_ok=True)
+            self._event("warning", f"another base model than at the last start here ({other}): everything is measured anew")
         self._plan_memory()
         if notice := memory_notice(self.config, len(self.trainer.stream.prompts)):
             self._event("warning", notice)

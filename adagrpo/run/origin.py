@@ -31,16 +31,15 @@ class Origin:
         self.path, self.recipe, self.say = path, recipe, say
         self.carried = {} if refers_to_start else trained_names(model)
 
-    def begin(self, run: Path) -> None:
-        """Record the base in the folder of a run at its first iteration; a start made again must be of the same.
+    def begin(self, run: Path) -> str | None:
+        """Record the base in the folder of a run at its first iteration.
 
-        Raises:
-            InputError: it was begun on another base.
+        Returns:
+            How it differs from the base of an earlier start in this folder, which left measurements of that one.
         """
         recorded = _read_base(run)
-        if recorded is not None:
-            self._refuse(run, difference(recorded, self.base, {}))
         write_json(run / BASE, self.base)
+        return None if recorded is None else difference(recorded, self.base, {})
 
     def write(self, folder: Path) -> None:
         """Put recipe and fingerprint into a checkpoint that is being written."""
@@ -56,13 +55,13 @@ class Origin:
         recorded = _read_base(checkpoint) or _read_base(checkpoint.absolute().parent.parent)
         if recorded is None:
             self.say(f"{checkpoint}: records no fingerprint of its base model (an older version's): not compared")
-        else:
-            self._refuse(checkpoint, difference(recorded, self.base, self.carried))
-
-    def _refuse(self, source: Path, other: str | None) -> None:
+            return
+        other = difference(recorded, self.base, self.carried)
         if other is not None:
             began = "began from another model than this one"
-            raise InputError(f"{source}: {began}, model.path = {self.path}: {other}; restore that model, or start a new run")
+            raise InputError(
+                f"{checkpoint}: {began}, model.path = {self.path}: {other}; restore that model, or start a new run"
+            )
 
 
 def recipe_file(checkpoint: Path) -> Path:
