@@ -10,7 +10,8 @@ from pathlib import Path
 
 from .config import Config
 from .errors import InputError, RunError
-from .recipe import check, load_recipe, recipe_names, to_toml
+from .recipe import MOST_SEED, check, load_recipe, recipe_names, to_toml
+from .user_text import character_problem, require_within, shown
 
 EXIT_FAILED, EXIT_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -24,6 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
     try:
+        for argument in args:
+            if problem := character_problem(argument):
+                raise InputError(f"argument {shown(argument)} {problem}")
         return _dispatch([a for a in args if a != "--debug"])
     except (InputError, RunError) as error:
         if debug:
@@ -274,8 +278,10 @@ def _tiny(args: argparse.Namespace) -> int:
 
     try:
         if args.tiny_command == "build":
+            require_within("--seed", args.seed, 0, MOST_SEED)
             commands.build_command(args.out, args.seed)
         elif args.tiny_command == "prompts":
+            require_within("--count", args.count, 1, 10**6)
             commands.prompts_command(args.mix, args.count, args.held_out)
         else:
             commands.score_command(args.images, args.prompt)
@@ -377,8 +383,9 @@ def _bench_recipe(args: argparse.Namespace, rest: list[str]) -> int:
     from .bench.iteration import Options, iteration_command
     from .bench.versus import baseline_command
 
-    if args.rounds < 1:
-        raise InputError(f"--iterations {args.rounds}: must be at least 1")
+    require_within("--iterations", args.rounds, 1, 10**6)
+    if not 0 <= getattr(args, "peak", 0.0) < float("inf"):
+        raise InputError(f"--peak {args.peak}: must be a number of TFLOPS, 0 or more")
     config = _named_recipe(default_recipe(args.bench_command), rest, f"bench {args.bench_command}")
     options = Options(args.rounds, args.out, args.note, args.argv, getattr(args, "peak", 0.0))
     if args.bench_command == "budget":
@@ -397,10 +404,9 @@ def _named_recipe(default: str, rest: list[str], command: str) -> Config:
 
 
 def _at_least(args: argparse.Namespace, **least: int) -> None:
-    """Refuse options below their least values."""
+    """Refuse options below their least values, and beyond reason."""
     for option, low in least.items():
-        if (value := getattr(args, option)) < low:
-            raise InputError(f"--{option} {value}: must be at least {low}")
+        require_within(f"--{option}", getattr(args, option), low, 10**5)
 
 
 def _bench_probes(args: argparse.Namespace, rest: list[str]) -> int:

@@ -30,7 +30,8 @@ from .fidelity import changed_levers, compare
 from .fit import Fit
 from .models.base import FlowModel
 from .planning import iteration_prediction, memory_notice, memory_plan, planned_evaluations, rehearse
-from .recipe import check, load_recipe, to_toml
+from .prompt_file import prompt_problem
+from .recipe import MOST_SEED, check, load_recipe, to_toml
 from .rewards import build_reward, check_reward_files
 from .run.checkpoint import INDEX, verify
 from .run.folder import RunFolder, prompts_digest, write_json
@@ -41,6 +42,7 @@ from .run.opening import check_start, opened
 from .run.origin import Origin, recipe_file
 from .run.report import write_report
 from .train import build_executor
+from .user_text import require_within, shown
 
 # What the driver leaves of 80 and 141 GB, about.
 GPU_BYTES = {"H100 80 GB": int(78.5 * 2**30), "H200 141 GB": 139 * 2**30}
@@ -126,8 +128,12 @@ def plan(config: Config) -> int:
 
 def sample(source: str, prompts: Sequence[str], count: int, seed: int | None, out: Path) -> int:
     """Write ``count`` PNG files per prompt into ``out``."""
-    if count < 1:
-        raise InputError(f"--count {count}: must be at least 1")
+    require_within("--count", count, 1, 10**5)
+    if seed is not None:
+        require_within("--seed", seed, 0, MOST_SEED)
+    for prompt in prompts:
+        if problem := prompt_problem(prompt):
+            raise InputError(f"--prompt {shown(prompt)} {problem}")
     with holding(OwnerLock(out, "sample", f"--out {out}")):
         config, model = load_trained(source)
         executor = build_executor(config if seed is None else with_seed(config, seed), model)
@@ -143,8 +149,7 @@ FIDELITY = Path("runs") / "fidelity"
 
 def fidelity(config: Config, checkpoint: Path | None, slots: int, out: Path | None) -> int:
     """Compare the recipe's rollouts with the policy's own; exit code 1 when they are not faithful enough."""
-    if slots < 1:
-        raise InputError(f"--slots {slots}: must be at least 1")
+    require_within("--slots", slots, 1, 10**5)
     check(config)
     check_engine(config)
     if not changed_levers(config):
@@ -169,8 +174,7 @@ def profile(config: Config, recipe: Config, iterations: int, out: Path | None) -
     """Record whole iterations of a checked recipe into a folder of profiles; ``recipe`` is what its file says."""
     from .profile.summary import device_slug, write_profile
 
-    if iterations < 1:
-        raise InputError(f"--iterations {iterations}: must be at least 1")
+    require_within("--iterations", iterations, 1, 10**5)
     folder = out or PROFILES / device_slug(choose_device(config.model.device)) / config.name
     config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, overlap=False))
     with holding(OwnerLock(folder, "profile", f"--out {folder}")):

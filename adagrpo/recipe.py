@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import re
-import tomllib
 import types
 import typing
 from collections.abc import Sequence
@@ -22,6 +22,11 @@ from .algorithm.selection import STRATEGIES
 from .config import Config, GuardConfig, GuardsConfig
 from .errors import InputError
 from .plugins import is_import_path
+from .recipe_values import check_values
+from .user_text import cut, parse_toml, read_text, shown
+
+MAX_BYTES = 2**16
+MOST_SEED = 2**42
 
 
 def recipe_names() -> list[str]:
@@ -44,18 +49,16 @@ def load_recipe(recipe: str | Path) -> Config:
         )
     else:
         path = Path(recipe)
-        if not path.is_file():
+        if not os.path.exists(path):
             raise InputError(
-                f"no recipe {str(recipe)!r}{_hint(str(recipe), names)}: name one of {', '.join(names)}, or a TOML file"
+                f"no recipe {shown(str(recipe))}{_hint(str(recipe), names)}: name one of {', '.join(names)}, or a TOML file"
             )
-        try:
-            text, source = path.read_text("utf-8"), str(path)
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: cannot be read as UTF-8 text: {error}") from error
+        text, source = read_text(path, str(path), MAX_BYTES), str(path)
     try:
-        return _build(Config, tomllib.loads(text), source, "")
-    except tomllib.TOMLDecodeError as error:
+        tables = parse_toml(text)
+    except ValueError as error:
         raise InputError(f"{source}: not valid TOML: {error}") from error
+    return _build(Config, tables, source, "")
 
 
 def to_toml(config: Config) -> str:
@@ -70,6 +73,7 @@ def check(config: Config) -> None:
         InputError: naming the key, the value and what is allowed.
     """
     rules = (
+        check_values,
         _check_name,
         _check_unfused,
         _check_ranges,
@@ -82,7 +86,7 @@ def check(config: Config) -> None:
     )
     for rule in rules:
         for key, value, remedy in rule(config):
-            raise InputError(f"{key} = {value}: {remedy}")
+            raise InputError(f"{key} = {cut(value) if isinstance(value, str) else shown(value)}: {remedy}")
 
 
 Problem = tuple[str, Any, str]
@@ -120,7 +124,8 @@ def _check_name(c: Config) -> typing.Iterator[Problem]:
 
 def _check_ranges(c: Config) -> typing.Iterator[Problem]:
     at_least: dict[str, float] = {
-        "model.height": 8, "model.width": 8, "model.max_text_tokens": 1, "model.lora_rank": 1, "model.prompt_cache": 1,
+        "model.guidance": 0, "advantage.weight": 0, "model.height": 8, "model.width": 8,
+        "model.max_text_tokens": 1, "model.lora_rank": 1, "model.prompt_cache": 1,
         "rollout.steps": 1, "rollout.eta": 0, "rollout.group_size": 2, "rollout.window_size": 1,
         "rollout.window_stride": 0, "rollout.window_every": 1, "selection.candidates": 1, "loss.clip_range": 0,
         "loss.kl_weight": 0, "train.iterations": 1, "train.seed": 0, "train.slots": 1, "train.accumulation": 1,
@@ -135,8 +140,9 @@ def _check_ranges(c: Config) -> typing.Iterator[Problem]:
     }  # fmt: skip
     at_most = {
         "rollout.steps": 4096, "rollout.group_size": 4096, "train.slots": 4096, "train.accumulation": 4096,
-        "selection.candidates": 4096, "train.seed": 2**42, "evaluation.noises": 4096, "evaluation.final_noises": 4096,
-        "train.iterations": 2**31,
+        "selection.candidates": 4096, "train.seed": MOST_SEED, "evaluation.noises": 4096, "evaluation.final_noises": 4096,
+        "train.iterations": 2**31, "model.height": 2**14, "model.width": 2**14, "model.max_text_tokens": 4096,
+        "model.lora_rank": 4096, "selection.probe_steps": 4096, "rollout.tail_steps": 4096,
     }  # fmt: skip
     above_zero = (
         "selection.half_life", "selection.noise_share", "rollout.shift", "advantage.clip", "optimizer.max_grad_norm",
@@ -249,7 +255,7 @@ def _is_lossy(c: Config) -> bool:
 
 def _check_sizes(c: Config) -> typing.Iterator[Problem]:
     for i, bucket in enumerate(c.model.buckets):
-        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", bucket):
+        if not re.fullmatch(r"[1-9]\d{0,4}x[1-9]\d{0,4}", bucket):
             yield f"model.buckets.{i}", bucket, "must be HEIGHTxWIDTH in pixels, such as 512x768"
     if len(set(c.model.buckets)) < len(c.model.buckets):
         yield "model.buckets", list(c.model.buckets), "names a size twice"
@@ -342,14 +348,14 @@ def _build(cls: Any, data: dict[str, Any], source: str, prefix: str) -> Any:
     hints = typing.get_type_hints(cls)
     for key in data:
         if key not in hints:
-            raise InputError(f"{source}: unknown key {prefix}{key}{_hint(key, list(hints))}")
+            raise InputError(f"{source}: unknown key {prefix}{cut(key)}{_hint(key, list(hints))}")
     values = {key: _convert(hints[key], value, source, prefix + key) for key, value in data.items()}
     return cls(**values)
 
 
 def _convert(hint: Any, value: Any, source: str, key: str) -> Any:
     def wrong(expected: str) -> InputError:
-        return InputError(f"{source}: {key} = {value!r}: expected {expected}")
+        return InputError(f"{source}: {key} = {shown(value)}: expected {expected}")
 
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
@@ -358,7 +364,8 @@ def _convert(hint: Any, value: Any, source: str, key: str) -> Any:
         return _build(hint, value, source, f"{key}.")
     if origin is Literal:
         if value not in args:
-            raise InputError(f"{source}: {key} = {value!r}{_hint(str(value), list(args))}: one of {', '.join(args)}")
+            hint = _hint(value, list(args)) if isinstance(value, str) else ""
+            raise InputError(f"{source}: {key} = {shown(value)}{hint}: one of {', '.join(args)}")
         return value
     if origin is tuple:
         fixed = len(args) if args[-1] is not Ellipsis else None
@@ -374,7 +381,10 @@ def _convert(hint: Any, value: Any, source: str, key: str) -> Any:
             raise wrong("a string, a number, true or false")
         return value
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError as error:
+            raise wrong("a number") from error
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise wrong({int: "a whole number", float: "a number", bool: "true or false", str: "a string"}[hint])
     return value

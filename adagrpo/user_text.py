@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import re
 import stat
+import tomllib
 from pathlib import Path
+from typing import Any
 
 from .errors import InputError
 
@@ -66,7 +68,8 @@ def _read(path: str | Path, named: str, limit: int) -> bytes:
     except ValueError as error:  # a NUL in the name
         raise InputError(f"{named}: not the name of a file") from error
     if len(content) > limit:
-        raise InputError(f"{named}: larger than {limit / 2**20:.4g} MB")
+        size = f"{limit // 2**20} MB" if limit >= 2**20 else f"{limit // 2**10} KB"
+        raise InputError(f"{named}: larger than the {size} that such a file may have")
     return content
 
 
@@ -74,6 +77,18 @@ def _require_file(mode: int, named: str) -> None:
     if not stat.S_ISREG(mode):
         kind = _KINDS.get(stat.S_IFMT(mode), "not a file")
         raise InputError(f"{named}: {kind}; name a regular file{' inside it' if kind == 'a folder' else ''}")
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """The tables of a TOML text.
+
+    Raises:
+        ValueError: not TOML, nested too deeply, or an integer too long to be one.
+    """
+    try:
+        return tomllib.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
 
 
 def character_problem(text: str, spaces: str = "\t\n") -> str | None:
@@ -86,10 +101,28 @@ def character_problem(text: str, spaces: str = "\t\n") -> str | None:
     return None
 
 
+def require_within(option: str, value: int, low: int, high: int) -> None:
+    """Refuse a number out of range.
+
+    Raises:
+        InputError: naming the option and the limit.
+    """
+    if value < low:
+        raise InputError(f"{option} {shown(value)}: must be at least {low}")
+    if value > high:
+        raise InputError(f"{option} {shown(value)}: must be at most {high}")
+
+
 def shown(value: object, most: int = 80) -> str:
     """A value for a message: as Python writes it, cut in the middle where it is long."""
     try:
-        text = repr(value)
-    except (RecursionError, ValueError):  # nested too deeply; an integer too long to write
-        return f"a {type(value).__name__}"
+        return cut(repr(value), most)
+    except RecursionError:
+        return f"a {type(value).__name__} nested too deeply"
+    except ValueError:  # Python writes no integer of more than 4,300 digits
+        return f"{type(value).__name__} too long to show"
+
+
+def cut(text: str, most: int = 80) -> str:
+    """A text of at most ``most`` characters, the middle left out."""
     return text if len(text) <= most else f"{text[: most - most // 4 - 1]}…{text[-(most // 4) :]}"

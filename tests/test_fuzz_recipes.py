@@ -4,6 +4,7 @@ import contextlib
 import copy
 import io
 import tomllib
+from pathlib import Path
 from typing import Any
 
 import tomli_w
@@ -16,12 +17,46 @@ from adagrpo.recipe import load_recipe, to_toml
 BASES = {name: tomllib.loads(to_toml(load_recipe(name))) for name in ("tiny", "tiny-grpo", "flux1-dev-official")}
 VALUES = st.one_of(
     st.sampled_from(
-        [0, 1, -1, 2, 3, 7, 16, 10**12, 10**15, True, False, "", "fork", "closest", "tiny", "a:b", "a.b:c", "../x", "\u0000"]
+        [
+            0,
+            1,
+            -1,
+            2,
+            3,
+            7,
+            16,
+            10**12,
+            10**15,
+            2**63,
+            -(2**64),
+            10**400,
+            True,
+            False,
+            "",
+            "fork",
+            "closest",
+            "tiny",
+            "a:b",
+            "a.b:c",
+            "../x",
+            "\u0000",
+            "\x1b[2J",
+            "\u2028",
+            "\ufeff",
+            "x" * 5000,
+            "/dev/zero",
+            "/",
+            ".",
+        ]
     ),
     st.sampled_from([0.0, -0.5, 0.5, 1.0, 1.5, 1e-30, 1e300, float("nan"), float("inf"), float("-inf")]),
     st.sampled_from([[], [0], [0, 2], [2, 0], [0, 0], ["x"], [[0]], {}, {"x": 1}, {"limit": -1}, [{"name": "tiny"}]]),
     st.text(max_size=6),
 )
+MARKS = [
+    b"\xef\xbb\xbf", b"\xff\xfe", b"\0", b"\xff", b"[" * 5000, b"9" * 5000, b"{a=" * 2000, b'"', b"\\ud800", b"\r", b"\x1a",
+    b"\n[[rewards]]\n", b"1e400", b"nan", b"0x" + b"f" * 4000,
+]  # fmt: skip
 
 
 @st.composite
@@ -49,8 +84,27 @@ def mutated(draw) -> dict[str, Any]:
 @settings(max_examples=500, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 @given(recipe=mutated())
 def test_dry_run_or_one_clear_error(recipe: dict[str, Any], tmp_path_factory) -> None:
-    file = tmp_path_factory.getbasetemp() / "fuzz.toml"
-    file.write_text(tomli_w.dumps(recipe), "utf-8")
+    judge(tomli_w.dumps(recipe).encode(), tmp_path_factory.getbasetemp())
+
+
+@settings(max_examples=150, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+@given(
+    name=st.sampled_from(sorted(BASES)),
+    cuts=st.lists(st.tuples(st.floats(0, 1), st.sampled_from(MARKS), st.integers(0, 9)), max_size=3),
+)
+def test_bytes_are_read_or_refused_in_one_line(name: str, cuts: list[tuple[float, bytes, int]], tmp_path_factory) -> None:
+    """Bytes put anywhere into a recipe, in place of up to nine of its own."""
+    content = to_toml(load_recipe(name)).encode()
+    for where, mark, lost in cuts:
+        at = int(where * len(content))
+        content = content[:at] + mark + content[at + lost :]
+    judge(content, tmp_path_factory.getbasetemp())
+
+
+def judge(content: bytes, folder: Path) -> None:
+    """Dry run a recipe: it works, or says why not in one line of bearable length."""
+    file = folder / "fuzz.toml"
+    file.write_bytes(content)
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main(["train", str(file), "--dry-run"])
@@ -59,3 +113,4 @@ def test_dry_run_or_one_clear_error(recipe: dict[str, Any], tmp_path_factory) ->
     else:
         assert code == 2
         assert err.getvalue().startswith("adagrpo: ") and len(err.getvalue().strip("\n").splitlines()) == 1, err.getvalue()
+        assert len(err.getvalue()) < 2000, err.getvalue()

@@ -19,7 +19,7 @@ LAYERS = [
     {"planning"},
     {"train", "evaluation"},
     {"engine", "rewards", "run", "tiny", "prompts", "prompt_file"},
-    {"recipe"},
+    {"recipe", "recipe_values"},
     {"config"},
     {"models"},
     {"algorithm"},

@@ -167,7 +167,7 @@ def test_too_large_is_refused_before_it_is_read_whole(tmp_path: Path, monkeypatc
     with sparse.open("wb") as file:
         file.truncate(1 << 40)
     monkeypatch.setattr(prompt_file, "MAX_BYTES", 1 << 20)
-    with pytest.raises(InputError, match="larger than 1 MB"):
+    with pytest.raises(InputError, match="larger than the 1 MB"):
         load_prompts(str(sparse))
     monkeypatch.setattr(prompt_file, "MAX_PROMPTS", 3)
     (tmp_path / "many.txt").write_text("a\nb\nc\nd\n", "utf-8")

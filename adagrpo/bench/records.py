@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import os
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,9 +17,11 @@ from ..errors import InputError
 from ..recipe import to_toml
 from ..run.folder import describe_machine, processor, slug
 from ..strict_json import from_json, to_json
+from ..user_text import read_text
 from .statistics import Series
 
 SCHEMA = 1
+LARGEST = 256 * 2**20
 RESULTS = Path("bench/results")
 
 
@@ -97,12 +100,12 @@ def read_record(path: Path) -> Record:
     Raises:
         InputError: no such file, not JSON, or not a record of this schema.
     """
+    if not os.path.exists(path):
+        raise InputError(f"{path}: no such record")
     try:
-        data = from_json(path.read_text("utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such record") from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+        data = from_json(read_text(path, str(path), LARGEST))
+    except InputError:
+        raise
     except ValueError as error:
         raise InputError(f"{path}: not a record: broken JSON ({error})") from error
     found = data.get("schema") if isinstance(data, dict) else None

@@ -26,9 +26,12 @@ from ..prompts import load_prompts
 from ..run.folder import changed_keys, describe_machine, prompts_digest
 from ..run.lock import OwnerLock, holding
 from ..strict_json import from_json, to_json
+from ..user_text import read_text
 from .hosts import with_probe
 from .records import new_record
 from .statistics import Series, paired_interval
+
+LARGEST_LOG = 256 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +157,7 @@ def train_arm(config: Config) -> dict[str, Any]:
     Of several rewards it is the first, as everywhere.
 
     Raises:
-        RunError: the reward after training is not finite.
+        RunError: the reward before or after training is not finite.
     """
     started = time.perf_counter()
     trainer, held_out = build_trainer(config)
@@ -170,6 +173,8 @@ def train_arm(config: Config) -> dict[str, Any]:
         return float(scores[0].nanmean())
 
     before = reward()
+    if not math.isfinite(before):
+        raise RunError(f"the held-out reward before training is {before}")
     evaluations = 0
     for _ in range(config.train.iterations):
         read_metrics(trainer.iteration())
@@ -192,17 +197,22 @@ def read_log(path: Path) -> dict[str, dict[str, Any]]:
     """Finished trainings by digest.
 
     Raises:
-        InputError: a broken line.
+        InputError: not such a log, or a broken line.
     """
-    if not path.is_file():
+    if not os.path.lexists(path):
         return {}
     found = {}
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(path, f"--log {path}", LARGEST_LOG).split("\n"), 1):
+        if not line.strip():
+            continue
         try:
             result = from_json(line)
-            found[result["digest"]] = result
+            result["machine"]["commit"], result["prompts_sha256"]
+            if not all(math.isfinite(result[key]) for key in ("before", "after", "seed")):
+                raise ValueError("a reward that is no number")
+            found[str(result["digest"])] = result
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"--log {path}: line {number} is broken; remove it") from error
+            raise InputError(f"--log {path}: line {number} is broken ({type(error).__name__}); remove it") from error
     return found
 
 

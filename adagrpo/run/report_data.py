@@ -7,7 +7,6 @@ import dataclasses
 import math
 import re
 import struct
-import tomllib
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 
 from ..errors import InputError
 from ..strict_json import from_json
+from ..user_text import parse_toml
 
 IMAGE_BYTES = 8 * 1024 * 1024
 _LARGEST = 1e100
@@ -174,18 +174,22 @@ def _read_run(folder: Path, label: str) -> Run:
 
 def _read_recipe(file: Path, notes: list[str]) -> tuple[dict[str, Any], str]:
     try:
-        text = file.read_text("utf-8", errors="replace")
+        text = file.read_text("utf-8-sig", errors="replace") if file.is_file() else None
     except OSError:
+        text = None
+    if text is None:
         notes.append("config.toml is missing, so the recipe is unknown.")
         return {}, ""
     try:
-        return tomllib.loads(text), text
-    except tomllib.TOMLDecodeError as error:
+        return parse_toml(text), text
+    except ValueError as error:
         notes.append(f"config.toml is not valid TOML: {error}.")
         return {}, text
 
 
 def _read_object(file: Path, notes: list[str]) -> dict[str, Any]:
+    if not file.is_file():  # absent, or a pipe that would never answer
+        return {}
     try:
         value = from_json(file.read_bytes())
     except OSError:
@@ -240,6 +244,8 @@ def _read_metrics(file: Path, notes: list[str]) -> tuple[np.ndarray, dict[str, n
 
 def _stream(file: Path) -> Iterator[tuple[dict[str, Any] | None, int]]:
     """Line by line: (an object with an iteration, 0), or (None, 1 if unreadable); a last line in the making is no error."""
+    if not file.is_file():
+        return
     try:
         with file.open("rb") as lines:
             for line in lines:
@@ -271,6 +277,8 @@ def _find_grids(folder: Path) -> list[Grid]:
     grids = []
     for path in folder.glob("step-*.png") if folder.is_dir() else ():
         match = _GRID_NAME.fullmatch(path.name)
+        if not path.is_file():
+            continue
         try:
             with path.open("rb") as file:
                 head = file.read(24)

@@ -15,6 +15,8 @@ from adagrpo.tiny.render import IMAGE_SIZE
 from adagrpo.tiny.reward import Verdict, inspect
 from adagrpo.tiny.scenes import CATEGORIES, parse_prompt
 
+LARGEST = 4096
+
 
 def build_command(out: Path, seed: int = 0) -> None:
     """Train tiny-flux into a new folder (about 12 minutes on two cores) and print its rewards.
@@ -70,11 +72,13 @@ def _read(path: Path) -> torch.Tensor:
         raise FileNotFoundError(f"no picture at {path}: check the path")
     try:
         with Image.open(path) as picture:
-            pixels = np.asarray(picture.convert("RGB"))
-    except OSError as error:
+            width, height = picture.size
+            sound = IMAGE_SIZE <= width == height <= LARGEST
+            pixels = np.asarray(picture.convert("RGB")) if sound else np.empty(0)
+    except Exception as error:  # Pillow's readers raise types of many kinds
         raise ValueError(f"cannot read {path} as a picture ({error}): give a PNG file") from None
-    if min(pixels.shape[:2]) < IMAGE_SIZE or pixels.shape[0] != pixels.shape[1]:
-        raise ValueError(f"{path} is {pixels.shape[1]}x{pixels.shape[0]}: give a square picture of {IMAGE_SIZE} pixels or more")
+    if not sound:
+        raise ValueError(f"{path} is {width}x{height}: give a square picture of {IMAGE_SIZE} to {LARGEST} pixels")
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None] / 255
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import islice
 
 from adagrpo.tiny.scenes import CATEGORIES, SceneSpec, parse_prompt, split_specs, stable_hash
@@ -50,11 +51,18 @@ def category(prompt: str) -> str:
 
 
 def _cycle(name: str, held_out: bool, count: int) -> list[str]:
+    prompts = _ordered(name, held_out)
+    rounds = -(-count // len(prompts))
+    return list(islice((prompt for _ in range(rounds) for prompt in prompts), count))
+
+
+@cache
+def _ordered(name: str, held_out: bool) -> tuple[str, ...]:
+    """Every prompt of a category, in the order it is taken."""
+
     def order(spec: SceneSpec) -> tuple[bool, int]:
         # One wording of every scene before the other wordings, each in an order that looks random and never changes.
         wordings = sorted({spec.prompt, spec.mirrored.prompt}, key=stable_hash)
         return spec.prompt != wordings[0], stable_hash(f"order {spec.prompt}")
 
-    prompts = [spec.prompt for spec in sorted(split_specs(name, held_out), key=order)]
-    rounds = -(-count // len(prompts))
-    return list(islice((prompt for _ in range(rounds) for prompt in prompts), count))
+    return tuple(spec.prompt for spec in sorted(split_specs(name, held_out), key=order))

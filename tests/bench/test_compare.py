@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import random
 
 import pytest
@@ -82,6 +83,12 @@ def test_device_slug() -> None:
     [
         (None, ["no such record"]),
         ("{", ["broken JSON"]),
+        ("[" * 100_000, ["broken JSON", "nested too deeply"]),
+        (f'{{"schema": {"9" * 5000}}}', ["broken JSON"]),
+        ("\0", ["holds a NUL"]),
+        (os.mkfifo, ["a pipe"]),
+        (os.mkdir, ["a folder"]),
+        ('{"schema": 1, "series": {"s": {"unit": "s", "values": [NaN], "better": "", "exact": false}}}', ["finite values"]),
         ("[]", ["schema None"]),
         ('{"schema": 99}', ["schema 99", "expected 1"]),
         ('{"schema": 1, "series": {}}', ["damaged record", "KeyError"]),
@@ -90,7 +97,9 @@ def test_device_slug() -> None:
 )
 def test_what_is_no_record_is_one_error(text, words, tmp_path, capsys) -> None:
     path = tmp_path / "a.json"
-    if text is not None:
+    if callable(text):
+        text(path)
+    elif text is not None:
         path.write_text(text, "utf-8")
     with pytest.raises(InputError) as error:
         read_record(path)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -110,7 +111,8 @@ def test_arms_are_named_once_and_count_from_the_recipes_seed() -> None:
 def test_a_log_of_other_prompts_is_refused(tmp_path) -> None:
     study = Study(("full",), ("tiny:even",), 1, 1, tmp_path / "log")
     arms = study.arms(load_recipe("tiny"))
-    study.log.write_text(json.dumps(arms[0].entry() | {"prompts_sha256": "another"}) + "\n")
+    finished = {"before": 0.5, "after": 0.6, "machine": {"commit": None}, "prompts_sha256": "another"}
+    study.log.write_text(json.dumps(arms[0].entry() | finished) + "\n")
     with pytest.raises(InputError, match="full, tiny:even, seed 0 was trained on other prompts"):
         trained(study, arms, {"threads": 1})
 
@@ -201,7 +203,7 @@ def test_probes_command_on_tiny(tmp_path, capsys) -> None:
     prompts.write_text(
         "\n".join(f"a {colour} {shape}" for colour in ("red", "green", "cyan") for shape in ("circle", "square"))
     )
-    source = ["--data.prompts", str(prompts)]
+    source = ["--data.prompts", str(prompts), "--data.allow-overlap"]
     assert main(["bench", "probes", "tiny", *keys, *source, "--probes", names, "--out", str(tmp_path)]) == 0
     (record,) = tmp_path.rglob("*-probes-tiny.json")
     rows = {row["probe"]: row for row in json.loads(record.read_text())["facts"]["rows"]}
@@ -224,7 +226,22 @@ def test_bad_input_is_refused_before_anything_is_trained(argv, message, capsys, 
     assert not list(tmp_path.iterdir())
 
 
-def test_a_broken_line_of_the_log_is_named(tmp_path) -> None:
-    (tmp_path / "l").write_text('{"digest": "a"}\n[]\n')
-    with pytest.raises(InputError, match="line 2 is broken"):
+GOOD = {"digest": "a", "seed": 0, "before": 0.5, "after": 0.6, "prompts_sha256": "p", "machine": {"commit": "c"}}
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["[]", "{", "[" * 100_000, "9" * 5000, "\udcff", *(json.dumps({k: v for k, v in GOOD.items() if k != key}) for key in GOOD)]
+    + [json.dumps(GOOD | change) for change in ({"after": math.nan}, {"before": None}, {"seed": "0"}, {"machine": []})],
+)
+def test_a_broken_line_of_the_log_is_named(line: str, tmp_path) -> None:
+    (tmp_path / "l").write_bytes(f"{json.dumps(GOOD)}\n\n{line}\n".encode("utf-8", "surrogateescape"))
+    with pytest.raises(InputError, match=r"line 3 is broken|not UTF-8"):
         read_log(tmp_path / "l")
+
+
+def test_a_log_that_would_never_answer_is_refused(tmp_path) -> None:
+    os.mkfifo(tmp_path / "l")
+    with pytest.raises(InputError, match=f"--log {tmp_path / 'l'}: a pipe"):
+        read_log(tmp_path / "l")
+    assert read_log(tmp_path / "none") == {}
