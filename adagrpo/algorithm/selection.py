@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 from adagrpo_kernels import Draw, capability_update_reference, select_reference
 from adagrpo_kernels import capability_step as capability_kernel
 from adagrpo_kernels.capability_step import STRATEGIES
 from torch import Tensor
+
+from .foreign import real_tensor
 
 __all__ = [
     "STRATEGIES",
@@ -150,6 +152,8 @@ def select_prompt(
 class CapabilityCurriculum:
     """The curriculum for somebody else's trainer: score B candidate prompts, train on the one it picks.
 
+    Its ``mean`` and ``std`` are the level that ``fused_advantage`` measures against (AdaGRPO, section 3).
+
     Args:
         alpha: memory of the EMA, in [0, 1).
         strategy: one of ``STRATEGIES``.
@@ -163,26 +167,45 @@ class CapabilityCurriculum:
         self.alpha, self.strategy = alpha, strategy
         self.state = CapabilityState()
 
-    def select(self, scores: Tensor | Sequence[float]) -> int:
-        """Fold the candidates' scores ([B]) into the EMA, then return the index of the one to train on.
+    @overload
+    def select(self, scores: Sequence[Sequence[float]]) -> list[int]: ...
+    @overload
+    def select(self, scores: Sequence[float]) -> int: ...
+    @overload
+    def select(self, scores: Any) -> Any: ...
+    def select(self, scores: Any) -> int | list[int]:
+        """Fold the scores of all candidates into the EMA, once, then say which candidate to train on.
+
+        Args:
+            scores: [B], the candidates of one slot, or [P, B] for P slots that one iteration trains: tensor, numpy array or
+                list. Candidates whose score is not finite are left out.
+
+        Returns:
+            The index of the candidate, for [P, B] a list of P indices.
 
         Raises:
-            ValueError: when ``scores`` is not a vector or holds no finite value; the state is then unchanged.
+            TypeError: not real numbers.
+            ValueError: another shape, or a slot without a finite score; the state is then unchanged.
         """
-        values = torch.as_tensor(scores, dtype=torch.float64).detach().cpu()
-        if values.ndim != 1 or not bool(values.isfinite().any()):
-            raise ValueError("scores must be a vector with at least one finite value")
+        values = real_tensor(scores, "scores", torch.float64).cpu()
+        if values.ndim not in (1, 2) or values.numel() == 0:
+            raise ValueError(f"scores {list(values.shape)}: wants [B], or [P, B] for P slots of B candidates")
+        empty = ~values.isfinite().any(-1)
+        if bool(empty.any()):
+            where = f" of slots {empty.nonzero().flatten().tolist()}" if values.ndim == 2 else ""
+            raise ValueError(f"scores{where}: no finite value; nothing can be picked")
         self.state = update_capability(self.state, values, self.alpha)
-        return int(select_prompt(values, self.state, self.strategy))
+        picks: int | list[int] = select_prompt(values, self.state, self.strategy).tolist()
+        return picks
 
     @property
     def mean(self) -> float:
-        """Mean of the EMA; NaN before the first call of ``select``."""
+        """Mean of the EMA, for ``fused_advantage``; NaN before the first call of ``select``."""
         return float(self.state.mean) if int(self.state.count) else math.nan
 
     @property
     def std(self) -> float:
-        """Standard deviation of the EMA; NaN before the first call of ``select``."""
+        """Standard deviation of the EMA, for ``fused_advantage``; NaN before the first call of ``select``."""
         return float(self.state.std) if int(self.state.count) else math.nan
 
     def state_dict(self) -> dict[str, Tensor]:

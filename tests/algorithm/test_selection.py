@@ -129,7 +129,7 @@ def test_curriculum_strategies(strategy: str, expected: int) -> None:
     assert CapabilityCurriculum(strategy=strategy).select([2.0, 7.0, 4.0, 0.0, NAN]) == expected
 
 
-@pytest.mark.parametrize("scores", [[], [NAN, math.inf], [[1.0, 2.0]]])
+@pytest.mark.parametrize("scores", [[], [NAN, math.inf], 1.0, [[[1.0, 2.0]]], [[1.0, 2.0], [NAN, NAN]]])
 def test_curriculum_errors_leave_the_state(scores: list) -> None:
     curriculum = CapabilityCurriculum()
     curriculum.select([1.0, 3.0])
