@@ -39,6 +39,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"adagrpo: {_one_line(str(error))}; what was complete on disk is intact", file=sys.stderr)
         return EXIT_FAILED
+    except RuntimeError as error:
+        kernels = sys.modules.get("adagrpo_kernels")
+        if debug or kernels is None or not isinstance(error, kernels.KernelError):
+            raise
+        remedy = "engine.kernels = auto or reference goes without it"
+        print(f"adagrpo: {_one_line(str(error))}; {remedy}", file=sys.stderr)
+        return EXIT_FAILED
     except KeyboardInterrupt:
         print("adagrpo: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED

@@ -97,7 +97,9 @@ def automatic(device: torch.device) -> Iterator[tuple[str, str]]:
     yield "forward", auto_forward(device)
     yield "precision", "the model's own (model.dtype)"
     yield "attention", "torch's choice"
-    chosen = "triton" if device.type == "cuda" and device_problem({device.type}) is None else "reference"
+    problem = device_problem({device.type}) if device.type == "cuda" else None
+    chosen = "triton" if device.type == "cuda" else "reference"
+    chosen = f"reference, because {problem}" if problem else chosen
     named = os.environ.get(VARIABLE, "auto")
     yield "kernels", chosen if named == "auto" else f"{named} ({VARIABLE})"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from adagrpo_kernels import implementations
+from adagrpo_kernels import implementations, telling
 from torch import Tensor
 from tqdm import tqdm
 
@@ -74,7 +74,8 @@ class Fit:
         self.guards = Guards(self.config.guards)
         self.category = prompt_category(self.config.data.prompts)
         self.rollbacks = 0
-        self._kernels_recorded = self._saved_now = False
+        self._kernels_recorded: dict[str, str] = {}
+        self._saved_now = False
         self.best = -math.inf
         base = self.config.model.path, to_toml(self.config), self.config.loss.kl_weight > 0
         self.origin = Origin(trainer.model, *base, lambda message: self._event("warning", message))
@@ -116,16 +117,17 @@ class Fit:
         self._plan_memory()
         if notice := memory_notice(self.config, len(self.trainer.stream.prompts)):
             self._event("warning", notice)
-        self.trainer.with_memory(self._try_rewards)
-        with contextlib.ExitStack() as closing:
-            loggers = self._open_loggers(closing)
-            before = self._before()
-            try:
-                outcome = self._train(loggers)
-            finally:
-                self._compare_memory()
-        if not outcome.exit_code:
-            outcome = Outcome(0, self._compare(before))
+        with telling(lambda message: self._event("warning", message)):
+            self.trainer.with_memory(self._try_rewards)
+            with contextlib.ExitStack() as closing:
+                loggers = self._open_loggers(closing)
+                before = self._before()
+                try:
+                    outcome = self._train(loggers)
+                finally:
+                    self._compare_memory()
+            if not outcome.exit_code:
+                outcome = Outcome(0, self._compare(before))
         self._report()
         return outcome
 
@@ -219,13 +221,14 @@ class Fit:
         return metrics
 
     def _record_kernels(self) -> None:
-        """Once per process: what ran for each operator of the algorithm, in the manifest."""
-        if self._kernels_recorded:
+        """What ran for each operator of the algorithm, in the manifest: after the first iteration, and when that changes."""
+        ran = implementations()
+        if ran == self._kernels_recorded:
             return
-        self._kernels_recorded = True
+        self._kernels_recorded = ran
         manifest = self.run.read_json("manifest.json")
         if manifest is not None:
-            self.run.write_json("manifest.json", manifest | {"kernels": implementations()})
+            self.run.write_json("manifest.json", manifest | {"kernels": ran})
 
     def save(self, held_out: float | None = None) -> Path:
         """Write a checkpoint; its portable part holds the weight EMA where one is kept.

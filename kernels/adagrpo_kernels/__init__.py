@@ -6,7 +6,7 @@ suffix run them or a Triton kernel (``impl``, see ``_dispatch``). This package k
 about to run; it can be used without the rest of AdaGRPO.
 """
 
-from ._dispatch import IMPLS, implementations, launch_counts, reset_counts
+from ._dispatch import IMPLS, KernelError, implementations, launch_counts, reset_counts, telling
 from .capability_step import (
     CapabilityStep,
     capability_step,
@@ -54,6 +54,7 @@ __all__ = [
     "Draw",
     "Guidance",
     "History",
+    "KernelError",
     "MultiRewardAdvantage",
     "Quantized",
     "SdeStep",
@@ -93,4 +94,5 @@ __all__ = [
     "select_reference",
     "sigma_schedule",
     "step_table",
+    "telling",
 ]

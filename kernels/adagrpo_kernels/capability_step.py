@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._dispatch import use_triton
+from ._dispatch import run
 from .philox import Draw, philox_uniform_reference
 
 STRATEGIES = ("random", "easiest", "hardest", "medium", "closest")
@@ -60,11 +60,14 @@ def capability_step(
     _check(scores, strategy, reward_weights, draw)
     tensors = [scores, mean, var, count, reward_weights, draw.rows if draw else None]
     problem = None if mean.dtype in (torch.float32, torch.float64) else f"it does not keep the EMA in {mean.dtype}"
-    if not use_triton("capability_step", impl, tensors, problem):
-        return capability_step_reference(scores, mean, var, count, alpha, strategy, reward_weights, draw)
-    from ._triton import capability_step as kernel
+    arguments = (scores, mean, var, count, alpha, strategy, reward_weights, draw)
 
-    return CapabilityStep(*kernel.capability_step(scores, mean, var, count, alpha, strategy, reward_weights, draw))
+    def kernel() -> CapabilityStep:
+        from ._triton import capability_step
+
+        return CapabilityStep(*capability_step.capability_step(*arguments))
+
+    return run("capability_step", impl, tensors, kernel, lambda: capability_step_reference(*arguments), problem)
 
 
 def capability_step_reference(

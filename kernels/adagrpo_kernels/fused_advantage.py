@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._dispatch import use_triton
+from ._dispatch import run
 
 CALIBRATIONS = ("mass", "zscore", "zscore_centred", "none")
 EPS = 1e-8
@@ -126,13 +126,15 @@ def fused_advantage(
     _check_calibration(calibration)
     levels = [t for t in (mean, std) if isinstance(t, Tensor)]
     problem = _kernel_problem(rewards) or (None if all(t.numel() == 1 for t in levels) else "it takes one mean and one std")
-    if not use_triton("fused_advantage", impl, [rewards, *levels, mask], problem):
-        return fused_advantage_reference(rewards, mean, std, clip, weight, calibration, mask)
-    from ._triton import fused_advantage as kernel
 
-    level, spread = _vector(mean, rewards), _vector(std, rewards)
-    one = rewards.unsqueeze(0)
-    return kernel.fused_advantage(one, level, spread, None, None, clip, weight, calibration, mask, False)[0]
+    def kernel() -> Tensor:
+        from ._triton import fused_advantage
+
+        level, spread, one = _vector(mean, rewards), _vector(std, rewards), rewards.unsqueeze(0)
+        return fused_advantage.fused_advantage(one, level, spread, None, None, clip, weight, calibration, mask, False)[0]
+
+    reference = lambda: fused_advantage_reference(rewards, mean, std, clip, weight, calibration, mask)  # noqa: E731
+    return run("fused_advantage", impl, [rewards, *levels, mask], kernel, reference, problem)
 
 
 def multi_reward_advantage(
@@ -155,13 +157,15 @@ def multi_reward_advantage(
     """
     _check_calibration(calibration)
     tensors = [rewards, mean, std, count, reward_weights, mask]
-    if not use_triton("fused_advantage", impl, tensors, _kernel_problem(rewards)):
-        return multi_reward_advantage_reference(rewards, mean, std, count, reward_weights, clip, weight, calibration, mask)
-    from ._triton import fused_advantage as kernel
+    arguments = (rewards, mean, std, count, reward_weights, clip, weight, calibration, mask)
 
-    return MultiRewardAdvantage(
-        *kernel.fused_advantage(rewards, mean, std, count, reward_weights, clip, weight, calibration, mask, True)
-    )
+    def kernel() -> MultiRewardAdvantage:
+        from ._triton import fused_advantage
+
+        return MultiRewardAdvantage(*fused_advantage.fused_advantage(*arguments, True))
+
+    reference = lambda: multi_reward_advantage_reference(*arguments)  # noqa: E731
+    return run("fused_advantage", impl, tensors, kernel, reference, _kernel_problem(rewards))
 
 
 def multi_reward_advantage_reference(

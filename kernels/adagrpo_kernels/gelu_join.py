@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._dispatch import use_triton
+from ._dispatch import run
 from .quantize import Quantized, empty_quantized, kernel_problem, quantize_rowwise_reference
 
 
@@ -24,14 +24,17 @@ def gelu_join(mlp: Tensor, first: Tensor | None = None, quantized: bool = False,
             each input once.
     """
     columns = mlp.shape[-1] + (0 if first is None else first.shape[-1])
-    if not use_triton("gelu_join", impl, [mlp, first], kernel_problem(mlp, columns)):
-        return gelu_join_reference(mlp, first, quantized)
-    from ._triton import gelu_join as kernel
 
-    shape = (*mlp.shape[:-1], columns)
-    out = empty_quantized(mlp, columns) if quantized else torch.empty(shape, dtype=mlp.dtype, device=mlp.device)
-    kernel.gelu_join(mlp, first, out)
-    return out
+    def kernel() -> Tensor | Quantized:
+        from ._triton import gelu_join
+
+        shape = (*mlp.shape[:-1], columns)
+        out = empty_quantized(mlp, columns) if quantized else torch.empty(shape, dtype=mlp.dtype, device=mlp.device)
+        gelu_join.gelu_join(mlp, first, out)
+        return out
+
+    reference = lambda: gelu_join_reference(mlp, first, quantized)  # noqa: E731
+    return run("gelu_join", impl, [mlp, first], kernel, reference, kernel_problem(mlp, columns))
 
 
 def gelu_join_reference(mlp: Tensor, first: Tensor | None = None, quantized: bool = False) -> Tensor | Quantized:

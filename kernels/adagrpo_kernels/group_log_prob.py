@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._dispatch import use_triton
+from ._dispatch import named, run
 from .rounding import STORAGE_DTYPES
 from .sde_step import affine_mean
 from .step_table import StepTable
@@ -29,11 +29,14 @@ def group_log_prob(
         problem = f"it does not take {x.dtype} latents"
     elif torch.is_grad_enabled() and (x.requires_grad or successors.requires_grad):
         problem = "its gradient flows into v only, and x or successors require one"
-    if not use_triton("group_log_prob", impl, [x, v, successors, index], problem):
-        return group_log_prob_reference(x, v, successors, table, index)
-    from ._triton import group_log_prob as kernel
 
-    return kernel.group_log_prob(x, v, successors, table, index)
+    def kernel() -> Tensor:
+        from ._triton import group_log_prob
+
+        return group_log_prob.group_log_prob(x, v, successors, table, index, named(impl) == "auto")
+
+    reference = lambda: group_log_prob_reference(x, v, successors, table, index)  # noqa: E731
+    return run("group_log_prob", impl, [x, v, successors, index], kernel, reference, problem)
 
 
 def group_log_prob_reference(x: Tensor, v: Tensor, successors: Tensor, table: StepTable, index: Tensor) -> Tensor:
@@ -58,3 +61,13 @@ def group_log_prob_reference(x: Tensor, v: Tensor, successors: Tensor, table: St
     square = (successors - mean.unsqueeze(1)).square().flatten(2).mean(2)
     scale, const = rows.logp_scale.to(mean.dtype), rows.logp_const.to(mean.dtype)
     return const.unsqueeze(1) - scale.unsqueeze(1) * square
+
+
+def group_log_prob_gradient_reference(
+    x: Tensor, v: Tensor, successors: Tensor, table: StepTable, index: Tensor, upstream: Tensor
+) -> Tensor:
+    """Gradient of ``group_log_prob_reference`` in ``v`` for the gradient ``upstream`` [N, G]: [N, L, C], at least float32."""
+    with torch.enable_grad():
+        wide = v.detach().to(torch.promote_types(v.dtype, torch.float32)).requires_grad_()
+        logp = group_log_prob_reference(x, wide, successors, table, index)
+        return torch.autograd.grad(logp, wide, upstream.to(logp.dtype))[0]

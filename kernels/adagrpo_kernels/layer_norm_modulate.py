@@ -7,7 +7,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from ._dispatch import use_triton
+from ._dispatch import run
 from .quantize import Quantized, empty_quantized, kernel_problem, quantize_rowwise_reference
 
 
@@ -28,13 +28,16 @@ def layer_norm_modulate(
         impl: see ``adagrpo_kernels._dispatch``. The kernel takes float32, bfloat16 and float16 ``x`` of up to 16384 channels
             and reads it once.
     """
-    if not use_triton("layer_norm_modulate", impl, [x, shift, scale], kernel_problem(x, x.shape[-1])):
-        return layer_norm_modulate_reference(x, shift, scale, eps, quantized)
-    from ._triton import layer_norm_modulate as kernel
 
-    out = empty_quantized(x, x.shape[-1]) if quantized else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    kernel.layer_norm_modulate(x, shift, scale, eps, out)
-    return out
+    def kernel() -> Tensor | Quantized:
+        from ._triton import layer_norm_modulate
+
+        out = empty_quantized(x, x.shape[-1]) if quantized else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        layer_norm_modulate.layer_norm_modulate(x, shift, scale, eps, out)
+        return out
+
+    reference = lambda: layer_norm_modulate_reference(x, shift, scale, eps, quantized)  # noqa: E731
+    return run("layer_norm_modulate", impl, [x, shift, scale], kernel, reference, kernel_problem(x, x.shape[-1]))
 
 
 def layer_norm_modulate_reference(

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._dispatch import device_word, use_triton
+from ._dispatch import device_word, run
 from .rounding import STORAGE_DTYPES, round_to_storage
 
 MAX_STEP = 1 << 16
@@ -123,12 +123,15 @@ def philox_normal(
         impl: see ``adagrpo_kernels._dispatch``. The kernel writes float32, bfloat16 and float16.
     """
     words = [t for t in (seed, rows, iteration, step) if isinstance(t, Tensor)]
-    if not use_triton("philox_normal", impl, words, None if dtype in STORAGE_DTYPES[1:] else f"it does not write {dtype}"):
-        return philox_normal_reference(seed, rows, numel, iteration, stream, step, dtype)
-    from ._triton import philox
+    problem = None if dtype in STORAGE_DTYPES[1:] else f"it does not write {dtype}"
 
-    draw = Draw(seed, rows, iteration, stream, step).on_device()
-    return philox.philox_normal(draw, numel, dtype)
+    def kernel() -> Tensor:
+        from ._triton import philox
+
+        return philox.philox_normal(Draw(seed, rows, iteration, stream, step).on_device(), numel, dtype)
+
+    reference = lambda: philox_normal_reference(seed, rows, numel, iteration, stream, step, dtype)  # noqa: E731
+    return run("philox_normal", impl, words, kernel, reference, problem)
 
 
 def philox_normal_reference(

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._dispatch import use_triton
+from ._dispatch import run
 from .rounding import STORAGE_DTYPES
 
 E4M3_MAX = 448.0
@@ -41,16 +41,21 @@ def quantize_rowwise(x: Tensor, impl: str | None = None, out: Quantized | None =
             ``x`` once.
         out: contiguous tensors to write into.
     """
-    if not use_triton("quantize_rowwise", impl, [x], kernel_problem(x, x.shape[-1])):
+
+    def kernel() -> Quantized:
+        from ._triton import quantize
+
+        return quantize.quantize_rowwise(x, out or empty_quantized(x, x.shape[-1]))
+
+    def reference() -> Quantized:
         found = quantize_rowwise_reference(x)
         if out is None:
             return found
         out.values.copy_(found.values)
         out.scale.copy_(found.scale)
         return out
-    from ._triton import quantize as kernel
 
-    return kernel.quantize_rowwise(x, out or empty_quantized(x, x.shape[-1]))
+    return run("quantize_rowwise", impl, [x], kernel, reference, kernel_problem(x, x.shape[-1]))
 
 
 def quantize_rowwise_reference(x: Tensor) -> Quantized:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._dispatch import use_triton
+from ._dispatch import run
 from .philox import Draw, philox_normal_reference
 from .rounding import STORAGE_DTYPES, round_to_storage
 from .step_table import StepTable
@@ -106,13 +106,18 @@ def sde_step(
     given = noise.rows if isinstance(noise, Draw) else noise
     extra = [*(guidance or ()), *(history or ())]
     problem = None if x.dtype in STORAGE_DTYPES[1:] else f"it does not store {x.dtype}"
-    if not use_triton("sde_step", impl, [x, v, index, given, source, *extra], problem):
+
+    def kernel() -> SdeStep:
+        from ._triton import sde_step
+
+        return SdeStep(*sde_step.sde_step(x, v, table, index, noise, source, guidance, history, with_mean, with_clean))
+
+    def reference() -> SdeStep:
         return sde_step_reference(
             x, v, table, index, noise, source=source, guidance=guidance, history=history, with_clean=with_clean
         )
-    from ._triton import sde_step as kernel
 
-    return SdeStep(*kernel.sde_step(x, v, table, index, noise, source, guidance, history, with_mean, with_clean))
+    return run("sde_step", impl, [x, v, index, given, source, *extra], kernel, reference, problem)
 
 
 def sde_step_reference(

@@ -83,6 +83,7 @@ def test_a_kernels_exception_is_not_swallowed(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(philox, "launch", broken)
     with pytest.raises(MemoryError, match="planted"):
         noise("triton")
+    assert implementations() == {}
 
 
 def test_meta_tensors_are_planned_without_a_launch() -> None:

@@ -10,7 +10,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .._dispatch import launch
+from .._dispatch import attempt, launch
+from ..group_log_prob import group_log_prob_gradient_reference
 from ..step_table import StepTable
 from .common import BLOCK, MIN_BLOCK, WARPS, arrival_counter, as_rows, finite
 
@@ -97,7 +98,7 @@ class GroupLogProb(torch.autograd.Function):
     """Log-probabilities [N, G], differentiable once, in ``v``."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, v: Tensor, successors: Tensor, index: Tensor, table: StepTable) -> Tensor:
+    def forward(ctx: Any, x: Tensor, v: Tensor, successors: Tensor, index: Tensor, table: StepTable, fall_back: bool) -> Tensor:
         latents, group = successors.shape[:2]
         inputs = _inputs(x, v, successors, index, table)
         splits = triton.cdiv(inputs["numel"], inputs["BLOCK"])
@@ -109,22 +110,36 @@ class GroupLogProb(torch.autograd.Function):
         }  # fmt: skip
         launch("group_log_prob", group_log_prob_kernel, (latents if group else 0, splits), arguments, WARPS)
         ctx.save_for_backward(x, v, successors, index)
-        ctx.table = table
+        ctx.table, ctx.fall_back = table, fall_back
         return logp
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[None, Tensor, None, None, None]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[None, Tensor, None, None, None, None]:
         x, v, successors, index = ctx.saved_tensors
-        inputs = _inputs(x, v, successors, index, ctx.table)
-        upstream = upstream if upstream.stride(1) == 1 else upstream.contiguous()
-        grad = torch.empty(v.shape, dtype=torch.float32, device=v.device)
-        arguments = inputs | {"upstream_ptr": upstream, "upstream_stride": upstream.stride(0), "grad_ptr": grad}
-        grid = (x.shape[0], triton.cdiv(inputs["numel"], inputs["BLOCK"]))
-        launch("group_log_prob_backward", group_log_prob_backward_kernel, grid, arguments, WARPS)
-        return None, grad, None, None, None
+        arguments = (x, v, successors, ctx.table, index, upstream)
+        grad = attempt(
+            "group_log_prob",
+            ctx.fall_back,
+            lambda: _gradient(*arguments),
+            lambda: group_log_prob_gradient_reference(*arguments),
+        )
+        return None, grad, None, None, None, None
 
 
-def group_log_prob(x: Tensor, v: Tensor, successors: Tensor, table: StepTable, index: Tensor) -> Tensor:
-    """Launch; arguments as in ``adagrpo_kernels.group_log_prob``."""
-    return GroupLogProb.apply(x, v, successors, index, table)
+def _gradient(x: Tensor, v: Tensor, successors: Tensor, table: StepTable, index: Tensor, upstream: Tensor) -> Tensor:
+    """Launch of the backward kernel: gradient in ``v``, float32."""
+    inputs = _inputs(x, v, successors, index, table)
+    upstream = upstream if upstream.stride(1) == 1 else upstream.contiguous()
+    grad = torch.empty(v.shape, dtype=torch.float32, device=v.device)
+    arguments = inputs | {"upstream_ptr": upstream, "upstream_stride": upstream.stride(0), "grad_ptr": grad}
+    grid = (x.shape[0], triton.cdiv(inputs["numel"], inputs["BLOCK"]))
+    launch("group_log_prob_backward", group_log_prob_backward_kernel, grid, arguments, WARPS)
+    return grad
+
+
+def group_log_prob(
+    x: Tensor, v: Tensor, successors: Tensor, table: StepTable, index: Tensor, fall_back: bool = False
+) -> Tensor:
+    """Launch; arguments as in ``adagrpo_kernels.group_log_prob``. ``fall_back``: the gradient may be the reference's."""
+    return GroupLogProb.apply(x, v, successors, index, table, fall_back)
