@@ -109,7 +109,7 @@ def test_arguments_that_triton_keeps_for_itself_are_refused(tmp_path: Path) -> N
     """The same proof on copies of the package whose philox kernel calls an argument by another name."""
     names = {"stream": "stream option is deprecated", "device": "device option is deprecated"}
     names |= {"device_type": "device_type option is deprecated", "grid": "multiple values", "warmup": "multiple values"}
-    names |= {"num_stages": "compile options: num_stages", "num_warps": "compile options: num_warps", "renamed": ""}
+    names |= {"num_stages": "compile options: num_stages", "num_warps": "multiple values", "renamed": ""}
     for name in names:
         shutil.copytree(PACKAGE, tmp_path / f"with_{name}", ignore=shutil.ignore_patterns("__pycache__"))
         file = tmp_path / f"with_{name}" / "_triton" / "philox.py"
