@@ -79,7 +79,7 @@ class Fit:
         self.best = -math.inf
         base = self.config.model.path, to_toml(self.config), self.config.loss.kl_weight > 0
         self.origin = Origin(trainer.model, *base, lambda message: self._event("warning", message))
-        trainer.say = lambda message: self._event("memory", message)
+        trainer.say = lambda message: self._event("memory" if message.startswith("out of memory") else "warning", message)
         if self.config.loss.kl_weight:
             trainer.model.keep_reference()
 

@@ -463,7 +463,7 @@ def build_executor(
     if rollouts:
         precision = PRECISION[e.precision]
         on_device = table.to(model.device, torch.float64 if model.dtype is torch.float64 else torch.float32)
-        forward = build_forward(model, on_device, e.forward, precision, e.fp8_scaling, e.attention, impl)
+        forward = build_forward(model, on_device, e.forward, precision, e.fp8_scaling, e.attention, impl, say)
         graphs = StepGraphs(model.device, say) if e.cuda_graphs else None
     storage = DTYPES[config.rollout.storage]
     return RolloutExecutor(model, table, config.train.seed, storage, e.max_rows, phase, impl, forward, graphs, e.decode_rows)

@@ -11,6 +11,7 @@ from ..errors import InputError
 from ..models.base import FlowModel
 from ..models.flux import FluxModel
 from ..recipe import TENSORWISE_FUSED
+from .compiling import Say, disabled
 from .forwards import CopyForward, Forward
 from .fused_flux import Attend, FusedFluxForward
 from .tables import RolloutTable
@@ -21,6 +22,8 @@ FP8_CAPABILITY = (8, 9)
 
 def forward_problem(name: str, device: torch.device) -> str | None:
     """Why ``engine.forward = name`` cannot run on ``device``; None when it can."""
+    if name == "compile" and (variable := disabled()):
+        return f"the environment variable {variable} turns torch.compile off: unset it"
     if name == "compile" and device.type == "cuda" and importlib.util.find_spec("triton") is None:
         return "torch.compile needs triton on CUDA: pip install 'adagrpo[cuda]'"
     if name == "compile" and not any(shutil.which(compiler) for compiler in ("cc", "gcc", "g++", "clang")):
@@ -85,6 +88,7 @@ def build_forward(
     scaling: str = "rowwise",
     attention: str = "auto",
     impl: str | None = None,
+    say: Say = print,
 ) -> Forward | None:
     """What computes the rollouts; None is the policy itself.
 
@@ -93,11 +97,18 @@ def build_forward(
         table: on the model's device.
         precision: ``fp8``, or the dtype of the copy; None is the model's.
         forward, scaling, attention: as the recipe's ``engine`` keys.
+        say: told when something runs uncompiled that was to be compiled; where the recipe names ``compile`` that is an error.
 
     Raises:
         InputError: what was asked for cannot run here, with the reason.
     """
     name, fp8 = resolve_forward(forward, model), precision == "fp8"
+    cuda, uncompiled = model.device.type == "cuda", forward_problem("compile", model.device)
+    if cuda and uncompiled and isinstance(model, FluxModel):
+        if forward == "auto":
+            say(f"engine.forward = auto is eager here: {uncompiled}")
+        if name == "fused":
+            say(f"engine.forward = fused: norm and rotary embedding of Q and K run uncompiled, slower: {uncompiled}")
     if is_policy(model, name, precision) and attention == "auto":
         return None
     if not isinstance(model, FluxModel):
@@ -107,8 +118,9 @@ def build_forward(
         model.transformer.set_attention_backend(ATTENTION[attention])
     if is_policy(model, name, precision):
         return None
-    compiled = name == "compile" or (model.device.type == "cuda" and forward_problem("compile", model.device) is None)
-    return make_copy(model, table, name, precision, scaling, compiled, _attend(attention), impl)
+    compiled = name == "compile" or (cuda and uncompiled is None)
+    told = None if forward == "compile" else say
+    return make_copy(model, table, name, precision, scaling, compiled, _attend(attention), impl, told)
 
 
 def is_policy(model: FlowModel, forward: str, precision: torch.dtype | str | None) -> bool:
@@ -125,6 +137,7 @@ def make_copy(
     compiled: bool = False,
     attend: Attend | None = None,
     impl: str | None = None,
+    say: Say | None = None,
 ) -> CopyForward | FusedFluxForward:
     """The rollout copy and its forward, whether or not this machine can run it; on the meta device it takes no memory."""
     dtype = precision if isinstance(precision, torch.dtype) else model.dtype
@@ -132,8 +145,8 @@ def make_copy(
     if forward == "fused":
         if fp8 == "tensorwise":
             raise InputError(f"engine.fp8_scaling = tensorwise: {TENSORWISE_FUSED}")
-        return FusedFluxForward(model, table, dtype, fp8 is not None, attend, compiled, impl)
-    return CopyForward(model, table, dtype, fp8, forward == "compile" and compiled, impl=impl)
+        return FusedFluxForward(model, table, dtype, fp8 is not None, attend, compiled, impl, say=say)
+    return CopyForward(model, table, dtype, fp8, forward == "compile" and compiled, impl=impl, say=say)
 
 
 def _attend(attention: str) -> Attend | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.base import Conditioning, FlowModel
+from .compiling import Compilation, Say
 from .projection import Projection, choose_quantise, fits_fp8, linear_layers
 from .rollout_copy import RolloutCopy
 from .tables import RolloutTable
@@ -66,6 +68,7 @@ class CopyForward(PolicyForward):
         compiled: torch.compile of every block, in place in the copy.
         compiler: torch.compile's backend.
         impl: of the quantisation kernel.
+        say: told when the blocks cannot be compiled, which then run uncompiled; None makes that an error.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class CopyForward(PolicyForward):
         compiled: bool = False,
         compiler: str = "inductor",
         impl: str | None = None,
+        say: Say | None = None,
     ) -> None:
         projections: Mapping[str, Projection] = {}
         if scaling is not None:
@@ -92,12 +96,24 @@ class CopyForward(PolicyForward):
         super().__init__(model.around(self.copy.transformer), table)
         self.lossy = scaling is not None or dtype is not model.dtype
         self.own_bytes = self.copy.own_bytes
-        if compiled:
-            _compile_blocks(self.copy.transformer, compiler)
+        self._compilation: Compilation | None = None
+        if compiled:  # the blocks of a kind share one graph per shape, and a break is an error
+            self.copy.transformer.compile_repeated_blocks(fullgraph=True, dynamic=False, backend=compiler)
+            undo = functools.partial(_plain_blocks, self.copy.transformer)
+            self._compilation = Compilation("engine.forward = compile: the blocks", undo, say)
 
     def refresh(self) -> None:
         """Follow the policy's weights, in place."""
         self.copy.refresh()
+
+    def velocity(self, x: Tensor, index: Tensor, prepared: Conditioning, slot: Tensor) -> Tensor:
+        """See ``Forward``.
+
+        Raises:
+            RunError: a block cannot be compiled, and nobody is to be told.
+        """
+        run = functools.partial(super().velocity, x, index, prepared, slot)
+        return run() if self._compilation is None else self._compilation(run)
 
 
 def is_quantised(name: str) -> bool:
@@ -110,7 +126,7 @@ def is_quantised(name: str) -> bool:
     return any(part.endswith("blocks") for part in parts) and not any(part.startswith("norm") for part in parts)
 
 
-def _compile_blocks(transformer: nn.Module, compiler: str) -> None:
-    """Compile every repeated block in place; the blocks of a kind share one graph per shape, and a break is an error."""
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    transformer.compile_repeated_blocks(fullgraph=True, dynamic=False, backend=compiler)  # type: ignore[operator]
+def _plain_blocks(transformer: nn.Module) -> None:
+    """Undo ``compile_repeated_blocks``."""
+    for module in transformer.modules():
+        module._compiled_call_impl = None

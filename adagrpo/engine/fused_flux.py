@@ -8,6 +8,7 @@ single blocks concatenate nothing, and in FP8 the kernel that writes a product's
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from ..models.base import Conditioning
 from ..models.flux import FluxModel
+from .compiling import Compilation, Say
 from .forwards import is_quantised
 from .projection import Projection, choose_quantise, fits_fp8, linear_layers
 from .rollout_copy import RolloutCopy
@@ -62,6 +64,8 @@ class FusedFluxForward:
         attend: (q, k, v [R, L, H, D]) -> [R, L, H, D]; None is torch's own attention.
         compiled: torch.compile of the element-wise part between products (QK-norm and rotary embedding).
         impl: of the kernels.
+        compiler: torch.compile's backend.
+        say: told when it cannot be compiled, which then runs uncompiled; None makes that an error.
     """
 
     def __init__(
@@ -73,6 +77,8 @@ class FusedFluxForward:
         attend: Attend | None = None,
         compiled: bool = False,
         impl: str | None = None,
+        compiler: str = "inductor",
+        say: Say | None = None,
     ) -> None:
         self.model, self.table, self.dtype, self.impl = model, table, dtype, impl
         self.attend = attend or torch_attention
@@ -111,7 +117,11 @@ class FusedFluxForward:
         self.lossy = fp8 or dtype is not model.dtype
         self.own_bytes = self.copy.own_bytes
         self._rotary: dict[tuple[int, tuple[int, int]], Rotary] = {}
-        self._norm_rope = torch.compile(norm_rope, dynamic=False) if compiled else norm_rope
+        self._norm_rope: Any = norm_rope
+        self._compilation: Compilation | None = None
+        if compiled:
+            self._norm_rope = torch.compile(norm_rope, fullgraph=True, dynamic=False, backend=compiler)
+            self._compilation = Compilation("engine.forward = fused: norm and rotary embedding of Q and K", self._plain, say)
 
     def refresh(self) -> None:
         """Follow the policy's weights, in place."""
@@ -138,7 +148,18 @@ class FusedFluxForward:
         return Conditioning({"text": t.context_embedder(embeds), "modulation": modulation.unflatten(0, (prompts, steps))})
 
     def velocity(self, x: Tensor, index: Tensor, prepared: Conditioning, slot: Tensor) -> Tensor:
-        """See ``Forward``."""
+        """See ``Forward``.
+
+        Raises:
+            RunError: a part cannot be compiled, and nobody is to be told.
+        """
+        run = functools.partial(self._velocity, x, index, prepared, slot)
+        return run() if self._compilation is None else self._compilation(run)
+
+    def _plain(self) -> None:
+        self._norm_rope = norm_rope
+
+    def _velocity(self, x: Tensor, index: Tensor, prepared: Conditioning, slot: Tensor) -> Tensor:
         t = self.copy.transformer
         table = prepared.tensors["modulation"]
         at = slot * table.shape[1] + self.table.position.index_select(0, index)
