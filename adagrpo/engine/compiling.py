@@ -30,7 +30,7 @@ def without_limits() -> AbstractContextManager[Any]:
     rows, size and text length is a graph of its own. They guard against functions that never stop recompiling; ours have
     as many graphs as the recipe has shapes.
     """
-    return torch._dynamo.config.patch(recompile_limit=ENDLESS, accumulated_recompile_limit=ENDLESS)  # type: ignore[no-any-return]
+    return torch._dynamo.config.patch(recompile_limit=ENDLESS, accumulated_recompile_limit=ENDLESS)
 
 
 class Compilation:
