@@ -120,9 +120,10 @@ def build_architecture(config: ModelConfig) -> FlowModel:
 
 
 def _prepare(model: FluxModel, config: ModelConfig) -> None:
-    """Adapters and checkpointing, where the recipe wants them."""
+    """Timestep, adapters and checkpointing as the recipe wants them."""
     from .models.flux import add_lora
 
+    model.timestep_rounding = config.timestep
     if config.tuning == "lora":
         add_lora(model.transformer, config.lora_rank, config.lora_alpha, config.lora_targets)
     if config.gradient_checkpointing:

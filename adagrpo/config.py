@@ -39,6 +39,9 @@ class ModelConfig:
     """Length of the T5 prompt, in tokens."""
     guidance: float = 3.5
     """Distilled guidance fed to the transformer; ignored by models without a guidance embedding."""
+    timestep: Literal["pipeline", "bf16"] = "pipeline"
+    """How the transformer's timestep is rounded. pipeline: as diffusers' pipelines do it, 1000 sigma in the model's dtype.
+    bf16: sigma itself in bf16 (the released code; of the official 16 noise levels 5 then differ, by 2 to 4 of 1000)."""
     tuning: Literal["full", "lora"] = "full"
     """Train all transformer weights, or low-rank adapters."""
     lora_rank: int = 64
@@ -167,6 +170,9 @@ class LossConfig:
     kl_variance: Literal["step", "diffusion"] = "step"
     """step divides by 2w² (the Gaussian KL), diffusion by 2g² (Flow-GRPO's code)."""
     step_weights: Literal["uniform", "equal_gradient"] = "uniform"
+    average: Literal["update", "iteration"] = "update"
+    """What the loss of an optimizer step is the mean over: its own trained steps, or all of the iteration's, so that each of
+    four steps has a quarter of the loss (the released code); the gradient clip and Adam's eps see the difference."""
 
 
 @dataclass(frozen=True)

@@ -193,10 +193,11 @@ def _check_dead_keys(c: Config) -> typing.Iterator[Problem]:
         (r.tail_steps == 0, "rollout.tail_steps above 0", ["rollout.tail_solver"]),
         (c.model.tuning != "lora", "model.tuning = lora", ["model.lora_rank", "model.lora_alpha", "model.lora_targets"]),
         (plugin, "model.family = flux", ["model.tuning", "model.gradient_checkpointing", "model.max_text_tokens"]),
-        (plugin, "model.family = flux", ["model.guidance", "model.prompt_cache"]),
+        (plugin, "model.family = flux", ["model.guidance", "model.timestep", "model.prompt_cache"]),
         (plugin or "/" not in c.model.path, "a pipeline folder or Hub id", ["model.variant", "model.revision"]),
         (r.plan != "window", "rollout.plan = window", [f"rollout.window_{k}" for k in ("size", "stride", "every")]),
         (c.loss.kl_weight == 0, "loss.kl_weight above 0", ["loss.kl_variance"]),
+        (c.train.steps_per_iteration == 1, "train.steps_per_iteration above 1", ["loss.average"]),
         (c.optimizer.schedule == "constant", "another optimizer.schedule", ["optimizer.final_share"]),
         (
             not is_import_path(c.data.prompts) and not is_import_path(c.data.held_out),

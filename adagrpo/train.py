@@ -362,6 +362,7 @@ class Trainer:
                     kl_weight=loss.kl_weight,
                     kl_variance=loss.kl_variance,
                     step_weighting=loss.step_weights,
+                    average=loss.average,
                     skip_empty=self.config.advantage.equal_groups != "keep",
                 )
         except RuntimeError as error:

@@ -40,7 +40,24 @@ def test_official_recipe_differs_from_ours_only_where_the_released_code_does() -
         for key in dataclasses.fields(getattr(ours, section.name))
         if getattr(getattr(ours, section.name), key.name) != getattr(getattr(official, section.name), key.name)
     }
-    assert changed == {"rollout.fork_velocity", "loss.old_logp", "train.steps_per_iteration"}
+    assert changed == {
+        "rollout.fork_velocity", "loss.old_logp", "loss.average", "model.timestep", "train.steps_per_iteration"
+    }  # fmt: skip
+
+
+def test_official_recipe_of_adapters_differs_from_the_full_one_where_the_released_code_does() -> None:
+    full, adapters = load_recipe("flux1-dev-official"), load_recipe("flux1-dev-official-lora")
+    changed = changed_keys(full, adapters)
+    assert set(changed) == {
+        "name", "model.tuning", "model.lora_targets", "loss.average", "train.steps_per_iteration", "optimizer.lr"
+    }  # fmt: skip
+    assert adapters.train.steps_per_iteration == 1 and adapters.optimizer.lr == 1e-4
+    attention, feed_forward = (
+        Config().model.lora_targets,
+        {"ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"},
+    )
+    assert set(adapters.model.lora_targets) == {*attention, *feed_forward}
+    check(adapters)
 
 
 @pytest.mark.parametrize(

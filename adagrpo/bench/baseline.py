@@ -72,6 +72,7 @@ class PublishedLoop:
             ("rollout.trained_share", config.rollout.trained_share, 1.0),
             ("loss.kl_weight", config.loss.kl_weight, 0.0),
             ("loss.step_weights", config.loss.step_weights, "uniform"),
+            ("loss.average", config.loss.average, "update"),
             ("advantage.equal_groups", config.advantage.equal_groups, "keep"),
         ):
             if value != needed:

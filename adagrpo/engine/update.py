@@ -26,16 +26,18 @@ def update_policy(
     kl_variance: str = "step",
     step_weighting: str = "uniform",
     skip_empty: bool = False,
+    average: str = "update",
 ) -> dict[str, Tensor]:
     """One pass over the transitions: one optimizer step per entry of ``samples.batches``.
 
-    ``loss = mean_N(weight_k * (surrogate + kl_weight * KL))`` over the N transitions of an optimizer step, whatever the
-    micro-batches.
+    ``loss = mean_N(weight_k * (surrogate + kl_weight * KL))``, whatever the micro-batches: summed over the transitions of an
+    optimizer step, and divided by their number, or by that of the iteration.
 
     Args:
         advantage, valid: [R], per final latent.
         old_logp: ``rollout`` (stored while sampling), ``recompute`` or ``detached``.
         skip_empty: average over the transitions with a valid sample only, instead of over all.
+        average: ``update`` over the transitions of each optimizer step, ``iteration`` over those of all of them.
 
     Returns:
         0-dim tensors ``loss, ratio_deviation`` (max |ratio - 1| of the first optimizer step), ``ratio_mean, clip_share,
@@ -48,8 +50,9 @@ def update_policy(
         transitions = transitions.with_logp(fresh)
     weight = step_weights(executor.table, transitions.index, step_weighting)
     tally = _Tally(device)
+    everything = torch.cat([rows for step in batches for rows in step])
     for number, step in enumerate(batches):
-        share = _share(valid, transitions, torch.cat(step), skip_empty)
+        share = _share(valid, transitions, everything if average == "iteration" else torch.cat(step), skip_empty)
         for batch in step:
             part = transitions.rows(batch)
             v = executor.update_velocity(part, conditioning, "update")
@@ -64,11 +67,11 @@ def update_policy(
             optimizer.collect()
             tally.add(loss, kl, surrogate.ratio, surrogate.clipped, mask, first=number == 0)
         tally.grad_norm(optimizer.step())
-    return tally.read(sum(len(b) for step in batches for b in step), len(batches))
+    return tally.read(everything.numel(), 1 if average == "iteration" else len(batches))
 
 
 def _share(valid: Tensor, transitions: Transitions, rows: Tensor, skip_empty: bool) -> Tensor | float:
-    """Weight of one transition in the average over an optimizer step."""
+    """Weight of one transition in the average over ``rows``."""
     if not skip_empty:
         return 1 / rows.numel()
     return 1 / valid[transitions.sample[rows]].any(1).sum().clamp_min(1)
@@ -105,11 +108,12 @@ class _Tally:
     def grad_norm(self, norm: Tensor) -> None:
         self.sums["norm"] = torch.maximum(self.sums["norm"], norm.detach().double())
 
-    def read(self, transitions: int, optimizer_steps: int) -> dict[str, Tensor]:
+    def read(self, transitions: int, averages: int) -> dict[str, Tensor]:
+        """The metrics, over ``transitions``; the loss was summed over as many ``averages``."""
         s = self.sums
         valid = s["valid"].clamp_min(1)
         return {
-            "loss": s["loss"] / optimizer_steps,
+            "loss": s["loss"] / averages,
             "ratio_deviation": s["deviation"],
             "ratio_mean": s["ratio"] / valid,
             "clip_share": s["clipped"] / valid,

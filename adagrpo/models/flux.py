@@ -63,6 +63,10 @@ class FluxModel:
         height, width: image size in pixels.
         guidance: fed to guidance-distilled transformers.
         pipeline: the diffusers pipeline it came from, needed for ``export``.
+
+    Attributes:
+        timestep_rounding: of the transformer's timestep: ``pipeline``, the stock pipeline's (1000 sigma in the model's dtype),
+            or ``bf16`` (sigma in bf16).
     """
 
     def __init__(
@@ -77,6 +81,7 @@ class FluxModel:
     ) -> None:
         self.transformer, self.vae, self.encoder, self.pipeline = transformer, vae, encoder, pipeline
         self.guidance = guidance
+        self.timestep_rounding = "pipeline"
         self.scale = 2 ** (len(vae.config.block_out_channels) - 1)
         self._active = transformer
         self._reference: nn.Module | None = None
@@ -150,7 +155,7 @@ class FluxModel:
         return self.encoder(prompts)
 
     def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        """Velocity [R, L, C], computed as the stock pipeline does, rounding of the timestep included."""
+        """Velocity [R, L, C], computed as the stock pipeline does; the timestep's rounding is ``timestep_rounding``'s."""
         dtype = self.dtype
         embeds, pooled = (conditioning.tensors[name].to(dtype) for name in ("prompt_embeds", "pooled"))
         guidance = None
@@ -167,9 +172,10 @@ class FluxModel:
             return_dict=False,
         )[0]
 
-    @staticmethod
-    def timestep(sigma: Tensor, dtype: torch.dtype) -> Tensor:
-        """The transformer's ``timestep`` of noise levels [R], with the stock pipeline's rounding."""
+    def timestep(self, sigma: Tensor, dtype: torch.dtype) -> Tensor:
+        """The transformer's ``timestep`` of noise levels [R], rounded as ``timestep_rounding`` says."""
+        if self.timestep_rounding == "bf16":
+            return sigma.to(torch.bfloat16).to(dtype)
         return (sigma * 1000).to(dtype) / 1000
 
     @torch.no_grad()
