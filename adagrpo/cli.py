@@ -131,8 +131,8 @@ def _one_rank(command: str) -> None:
 
 def _path(text: str) -> Path:
     """A path of the command line, meant as it is written."""
-    if not text or "\0" in text:
-        raise argparse.ArgumentTypeError("an empty path" if not text else "a path cannot hold NUL")
+    if not text:
+        raise argparse.ArgumentTypeError("an empty path")
     if text.startswith("~"):
         raise argparse.ArgumentTypeError(f"the shell left ~ as it is: write the whole path, or ./{text} for a folder named ~")
     return Path(text)

@@ -38,7 +38,7 @@ from .run.folder import RunFolder, prompts_digest, write_json
 from .run.grid import to_pil
 from .run.lock import OwnerLock, holding, holding_new
 from .run.loggers import check_loggers
-from .run.opening import check_start, opened
+from .run.opening import begin, check_start, opened
 from .run.origin import Origin, recipe_file
 from .run.report import write_report
 from .train import build_executor
@@ -59,7 +59,8 @@ def _train(config: Config, run: RunFolder, checkpoint: Path | None) -> int:
     plans: list[MemoryPlan] = []
     trainer, held_out = build_trainer(config, plans.append)
     digest = prompts_digest(trainer.stream.prompts, held_out)
-    if (run.path / "config.toml").exists():
+    notice = ""
+    if run.continued and (checkpoint is not None or run.began_with(digest)):
         run.check_prompts(digest)
     else:
         backends = {
@@ -69,13 +70,14 @@ def _train(config: Config, run: RunFolder, checkpoint: Path | None) -> int:
             "rollout_copy_bytes": trainer.executor.rollout.own_bytes,
         }
         extra = {"latent_shape": list(trainer.model.latent_shape), "backends": backends, "prompts_sha256": digest}
-        run.write_start(config, trainer.model.device, extra)
+        notice = begin(run, config, trainer.model.device, extra)
     tqdm.write(f"{config.name}: {config.train.iterations} iterations on {trainer.model.device}, run folder {run.path}")
     fit = Fit(trainer, run, held_out, plan=plans[0])
     if checkpoint is not None:
         fit.resume(checkpoint)
     else:
         run.truncate_metrics(0)  # of a run that died before its first checkpoint
+    fit.note_opening(notice)
     outcome = fit()
     if outcome.gain is not None:
         print(outcome.gain)

@@ -101,6 +101,13 @@ class Fit:
             self._event("warning", f"{path.name} is later than the checkpoint resumed from: renamed to abandoned-{path.name}")
         self._event("resume", f"resumed from {checkpoint} after iteration {self.trainer.iterations_done}")
 
+    def note_opening(self, notice: str = "") -> None:
+        """Tell and record how the folder was found: ``notice``, and the keys that a resumed run changes."""
+        if notice:
+            self._event("warning", notice)
+        if changed := self.run.record_changes(self.config, self.trainer.iterations_done):
+            self._event("resume", changed)
+
     def __call__(self) -> Outcome:
         """Train to the last iteration, a guard's stop or a signal.
 
@@ -249,6 +256,7 @@ class Fit:
             "guards": self.guards.state_dict(),
             "rollbacks": self.rollbacks,
             "best": self.best,
+            "held_out": self._measure,
         }
         retention = Retention(o.keep_last, o.keep_every, o.keep_best)
         done = self.trainer.iterations_done
@@ -298,6 +306,14 @@ class Fit:
         self.trainer.load_state_dict(state["trainer"])
         self.guards.load_state_dict(state["guards"])
         self.rollbacks, self.best = state["rollbacks"], state["best"]
+        if state.get("held_out", self._measure) != self._measure:  # a best of other prompts is none of these
+            self.best = -math.inf
+            self.guards.forget_best()
+
+    @property
+    def _measure(self) -> list[int]:
+        """What the held-out reward is a mean over: prompts and noises."""
+        return [len(self.held_out), self.config.evaluation.noises]
 
     def _performance(self, seconds: float) -> dict[str, float]:
         phases = self.trainer.phase.read()

@@ -369,8 +369,8 @@ class Trainer:
             if not out_of_memory(error):
                 raise
             raise RunError(
-                "out of memory in the update: lower train.slots (raise train.accumulation instead), set engine.max_rows, "
-                "model.gradient_checkpointing = true or model.tuning = lora"
+                "out of memory in the update: lower train.slots (raise train.accumulation instead), set engine.max_rows "
+                "or model.gradient_checkpointing = true, and go on with --resume auto; in a new run model.tuning = lora helps"
             ) from error
         return {f"policy/{name}": value for name, value in policy.items()} | {"policy/lr": lr}
 
@@ -408,9 +408,12 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of ``state_dict``."""
+        """Inverse of ``state_dict``; ``engine.max_rows`` is the recipe's, or less where memory ran out."""
         self.iterations_done, self.draws = state["iterations_done"], state["draws"]
-        self.executor.batch_limit = state["batch_limit"]
+        limit, halved = state["batch_limit"]
+        wanted = self.config.engine.max_rows
+        keep = halved and (not wanted or limit < wanted)
+        self.executor.batch_limit = (limit, True) if keep else (wanted, False)
         self.stream.position = state["stream_position"]
         self.capability = CapabilityState.from_state_dict(state["capability"]).to(self.model.device)
         if self.filter is not None:

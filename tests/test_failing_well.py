@@ -83,7 +83,7 @@ def test_out_of_memory_while_sampling_halves_the_batch_once(where: str, tmp_path
 def test_out_of_memory_again_ends_with_the_remedy() -> None:
     trainer = toy_trainer(toy_config(), HungryModel(2, "sample"))
     trainer.say = lambda line: None
-    with pytest.raises(RunError, match=r"engine\.max_rows lower"):
+    with pytest.raises(RunError, match=r"lower engine\.max_rows"):
         trainer.iteration()
 
 

@@ -72,8 +72,8 @@ def test_resume_modes(recipe, tmp_path, capsys) -> None:
     for mode in ("latest", "auto", str(out / "checkpoints" / "step-000002")):
         assert main(["train", file, "--out", str(out), "--resume", mode]) == 0
         assert [{k: v for k, v in r.items() if not k.endswith("seconds")} for r in lines(out)] == whole
-    assert main(["train", file, "--out", str(out), "--resume", "auto", "--train.iterations", "9"]) == 2
-    assert "train.iterations = 4 there, 9 here; drop the change" in capsys.readouterr().err
+    assert main(["train", file, "--out", str(out), "--resume", "auto", "--train.iterations", "3"]) == 2
+    assert "train.iterations = 4 there, 3 here; drop the change" in capsys.readouterr().err
     assert main(["train", file, "--out", str(out), "--resume", str(tmp_path / "nothing")]) == 2
     assert "not a complete checkpoint" in capsys.readouterr().err
 
@@ -171,9 +171,7 @@ def test_places_where_no_folder_can_be_made(kind: str, recipe, tmp_path, capsys)
     assert not (tmp_path / "nowhere").exists()
 
 
-@pytest.mark.parametrize(
-    ("path", "words"), [("", "an empty path"), ("~/runs/a", "write the whole path, or ./~/runs/a"), ("a\0b", "NUL")]
-)
+@pytest.mark.parametrize(("path", "words"), [("", "an empty path"), ("~/runs/a", "write the whole path, or ./~/runs/a")])
 @pytest.mark.parametrize(
     "command", [["train", "tiny", "--out"], ["export", "tiny"], ["sample", "tiny", "--prompt", "a", "--out"]]
 )

@@ -207,8 +207,8 @@ class RolloutExecutor:
         """
         if self._halved or self._largest < 2:
             raise RunError(
-                f"out of memory while sampling, also in batches of {self._largest}: set engine.max_rows lower, use a smaller "
-                "resolution, or free device memory (model.prompt_cache, model.tuning = lora)"
+                f"out of memory while sampling, also in batches of {self._largest}: lower engine.max_rows or "
+                "model.prompt_cache and go on with --resume auto; in a new run lower the resolution or take model.tuning = lora"
             ) from error
         self._halved, self.max_rows, self._largest = True, self._largest // 2, 0
         self._forget_lanes()

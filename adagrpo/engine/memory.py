@@ -191,13 +191,13 @@ def plan_memory(
     narrow, wide = tensor_bytes(trained), sum(_wide(p) for p in trained)
     has_masters = any(p.element_size() < 4 for p in trained)
     full = 2 * sum(p.numel() for p in trained) > sum(p.numel() for p in model.transformer.parameters())
-    lighter = "model.tuning = lora" if full else "model.lora_rank"
+    lighter = "model.tuning = lora (in a new run)" if full else "model.lora_rank (in a new run)"
     entries = _weights(model)
     masters = sum(_wide(p) for p in trained if p.element_size() < 4)
     entries += [
         Entry("fp32 master weights", masters, "what the optimizer steps", "", 0, lighter),
         Entry("optimizer moments", 2 * wide, "two per trained weight", "", 0, lighter),
-        Entry("weight EMA", wide * averages, "optimizer.ema_decay", "", 0, "optimizer.ema_decay = 0"),
+        Entry("weight EMA", wide * averages, "optimizer.ema_decay", "", 0, "optimizer.ema_decay = 0 (in a new run)"),
     ]
     reference = tensor_bytes(model.transformer.parameters()) if kl and full else 0
     entries.append(Entry("KL reference", reference, "copy of the initial weights (loss.kl_weight)", "", 0, lighter))

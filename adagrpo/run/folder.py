@@ -22,9 +22,11 @@ from ..config import Config
 from ..errors import InputError
 from ..recipe import load_recipe, to_toml
 from ..strict_json import from_json, to_json
+from .changes import NO_CHANGES, permitted
 from .checkpoint import checkpoints, tidy
 from .lock import OwnerLock, is_unused
 
+EARLIER = "earlier-start-"
 PACKAGES = ("adagrpo", "torch", "triton", "diffusers", "transformers", "peft", "torchao", "safetensors", "numpy")
 
 
@@ -36,17 +38,21 @@ class RunFolder:
 
     Args:
         lock: of the process that writes there.
+
+    Attributes:
+        continued: whether the run there goes on, instead of a new one.
+        changes: keys in which it departs from its recipe.
     """
 
     def __init__(self, path: Path, lock: OwnerLock | None = None) -> None:
-        self.path, self.lock = path, lock
+        self.path, self.lock, self.changes, self.continued = path, lock, NO_CHANGES, False
         self.metrics_file = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
         self.samples = path / "samples"
 
     @classmethod
     def fresh(cls, path: Path, lock: OwnerLock | None = None) -> RunFolder:
-        """A folder for a new run, created by ``write_start``.
+        """A folder for a new run, created by ``write_start``. An earlier start there that came to no checkpoint is no run.
 
         Raises:
             InputError: it holds a run already, or something else, or cannot be written.
@@ -57,9 +63,15 @@ class RunFolder:
     @staticmethod
     def check_fresh(path: Path) -> None:
         """Raise what ``fresh`` would raise, without creating anything."""
-        if (path / "config.toml").exists():
+        if not RunFolder.never_saved(path):
             raise InputError(f"--out {path}: holds a run already; continue it with --resume latest, or name another folder")
         RunFolder.check_place(path)
+
+    @staticmethod
+    def never_saved(path: Path) -> bool:
+        """Whether no checkpoint was ever finished there."""
+        folder = path / "checkpoints"
+        return not folder.is_dir() or all(_is_draft(entry) for entry in folder.iterdir())
 
     @staticmethod
     def check_place(path: Path) -> None:
@@ -68,7 +80,7 @@ class RunFolder:
         Raises:
             InputError: naming it.
         """
-        if not (path / "config.toml").exists() and not is_unused(path):
+        if not is_unused(path) and not (path / "config.toml").exists() and not _is_aborted(path):
             raise InputError(f"--out {path}: not an empty folder; name another one")
         parent = next(p for p in [path, *path.absolute().parents] if p.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK):
@@ -76,7 +88,7 @@ class RunFolder:
 
     @classmethod
     def existing(cls, path: Path, config: Config, lock: OwnerLock | None = None) -> RunFolder:
-        """The folder of a run to continue, with the same recipe.
+        """The folder of a run to continue, with the same recipe but for keys that cannot change its result.
 
         Raises:
             InputError: no run there, or another recipe; the message shows the difference.
@@ -84,14 +96,32 @@ class RunFolder:
         file = path / "config.toml"
         if not file.is_file():
             raise InputError(f"--out {path}: no run to resume there (config.toml is missing)")
-        changed = changed_keys(load_recipe(file), config)
-        if changed:
-            difference = "; ".join(f"{key} = {before} there, {now} here" for key, (before, now) in changed.items())
-            raise InputError(
-                f"--out {path}: holds a run of another recipe: {difference}; drop the change or name another --out"
-            )
+        before = load_recipe(file)
+        changes = permitted(before, config, changed_keys(before, config), f"--out {path}")
         tidy(path / "checkpoints")
-        return cls(path, lock)
+        run = cls(path, lock)
+        run.changes, run.continued = changes, True
+        return run
+
+    def record_changes(self, config: Config, iteration: int) -> str:
+        """Put the recipe of the resumed run in the place of the former one; the manifest keeps what changed when.
+
+        Args:
+            iteration: the last one under the former recipe.
+
+        Returns:
+            What to tell the user; empty if nothing changed.
+        """
+        if not self.changes.keys:
+            return ""
+        manifest = self.read_json("manifest.json") or {}
+        entries = [*manifest.get("changes", []), self.changes.entry(iteration)]
+        self.write_json("manifest.json", manifest | {"changes": entries})
+        draft = self.path / ".config.toml.partial"
+        draft.write_text(to_toml(config), "utf-8")
+        draft.rename(self.path / "config.toml")
+        notice, self.changes = self.changes.notice(iteration), NO_CHANGES
+        return notice
 
     def check_prompts(self, digest: str) -> None:
         """Refuse to continue on other prompts than the run began with.
@@ -102,6 +132,13 @@ class RunFolder:
         manifest = self.read_json("manifest.json") or {}
         if manifest.get("prompts_sha256", digest) != digest:
             raise InputError(f"--out {self.path}: the prompts changed since this run began; restore them or name another --out")
+
+    def began_with(self, digest: str) -> bool:
+        """Whether the run is known to have begun with these prompts."""
+        try:
+            return (self.read_json("manifest.json") or {}).get("prompts_sha256") == digest
+        except (ValueError, AttributeError):
+            return False
 
     def name(self) -> str:
         """The folder's name and the run's own id, for dashboards."""
@@ -160,6 +197,20 @@ class RunFolder:
         """The newest complete checkpoint."""
         found = checkpoints(self.checkpoints)
         return found[-1] if found else None
+
+
+def _is_aborted(path: Path) -> bool:
+    """Whether nothing lies there but what a start leaves that is killed before it wrote its recipe."""
+    if not path.is_dir():
+        return False
+    empty = {entry for entry in path.iterdir() if entry.name in ("checkpoints", "samples") and entry.is_dir()}
+    rest = {*path.iterdir(), *(inner for entry in empty for inner in entry.iterdir())} - empty
+    return all(_is_draft(entry) or entry.name.startswith((".owner.", EARLIER)) for entry in rest)
+
+
+def _is_draft(path: Path) -> bool:
+    """Whether a file or folder was being written."""
+    return path.name.startswith(".partial-") or (path.name.startswith(".") and path.name.endswith(".partial"))
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:

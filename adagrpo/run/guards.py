@@ -66,12 +66,22 @@ class Guards:
         return trips
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters and best value so far."""
-        return {"rows": dict(self.rows), "best": self.best, "trained": list(self.trained)}
+        """Counters, what they count, and best value so far."""
+        counted = {"rows": dict(self.rows), "limits": {name: self._limit(name) for name in self.rows}}
+        return {**counted, "best": self.best, "trained": list(self.trained)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Inverse of ``state_dict``."""
-        self.rows, self.best, self.trained = dict(state["rows"]), state["best"], list(state["trained"])
+        """Inverse of ``state_dict``; a guard with another limit starts to count anew."""
+        limits = state.get("limits", {})
+        self.rows = {n: rows if limits.get(n, self._limit(n)) == self._limit(n) else 0 for n, rows in state["rows"].items()}
+        self.best, self.trained = state["best"], list(state["trained"])
+
+    def forget_best(self) -> None:
+        """The held-out reward is measured otherwise from now on."""
+        self.best, self.rows["reward_hacking"] = None, 0
+
+    def _limit(self, name: str) -> float:
+        return getattr(self.config, name).limit
 
     def _values(self, record: Mapping[str, Any]) -> dict[str, float]:
         values = {name: float(record[key]) for name, key in METRICS.items() if key in record}

@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from ..config import Config
 from ..errors import InputError
-from .folder import RunFolder
+from .folder import EARLIER, RunFolder
 from .lock import OwnerLock, holding, is_claimed, require_free
 
 
@@ -37,14 +40,54 @@ def opened(
         return
     _check_place(out, resume)
     with holding(OwnerLock(out, "train", f"--out {out}", take_over=take_over)) as lock:
-        if resume is None or (resume == "auto" and not (out / "config.toml").exists()):
-            yield RunFolder.fresh(out, lock), None
-            return
-        run = RunFolder.existing(out, config, lock)
-        checkpoint = run.latest_checkpoint() if resume in ("latest", "auto") else Path(resume)
-        if checkpoint is None and resume == "latest":
-            raise InputError(f"--resume latest: {run.checkpoints} holds no complete checkpoint")
-        yield run, checkpoint
+        yield _entered(config, out, resume, lock)
+
+
+def _entered(config: Config, out: Path, resume: str | None, lock: OwnerLock) -> tuple[RunFolder, Path | None]:
+    """See ``opened``; the folder is locked."""
+    if resume is None or (resume == "auto" and not (out / "config.toml").exists()):
+        return RunFolder.fresh(out, lock), None
+    if resume in ("latest", "auto") and RunFolder.never_saved(out):
+        if resume == "latest":
+            nothing = f"--resume latest: {out / 'checkpoints'} holds no complete checkpoint"
+            raise InputError(f"{nothing}; with --resume auto, or without --resume, the run starts anew")
+        try:
+            return RunFolder.existing(out, config, lock), None
+        except InputError:  # a start by another recipe, or killed while it was written down
+            return RunFolder.fresh(out, lock), None
+    run = RunFolder.existing(out, config, lock)
+    checkpoint = run.latest_checkpoint() if resume in ("latest", "auto") else Path(resume)
+    if checkpoint is None and resume == "latest":
+        raise InputError(f"--resume latest: {run.checkpoints} holds no complete checkpoint")
+    return run, checkpoint
+
+
+def begin(run: RunFolder, config: Config, device: torch.device, extra: dict[str, Any]) -> str:
+    """Start a run in its folder; a start that came to no checkpoint there is moved into a folder of its own.
+
+    Returns:
+        What to tell the user; empty where nothing lay there.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    moved = _set_aside(run.path)
+    run.write_start(config, device, extra)
+    return f"an earlier start that came to no checkpoint was moved to {moved}" if moved else ""
+
+
+def _set_aside(folder: Path) -> Path | None:
+    """Move what an earlier start wrote; the recipe, by which a run is known, goes last."""
+    names = {path.name for path in folder.iterdir() if not path.name.startswith((".", EARLIER))} - {"checkpoints"}
+    if "config.toml" not in names:
+        return None
+    number = 1
+    while (target := folder / f"{EARLIER}{number:03d}").exists():
+        number += 1
+    target.mkdir()
+    for name in sorted(names, key=lambda name: (name == "config.toml", name)):
+        (folder / name).rename(target / name)
+    return target
 
 
 def next_free(parent: Path, name: str) -> OwnerLock:

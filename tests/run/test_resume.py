@@ -102,7 +102,7 @@ def test_folders_of_others_are_not_touched(tmp_path) -> None:
     (tmp_path / "mine.txt").write_text("x")
     with pytest.raises(InputError, match="not an empty folder"):
         RunFolder.fresh(tmp_path)
-    start(config, tmp_path / "run")
+    start(config, tmp_path / "run")()
     with pytest.raises(InputError, match="--resume latest"):
         RunFolder.fresh(tmp_path / "run")
     with pytest.raises(InputError, match=r"rollout\.group_size = 4 there, 6 here"):

@@ -1,0 +1,212 @@
+"""What a resumed run may change: what cannot change its result, and what changes it by rounding only."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ..config import Config, GuardConfig, GuardsConfig
+from ..errors import InputError
+
+Reason = Callable[[Config, Config], str]
+ROUNDING = "equal to rounding from iteration {} on, not bitwise"
+BITWISE = "the result is bitwise that of the unchanged run"
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """Whether keys may change on resume.
+
+    Attributes:
+        refusal: (recipe there, recipe here) → why the change is refused; empty if it is not.
+        bitwise: whether the result stays the same bit for bit.
+    """
+
+    refusal: Reason
+    bitwise: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Changes:
+    """Keys that a resumed run changes.
+
+    Attributes:
+        keys: ``section.key`` → value before and now.
+        bitwise: whether the result stays the same bit for bit.
+    """
+
+    keys: Mapping[str, tuple[Any, Any]]
+    bitwise: bool
+
+    def entry(self, iteration: int) -> dict[str, Any]:
+        """For the manifest: what changed after which iteration, and what that means."""
+        meaning = BITWISE if self.bitwise else ROUNDING.format(iteration + 1)
+        return {"after_iteration": iteration, "keys": {k: list(pair) for k, pair in self.keys.items()}, "meaning": meaning}
+
+    def notice(self, iteration: int) -> str:
+        """For the user."""
+        return f"resumed with other keys: {differences(self.keys)}; {self.entry(iteration)['meaning']}"
+
+    def touches(self, *keys: str) -> bool:
+        """Whether one of ``keys``, or of the keys below them, changes."""
+        return any(key == name or key.startswith(f"{name}.") for key in self.keys for name in keys)
+
+
+NO_CHANGES = Changes({}, True)
+
+
+def acts(guard: GuardConfig) -> bool:
+    """Whether a guard can do more than warn."""
+    return guard.limit > 0 and guard.action != "warn"
+
+
+def _guards(config: Config) -> dict[str, GuardConfig]:
+    values = {field.name: getattr(config.guards, field.name) for field in dataclasses.fields(GuardsConfig)}
+    return {name: value for name, value in values.items() if isinstance(value, GuardConfig)}
+
+
+def _free(before: Config, now: Config) -> str:
+    return ""
+
+
+def _fixed(before: Config, now: Config) -> str:
+    return "it decides the result"
+
+
+def _rolls_back(before: Config, now: Config) -> str:
+    """What moves the checkpoint that a guard would roll back to."""
+    for config in (before, now):
+        for name, guard in _guards(config).items():
+            if acts(guard) and guard.action == "rollback":
+                return f"guards.{name} rolls back, and this decides where to"
+    return ""
+
+
+def _judged(before: Config, now: Config) -> str:
+    """What the held-out reward decides."""
+    if acts(before.guards.reward_hacking) or acts(now.guards.reward_hacking):
+        return "guards.reward_hacking judges by it, and does more than warn"
+    kept = before.output.keep_best or now.output.keep_best
+    return _rolls_back(before, now) if kept else ""
+
+
+def _warns(name: str) -> Reason:
+    """Of one guard: its keys may change while it only warns."""
+
+    def refusal(before: Config, now: Config) -> str:
+        acting = acts(getattr(before.guards, name)) or acts(getattr(now.guards, name))
+        return f"guards.{name} does more than warn" if acting else ""
+
+    return refusal
+
+
+def _longer(before: Config, now: Config) -> str:
+    if now.train.iterations < before.train.iterations:
+        return "a run can only grow"
+    if before.optimizer.schedule != "constant":
+        return f"optimizer.schedule = {before.optimizer.schedule}: every learning rate depends on the length"
+    return ""
+
+
+def _same_batch(before: Config, now: Config) -> str:
+    """Other micro-batches of the same prompts are another order of summation."""
+    prompts = [config.train.slots * config.train.accumulation for config in (before, now)]
+    return (
+        "" if prompts[0] == prompts[1] else "train.slots × train.accumulation, the prompts of an iteration, must stay the same"
+    )
+
+
+FREE, FIXED, EQUAL = Rule(_free), Rule(_fixed), Rule(_free, bitwise=False)
+JUDGED, KEPT = Rule(_judged), Rule(_rolls_back)
+
+# Every key of a recipe, by section; `*` is any entry of a list, `kwargs` stands for all that is in it.
+_KEYS: dict[str, list[tuple[Rule, str]]] = {
+    "": [(FREE, "name")],
+    "model": [
+        (FREE, "prompt_cache"),
+        (EQUAL, "device gradient_checkpointing"),
+        (FIXED, "family kwargs path variant revision dtype height width buckets max_text_tokens guidance"),
+        (FIXED, "tuning lora_rank lora_alpha lora_targets"),
+    ],
+    "rollout": [
+        (FIXED, "plan scheme eta steps shift sde_steps window_size window_stride window_every group_size trained_share"),
+        (FIXED, "shared_noise fork_velocity storage tail_steps tail_solver"),
+    ],
+    "selection": [
+        (FIXED, "candidates strategy kwargs alpha probe probe_steps race_steps finalists half_life noise_share group_evidence"),
+    ],
+    "advantage": [(FIXED, "function kwargs weight calibration clip equal_groups")],
+    "loss": [(FIXED, "clip_range old_logp kl_weight kl_variance step_weights")],
+    "train": [
+        (Rule(_longer), "iterations"),
+        (Rule(_same_batch, bitwise=False), "slots accumulation"),
+        (FIXED, "seed steps_per_iteration shuffle_advantages"),
+    ],
+    "optimizer": [(FIXED, "lr betas eps weight_decay max_grad_norm schedule warmup_steps final_share ema_decay")],
+    "engine": [
+        (EQUAL, "max_rows decode_rows kernels forward precision fp8_scaling attention fp8_attention cuda_graphs overlap"),
+    ],
+    # What a run may read is no part of its result: the prompts themselves are compared.
+    "data": [(FREE, "allow_duplicates allow_overlap"), (FIXED, "prompts held_out kwargs")],
+    "evaluation": [(JUDGED, "every prompts noises"), (FIXED, "final_prompts final_noises")],
+    "output": [
+        (FREE, "grid_every grid_prompts trace_at loggers keep_last keep_every"),  # the newest checkpoint is always kept
+        (KEPT, "checkpoint_every keep_best"),
+    ],
+    "guards": [(KEPT, "max_rollbacks")],
+    "budget": [(FREE, "evaluations time cheap_evaluations cheap_time")],
+    "rewards": [(FIXED, "*.name *.weight *.kwargs")],
+}
+
+
+def _table() -> dict[str, Rule]:
+    table = {
+        f"{section}.{key}".lstrip("."): rule
+        for section, entries in _KEYS.items()
+        for rule, keys in entries
+        for key in keys.split()
+    }
+    for guard in _guards(Config()):
+        table |= {f"guards.{guard}.{field.name}": Rule(_warns(guard)) for field in dataclasses.fields(GuardConfig)}
+    return table
+
+
+RULES = _table()
+
+
+def rule_of(key: str) -> Rule:
+    """The rule of ``section.key``; a key that is not known decides the result."""
+    parts: list[str] = []
+    for part in key.split("."):
+        parts.append("*" if part.isdigit() else part)
+        if part == "kwargs":
+            break
+    return RULES.get(".".join(parts), FIXED)
+
+
+def permitted(before: Config, now: Config, changed: Mapping[str, tuple[Any, Any]], place: str) -> Changes:
+    """The changes of a resumed run, if all of them may be.
+
+    Args:
+        before, now: recipe of the run, and the one it is resumed with.
+        changed: the keys in which they differ, with both values.
+        place: how messages name the run.
+
+    Raises:
+        InputError: a change that could change the result; the message shows it and says why.
+    """
+    refused: dict[str, str] = {key: why for key in changed if (why := rule_of(key).refusal(before, now))}
+    if refused:
+        shown = differences({key: changed[key] for key in refused})
+        why = "; ".join(dict.fromkeys(refused.values()))
+        raise InputError(
+            f"{place}: holds a run of another recipe: {shown}; drop the change or name another --out ({why}; config.toml there "
+            "is the run's own recipe)"
+        )
+    return Changes(dict(changed), all(rule_of(key).bitwise for key in changed))
+
+
+def differences(changed: Mapping[str, tuple[Any, Any]]) -> str:
+    """Keys with both values."""
+    return "; ".join(f"{key} = {before} there, {now} here" for key, (before, now) in changed.items())
