@@ -16,7 +16,7 @@ from .engine.memory import MemoryPlan, free_bytes
 from .errors import InputError, RunError
 from .models.base import FlowModel
 from .models.isolated import isolated_model
-from .planning import memory_plan, rehearse
+from .planning import memory_plan, rehearse, require_memory
 from .plugins import checked, is_import_path, load_callable, make_part
 from .prompts import load_prompts, require_disjoint
 from .recipe import check
@@ -167,13 +167,14 @@ def load_data(config: Config) -> tuple[list[str], list[str]]:
     """Training and held-out prompts.
 
     Raises:
-        InputError: a source that cannot be meant, or prompts in both.
+        InputError: a source that cannot be meant, prompts in both, or prompts that the recipe's probe cannot get to know.
     """
     data = config.data
     prompts = load_prompts(data.prompts, "data.prompts", data.allow_duplicates, data.kwargs)
     held_out = load_prompts(data.held_out, "data.held_out", data.allow_duplicates, data.kwargs)
     if not data.allow_overlap:
         require_disjoint(prompts, held_out, data.prompts, data.held_out)
+    require_memory(config, len(prompts))
     return prompts, held_out
 
 

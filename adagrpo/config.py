@@ -120,6 +120,8 @@ class SelectionConfig:
     """Steps sampled before each preview of a race, of `rollout.steps`; each preview halves the field, the last leaves one."""
     finalists: int = 1
     """Candidates per slot that memory samples to the end; more than one are scored, and the posterior decides anew (memory)."""
+    allow_unseen: bool = False
+    """Accept a memory that will observe each prompt fewer than twice, and with one finalist: it then picks blindly (memory)."""
     half_life: float = 100.0
     """Draws after which evidence on a prompt counts half (memory)."""
     noise_share: float = 0.56

@@ -14,6 +14,7 @@ from .engine.plans import branch_plan, chunk_sizes, probe_plan, trajectory_plan,
 from .engine.probes import race_stages
 from .engine.rehearsal import NotRehearsable, Rehearsal
 from .engine.roofline import Device, Prediction, predict
+from .errors import InputError
 from .models.base import FlowModel
 from .models.flux import FluxModel
 from .train import DTYPES, PRECISION, recipe_table
@@ -92,6 +93,19 @@ def memory_notice(config: Config, prompts: int) -> str | None:
         f"selection.probe = {s.probe} will observe {observed} rewards of {prompts} prompts, fewer than 2 of each, and so pick "
         f"almost blindly: shorten data.prompts to {max(1, observed // 2)}, train longer, or use selection.probe = full"
     )
+
+
+def require_memory(config: Config, prompts: int) -> None:
+    """Refuse a probe that remembers for prompts that hardly repeat, unless it looks at finalists or the recipe accepts it:
+    where such prompts cannot be learnt it does as much harm as blind picks.
+
+    Raises:
+        InputError: with the remedies.
+    """
+    if config.selection.finalists >= 2 or config.selection.allow_unseen:
+        return
+    if notice := memory_notice(config, prompts):
+        raise InputError(f"{notice}, selection.finalists = 2 (a look at two of them), or selection.allow_unseen = true")
 
 
 def rehearse(model: FlowModel, prompt: str) -> Rehearsal | str:

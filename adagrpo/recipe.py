@@ -188,7 +188,7 @@ def _check_dead_keys(c: Config) -> typing.Iterator[Problem]:
         (
             c.selection.judge != "memory",
             "selection.probe = memory",
-            [f"selection.{k}" for k in ("finalists", "half_life", "noise_share", "group_evidence")],
+            [f"selection.{k}" for k in ("finalists", "allow_unseen", "half_life", "noise_share", "group_evidence")],
         ),
         (r.tail_steps == 0, "rollout.tail_steps above 0", ["rollout.tail_solver"]),
         (c.model.tuning != "lora", "model.tuning = lora", ["model.lora_rank", "model.lora_alpha", "model.lora_targets"]),

@@ -92,6 +92,8 @@ def with_probe(config: Config, name: str) -> Config:
     judge = dataclasses.replace(own, **keys).judge
     read = {"candidates", "alpha", *READ[judge]} if "strategy" not in keys else {"candidates", "alpha"}
     keys = {key: getattr(own, key) for key in read} | keys
+    if judge == "memory":
+        keys["allow_unseen"] = True  # what it is worth on unseen prompts is measured too
     if judge == "racing" and own.judge != "racing":
         keys["race_steps"] = race_steps(keys["candidates"], rollout.steps)
     selection = dataclasses.replace(SelectionConfig(), **keys)

@@ -32,6 +32,7 @@ from .records import new_record
 from .statistics import Series, paired_interval
 
 LARGEST_LOG = 256 * 2**20
+PERMITS = ("selection.allow_unseen", "data.allow_overlap")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,8 +189,9 @@ def train_arm(config: Config) -> dict[str, Any]:
 
 
 def digest(config: Config) -> str:
-    """Of the keys that are not at their defaults, so that a new key does not part a log from its trainings."""
-    keys = {key: value for key, (_, value) in sorted(changed_keys(Config(), config).items())}
+    """Of the keys that are not at their defaults, so that a new key does not part a log from its trainings; what only permits
+    something is left out."""
+    keys = {key: value for key, (_, value) in sorted(changed_keys(Config(), config).items()) if key not in PERMITS}
     return hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:16]
 
 

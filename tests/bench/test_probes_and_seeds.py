@@ -174,7 +174,10 @@ def test_summary_pairs_by_seed() -> None:
 
 def test_digests_part_recipes_and_nothing_else() -> None:
     one, two = load_recipe("tiny"), with_probe(load_recipe("tiny"), "full")
-    assert digest(one) == digest(two) != digest(with_probe(one, "memory"))
+    memory = with_probe(one, "memory")
+    assert digest(one) == digest(two) != digest(memory)
+    asking = dataclasses.replace(memory, selection=dataclasses.replace(memory.selection, allow_unseen=False))
+    assert memory.selection.allow_unseen and digest(asking) == digest(memory), "logs of earlier trainings stay known"
 
 
 def test_seeds_trains_every_arm_once_and_goes_on_from_its_log(tmp_path, capsys, monkeypatch) -> None:

@@ -9,6 +9,7 @@ from toy import ToyModel, half_bright, recorded, toy_config, toy_trainer
 
 from adagrpo.algorithm.sde import Stream
 from adagrpo.algorithm.selection import CapabilityState, closest_distance, select_prompt
+from adagrpo.cli import main
 from adagrpo.config import Config, EngineConfig
 from adagrpo.engine.counting import OpCounter
 from adagrpo.engine.plans import probe_plan
@@ -16,7 +17,7 @@ from adagrpo.engine.probes import Candidates, nearest_picks, nearest_rows
 from adagrpo.errors import InputError
 from adagrpo.fit import read_metrics
 from adagrpo.models.base import Conditioning
-from adagrpo.planning import memory_notice, planned_calls, planned_evaluations
+from adagrpo.planning import memory_notice, planned_calls, planned_evaluations, require_memory
 from adagrpo.prompts import PromptStream
 from adagrpo.recipe import check
 from adagrpo.train import Trainer
@@ -496,3 +497,23 @@ def test_a_memory_that_will_hardly_see_a_prompt_twice_says_so() -> None:
     assert notice is not None and "observe 40 rewards of 21 prompts" in notice and "shorten data.prompts to 20" in notice
     assert memory_notice(dataclasses.replace(config, selection=recipe("memory", finalists=2).selection), 30) is None
     assert memory_notice(toy_config(), 10**6) is None
+
+
+def test_a_memory_of_prompts_that_hardly_repeat_is_refused_unless_it_looks_or_is_accepted() -> None:
+    config = toy_config(train={"slots": 2, "iterations": 10}, selection={"candidates": 3, "probe": "memory"})
+    require_memory(config, 20)
+    remedies = r"selection\.probe = full, selection\.finalists = 2 .*, or selection\.allow_unseen = true"
+    with pytest.raises(InputError, match=f"observe 40 rewards of 21 prompts.*{remedies}"):
+        require_memory(config, 21)
+    for selection in ({"finalists": 2}, {"allow_unseen": True}, {"probe": "full"}, {"probe": "racing"}):
+        require_memory(dataclasses.replace(config, selection=dataclasses.replace(config.selection, **selection)), 10**6)
+
+
+def test_recipe_fast_starts_with_prompts_that_repeat_and_says_what_others_need(tmp_path, capsys) -> None:
+    (tmp_path / "held.txt").write_text("unseen\n")
+    files = ["--data.prompts", str(tmp_path / "p.txt"), "--data.held-out", str(tmp_path / "held.txt")]
+    command = ["train", "flux1-dev-fast", "--dry-run", "--model.device", "cpu", *files]
+    for prompts, options, code in ((300, [], 0), (301, [], 2), (5000, ["--selection.finalists", "2"], 0)):
+        (tmp_path / "p.txt").write_text("".join(f"prompt {i}\n" for i in range(prompts)))
+        assert main([*command, *options]) == code
+    assert "selection.finalists = 2" in capsys.readouterr().err
