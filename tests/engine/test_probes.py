@@ -1,11 +1,12 @@
 """Probes that do not sample every candidate to the end: what they cost, what feeds the EMA, what a resumed run repeats."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
 from torch import Tensor
-from toy import ToyModel, half_bright, recorded, toy_config, toy_trainer
+from toy import PROMPTS, ToyModel, half_bright, recorded, toy_config, toy_trainer
 
 from adagrpo.algorithm.sde import Stream
 from adagrpo.algorithm.selection import CapabilityState, closest_distance, select_prompt
@@ -167,13 +168,13 @@ def test_forks_start_from_the_picks_own_trajectory(keys: dict) -> None:
         torch.testing.assert_close(a.final, b.final)
 
 
-def toy_race(pooled: bool = False, slots: int = 2) -> tuple[Trainer, list[list[int]]]:
-    """A race of 8 candidates per slot whose previews are worth their prompts' numbers; the prompts of each scored batch."""
+def toy_race(pooled: bool = False, slots: int = 2) -> tuple[Trainer, list[list[float]]]:
+    """A race of 8 candidates per slot whose previews are worth what their prompts are; the worths of each scored batch."""
     keys = {"probe": "racing+pool" if pooled else "racing", "race_steps": (1, 2, 3), "candidates": 8}
-    seen: list[list[int]] = []
+    seen: list[list[float]] = []
 
     def number(images: Tensor, prompts) -> Tensor:
-        seen.append([int(p.split()[1]) for p in prompts])
+        seen.append([worth(p) for p in prompts])
         return own_number(images, prompts)
 
     return toy_trainer(recipe(slots=slots, **keys), reward=number), seen
@@ -187,7 +188,7 @@ def test_a_race_halves_the_field_by_distance_to_the_level_of_each_preview(pooled
     everyone, level = seen[0], sum(seen[0]) / 16
     assert [len(batch) for batch in seen[:4]] == [16, 8 + 2, 4 + 2, 2]  # the last scores the uniform candidates' images
 
-    def halves(numbers: list[int], level: float) -> list[int]:
+    def halves(numbers: list[float], level: float) -> list[float]:
         lanes = [numbers] if pooled else [numbers[: len(numbers) // 2], numbers[len(numbers) // 2 :]]
         return [n for lane in lanes for n in sorted(lane, key=lambda n: abs(n - level))[: len(lane) // 2]]
 
@@ -196,7 +197,7 @@ def test_a_race_halves_the_field_by_distance_to_the_level_of_each_preview(pooled
         racing = halves(racing, level if number == 0 else sum(uniform) / 2)
         assert batch[: len(racing)] == racing and batch[len(racing) :] in ([], uniform)
     assert seen[3] == uniform
-    assert [int(draw.prompts.texts[int(p)].split()[1]) for p in draw.picks] == racing
+    assert [worth(draw.prompts.texts[int(p)]) for p in draw.picks] == racing
 
 
 def test_later_levels_of_a_race_are_of_the_last_draws_uniform_candidates() -> None:
@@ -206,7 +207,7 @@ def test_later_levels_of_a_race_are_of_the_last_draws_uniform_candidates() -> No
     for _ in range(10):
         seen.clear()
         trainer.draw(2)
-        window.append([n / 40 for n in seen[1][-2:]])
+        window.append(seen[1][-2:])
         recent = [n for pair in window[-8:] for n in pair]
         batch = sum(recent) / len(recent)
         mean = batch if mean is None else 0.8 * mean + 0.2 * batch
@@ -247,7 +248,7 @@ def test_the_pool_takes_the_nearest_of_all_slots() -> None:
     for _ in range(3):
         draw = trainer.draw(4)
         level = float(trainer.capability.mean[0])
-        numbers = torch.tensor([int(p.split()[1]) / 40 for p in draw.prompts.texts], dtype=torch.float64)
+        numbers = torch.tensor([worth(p) for p in draw.prompts.texts], dtype=torch.float64)
         expected = sorted(range(8), key=lambda row: (abs(float(numbers[row]) - level), row))[:4]
         assert draw.picks.tolist() == expected
         torch.testing.assert_close(draw.rewards.mean((0, 2)).reshape(4, -1).mean(1), numbers[draw.picks])
@@ -266,7 +267,7 @@ def test_finalists_are_looked_at_and_remembered(probe: str) -> None:
     draw = trainer.draw(2)
     (looked, finalists), (_, uniform) = seen[:2]
     assert looked == 4 and len(uniform) == 2
-    number = lambda row: int(draw.prompts.texts[int(row)].split()[1]) / 40  # noqa: E731
+    number = lambda row: worth(draw.prompts.texts[int(row)])  # noqa: E731
     mu, var = float(level.mean[0]), float(level.var[0])
 
     def distance(row: int) -> float:
@@ -285,7 +286,7 @@ def test_finalists_are_looked_at_and_remembered(probe: str) -> None:
     assert gained == pytest.approx(4 - again + 2 + 2 * 2)  # looks, a uniform image per slot, groups worth two
     posterior, known = trainer.filter.posterior, trainer.filter.posterior.count > 0
     estimate = posterior.total[0, known] / posterior.count[known]
-    torch.testing.assert_close(estimate, torch.arange(40, dtype=torch.float64)[known] / 40)
+    torch.testing.assert_close(estimate, torch.tensor([worth(p) for p in PROMPTS], dtype=torch.float64)[known])
 
 
 def test_finalists_decide_in_several_draws() -> None:
@@ -383,14 +384,19 @@ def test_memory_learns_which_prompts_are_near() -> None:
     known = posterior.count > 0
     assert known.sum() > 20
     estimate = posterior.total[0, known] / posterior.count[known]
-    torch.testing.assert_close(estimate, torch.arange(40, dtype=torch.float64)[known] / 40)
-    late = [int(read_metrics(trainer.iteration())[1][0].split()[1]) / 40 for _ in range(10)]
+    torch.testing.assert_close(estimate, torch.tensor([worth(p) for p in PROMPTS], dtype=torch.float64)[known])
+    late = [worth(read_metrics(trainer.iteration())[1][0]) for _ in range(10)]
     assert sum(abs(p - float(level)) for p in late) / 10 < 0.2  # a random pick is .25 away
 
 
+def worth(prompt: str) -> float:
+    """In (0, 1]: roots, of which no two are equally far from a mean of others, as whole numbers often are."""
+    return math.sqrt((int(prompt.split()[1]) + 1) / 40)
+
+
 def own_number(images: Tensor, prompts) -> Tensor:
-    """The prompt's number over 40, whatever the image."""
-    return torch.tensor([int(p.split()[1]) / 40 for p in prompts], dtype=torch.float64) + 0 * images.mean((1, 2, 3))
+    """What the prompt is worth, whatever the image."""
+    return torch.tensor([worth(p) for p in prompts], dtype=torch.float64) + 0 * images.mean((1, 2, 3))
 
 
 @pytest.mark.parametrize("probe", ["short", "memory", "racing", "pool", "racing+pool", "short+pool", "memory+pool"])
