@@ -41,6 +41,7 @@ from .run.loggers import check_loggers
 from .run.opening import begin, check_start, opened
 from .run.origin import Origin, recipe_file
 from .run.report import write_report
+from .run.whole import written_whole
 from .train import build_executor
 from .user_text import require_within, shown
 
@@ -190,7 +191,9 @@ def export(source: str, out: Path) -> int:
     """Write the trained model so that stock diffusers loads it, and say how."""
     with holding_new(out, "export", str(out)):
         config, model = load_trained(source)
-        print(model.export(out, config.rollout.shift))
+        with written_whole(out) as draft:
+            call = model.export(draft, config.rollout.shift, config.rollout.steps)
+        print(call.replace(f"/{draft.name}", ""))
     return 0
 
 

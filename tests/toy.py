@@ -99,7 +99,7 @@ class ToyModel:
     def load_portable(self, folder) -> None:
         self.transformer.load_state_dict(torch.load(folder / "toy.pt"))
 
-    def export(self, folder) -> str:
+    def export(self, folder, shift, steps) -> str:
         self.save_portable(folder)
         return "toy"
 

@@ -83,5 +83,5 @@ class FlowModel(Protocol):
     def trainable(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """Named parameters the optimizer updates."""
 
-    def export(self, folder: Path, shift: float) -> str:
-        """Write what stock diffusers needs to sample with time shift ``shift``; returns the call that loads it."""
+    def export(self, folder: Path, shift: float, steps: int) -> str:
+        """Write what stock diffusers needs to sample in ``steps`` with time shift ``shift``; returns Python that does."""

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from .base import Conditioning, PromptEncoder
+from .flux_export import existing, load_lora, refuse_other_weights, save_lora, scheduler_options, stock_call
 from .flux_pipeline import Source, load_pipeline
-
-LORA_FILE = "pytorch_lora_weights.safetensors"
+from .loading import first_line
 
 
 class PipelineEncoder:
@@ -62,7 +62,7 @@ class FluxModel:
         encoder: prompts to ``prompt_embeds`` [N, tokens, D] and ``pooled`` [N, D'].
         height, width: image size in pixels.
         guidance: fed to guidance-distilled transformers.
-        pipeline: the diffusers pipeline it came from, needed for ``export``.
+        pipeline, source: the diffusers pipeline it came from and where that lies, needed for ``export``.
 
     Attributes:
         timestep_rounding: of the transformer's timestep: ``pipeline``, the stock pipeline's (1000 sigma in the model's dtype),
@@ -78,8 +78,10 @@ class FluxModel:
         width: int,
         guidance: float,
         pipeline: Any = None,
+        source: Source | None = None,
     ) -> None:
-        self.transformer, self.vae, self.encoder, self.pipeline = transformer, vae, encoder, pipeline
+        self.transformer, self.vae, self.encoder = transformer, vae, encoder
+        self.pipeline, self.source = pipeline, source
         self.guidance = guidance
         self.timestep_rounding = "pipeline"
         self.scale = 2 ** (len(vae.config.block_out_channels) - 1)
@@ -213,58 +215,57 @@ class FluxModel:
         return ((name, p) for name, p in self.transformer.named_parameters() if p.requires_grad)
 
     def save_portable(self, folder: Path) -> None:
-        """``transformer/`` as diffusers writes it, or ``pytorch_lora_weights.safetensors``."""
-        if not self.is_lora:
+        """``transformer/`` as diffusers writes it, or ``pytorch_lora_weights.safetensors`` (see ``save_lora``)."""
+        if self.is_lora:
+            save_lora(self.transformer, folder)
+        else:
             self.transformer.save_pretrained(folder / "transformer")
-            return
-        from diffusers import FluxPipeline
-        from diffusers.training_utils import _collate_lora_metadata
-        from peft import get_peft_model_state_dict
-
-        FluxPipeline.save_lora_weights(
-            folder,
-            transformer_lora_layers=get_peft_model_state_dict(self.transformer),
-            **_collate_lora_metadata({"transformer": self.transformer}),
-        )
 
     def load_portable(self, folder: Path) -> None:
         """Inverse of ``save_portable``, in place.
 
         Raises:
-            InputError: missing file, or weights of another model.
+            InputError: missing or damaged files, weights of another model, or values that are not finite.
         """
         from safetensors.torch import load_file
 
         if self.is_lora:
-            from peft import set_peft_model_state_dict
-
-            weights = load_file(_existing(folder / LORA_FILE))
-            weights = {name.removeprefix("transformer."): t for name, t in weights.items()}
-            outcome = set_peft_model_state_dict(self.transformer, weights)
-            unexpected = outcome.unexpected_keys
-        else:
-            shards = sorted(_existing(folder / "transformer").glob("*.safetensors"))
+            load_lora(self.transformer, folder)
+            return
+        shards = sorted(existing(folder / "transformer").glob("*.safetensors"))
+        try:
             weights = {name: t for shard in shards for name, t in load_file(shard).items()}
-            outcome = self.transformer.load_state_dict(weights, strict=False)
-            unexpected = outcome.unexpected_keys + outcome.missing_keys
-        if unexpected:
-            raise InputError(f"{folder}: weights of another model ({len(unexpected)} names differ, e.g. {unexpected[0]})")
+        except Exception as error:  # safetensors' error derives from nothing narrower
+            raise InputError(f"{folder}: its weights cannot be read ({first_line(error)})") from error
+        refuse_other_weights(weights, self.transformer.state_dict(), folder)
+        self.transformer.load_state_dict(weights)
 
-    def export(self, folder: Path, shift: float) -> str:
-        """Write a complete pipeline folder whose scheduler has the fixed time shift ``shift`` of the training, or the LoRA
-        file; returns how stock diffusers loads it."""
+    def export(self, folder: Path, shift: float, steps: int) -> str:
+        """Write a complete pipeline folder whose scheduler takes the noise levels of the training, or the LoRA file; returns
+        Python that samples with it.
+
+        Raises:
+            InputError: a model without files of its own.
+        """
+        if self.pipeline is None or self.source is None:
+            raise InputError("a model of random weights has no pipeline to export, and its adapters none to act on")
+        arguments: dict[str, Any] = {"num_inference_steps": steps}
+        if self.transformer.config.guidance_embeds:
+            arguments["guidance_scale"] = self.guidance
+        arguments |= {"height": self._size[0], "width": self._size[1]}
+        note = ""
+        if self.timestep_rounding != "pipeline":
+            note = f"# trained with model.timestep = {self.timestep_rounding}: diffusers rounds timesteps in another way"
+        if isinstance(self.encoder, PipelineEncoder):
+            arguments["max_sequence_length"] = self.encoder.max_tokens
         if self.is_lora:
             self.save_portable(folder)
-            scheduler = f"FlowMatchEulerDiscreteScheduler(shift={shift:g})"
-            return f"pipe.load_lora_weights({str(folder)!r}); pipe.scheduler = {scheduler}"
-        if self.pipeline is None:
-            raise InputError("a model of random weights has no pipeline to export")
+            return stock_call(self.source, folder, self.dtype, self.device, shift, arguments, note)
         from diffusers import FlowMatchEulerDiscreteScheduler
 
-        fixed = {"shift": shift, "use_dynamic_shifting": False}
-        self.pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.pipeline.scheduler.config, **fixed)
+        self.pipeline.scheduler = FlowMatchEulerDiscreteScheduler(**scheduler_options(shift))
         self.pipeline.save_pretrained(folder)
-        return f"FluxPipeline.from_pretrained({str(folder)!r})"
+        return stock_call(Source(str(folder)), None, self.dtype, self.device, shift, arguments, note)
 
 
 def add_lora(transformer: Any, rank: int, alpha: float, targets: Sequence[str]) -> None:
@@ -309,16 +310,11 @@ def load_flux(
         from .random_flux import random_flux1_dev
 
         return random_flux1_dev(dtype, device, height, width, max_text_tokens, guidance)
-    pipeline = load_pipeline(Source(path, variant, revision), dtype, device)
+    source = Source(path, variant, revision)
+    pipeline = load_pipeline(source, dtype, device)
     pipeline.set_progress_bar_config(disable=True)
     for part in (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
         part.requires_grad_(False).eval()
     pipeline.transformer.requires_grad_(True).eval()
     encoder = PipelineEncoder(pipeline, max_text_tokens, prompt_cache)
-    return FluxModel(pipeline.transformer, pipeline.vae, encoder, height, width, guidance, pipeline)
-
-
-def _existing(path: Path) -> Path:
-    if not path.exists():
-        raise InputError(f"{path}: missing; name a checkpoint of this kind of training (full or LoRA)")
-    return path
+    return FluxModel(pipeline.transformer, pipeline.vae, encoder, height, width, guidance, pipeline, source)
