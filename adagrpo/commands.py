@@ -34,7 +34,8 @@ from .prompt_file import prompt_problem
 from .recipe import MOST_SEED, check, load_recipe, to_toml
 from .rewards import build_reward, check_reward_files
 from .run.checkpoint import INDEX, verify
-from .run.folder import RunFolder, prompts_digest, write_json
+from .run.files import replacing, write_json
+from .run.folder import RunFolder, prompts_digest
 from .run.grid import to_pil
 from .run.lock import OwnerLock, holding, holding_new
 from .run.loggers import check_loggers
@@ -61,23 +62,24 @@ def _train(config: Config, run: RunFolder, checkpoint: Path | None) -> int:
     trainer, held_out = build_trainer(config, plans.append)
     digest = prompts_digest(trainer.stream.prompts, held_out)
     notice = ""
+    backends = {
+        "attention": attention_backend(trainer.model.transformer),
+        "dtype": str(trainer.model.dtype),
+        "forward": resolve_forward(config.engine.forward, trainer.model),
+        "rollout_copy_bytes": trainer.executor.rollout.own_bytes,
+    }
+    extra = {"latent_shape": list(trainer.model.latent_shape), "backends": backends, "prompts_sha256": digest}
     if run.continued and (checkpoint is not None or run.began_with(digest)):
-        run.check_prompts(digest)
+        run.check_prompts(digest, checkpoint)
+        run.describe(trainer.model.device, extra)
     else:
-        backends = {
-            "attention": attention_backend(trainer.model.transformer),
-            "dtype": str(trainer.model.dtype),
-            "forward": resolve_forward(config.engine.forward, trainer.model),
-            "rollout_copy_bytes": trainer.executor.rollout.own_bytes,
-        }
-        extra = {"latent_shape": list(trainer.model.latent_shape), "backends": backends, "prompts_sha256": digest}
         notice = begin(run, config, trainer.model.device, extra)
     tqdm.write(f"{config.name}: {config.train.iterations} iterations on {trainer.model.device}, run folder {run.path}")
     fit = Fit(trainer, run, held_out, plan=plans[0])
     if checkpoint is not None:
-        fit.resume(checkpoint)
+        fit.resume(checkpoint, verified=True)
     else:
-        run.truncate_metrics(0)  # of a run that died before its first checkpoint
+        run.restore(0)  # of a run that died before its first checkpoint
     fit.note_opening(notice)
     outcome = fit()
     if outcome.gain is not None:
@@ -142,7 +144,8 @@ def sample(source: str, prompts: Sequence[str], count: int, seed: int | None, ou
         executor = build_executor(config if seed is None else with_seed(config, seed), model)
         for i, image in enumerate(sample_images(executor, prompts, count, Stream.SAMPLE)):
             path = out / f"{i // count:03d}-{i % count:03d}.png"
-            to_pil(image).save(path)
+            with replacing(path) as draft:
+                to_pil(image).save(draft)
             print(path)
     return 0
 
@@ -210,13 +213,11 @@ def load_trained(source: str) -> tuple[Config, FlowModel]:
 
 
 def load_model(config: Config, checkpoint: Path | None) -> FlowModel:
-    """The recipe's model, with the weights of a checkpoint of it.
+    """The recipe's model, with the weights of a checkpoint of it, whose files were checked.
 
     Raises:
-        InputError: a damaged checkpoint, or one that belongs to another base model.
+        InputError: the checkpoint belongs to another base model.
     """
-    if checkpoint is not None:
-        verify(checkpoint)
     model = build_model(config.model)
     if checkpoint is not None:
         say = lambda message: print(f"note: {message}", file=sys.stderr)  # noqa: E731
@@ -226,16 +227,25 @@ def load_model(config: Config, checkpoint: Path | None) -> FlowModel:
 
 
 def source_config(source: str) -> tuple[Config, Path | None]:
-    """Recipe and checkpoint behind a recipe name, TOML file, run folder or checkpoint folder.
+    """Recipe and (sound) checkpoint behind a recipe name, TOML file, run folder or checkpoint folder.
+
+    Of a run it is the newest sound one; what is skipped is said.
 
     Raises:
-        InputError: none of these, or a checkpoint without its recipe.
+        InputError: none of these, a damaged checkpoint, or one without its recipe.
     """
     path = Path(source)
     if (path / INDEX).is_file():
+        verify(path)
         return load_recipe(recipe_file(path)), path
     if (path / "config.toml").is_file():
-        return load_recipe(path / "config.toml"), RunFolder(path).latest_checkpoint()
+        run = RunFolder(path)
+        checkpoint = run.sound_checkpoint()
+        for notice in run.notices:
+            print(f"note: {notice}", file=sys.stderr)
+        if checkpoint is None:
+            print(f"note: {path} has no checkpoint yet: these are the initial weights", file=sys.stderr)
+        return load_recipe(path / "config.toml"), checkpoint
     if path.is_dir():
         raise InputError(f"{source}: neither a run folder (config.toml) nor a checkpoint ({INDEX})")
     return load_recipe(source), None

@@ -23,7 +23,7 @@ from .engine.backends import (
     precision_problem,
 )
 from .recipe import FP8_ATTENTION, TENSORWISE_FUSED
-from .run.folder import PACKAGES, describe_machine
+from .run.machine import PACKAGES, describe_machine
 from .strict_json import from_json
 
 FIDELITY = Path("runs/fidelity")

@@ -26,10 +26,11 @@ from .prompts import prompt_category
 from .recipe import to_toml
 from .rewards import PromptRows
 from .run.checkpoint import Retention, abandon_later, load_state, require_space, save_checkpoint
+from .run.files import WriteError, read_json, replacing, told
 from .run.folder import RunFolder
 from .run.grid import save_grid
 from .run.guards import Guards, Trip
-from .run.loggers import Logger, open_loggers
+from .run.loggers import Dashboard, open_loggers
 from .run.origin import Origin
 from .run.report import write_report
 from .run.signals import StopRequest
@@ -66,7 +67,7 @@ class Fit:
         say: Callable[[str], None] = tqdm.write,
         plan: MemoryPlan | None = None,
     ) -> None:
-        self.trainer, self.run, self.say = trainer, run, say
+        self.trainer, self.run, self.say = trainer, run, unfailing(say)
         self.plan, self.meter = plan, PeakMeter(trainer.model.device)
         self.config: Config = trainer.config
         e = self.config.evaluation
@@ -77,18 +78,25 @@ class Fit:
         self._kernels_recorded: dict[str, str] = {}
         self._saved_now = False
         self.best = -math.inf
+        self.baseline: Tensor | None = None
         base = self.config.model.path, to_toml(self.config), self.config.loss.kl_weight > 0
         self.origin = Origin(trainer.model, *base, lambda message: self._event("warning", message))
         trainer.say = lambda message: self._event("memory" if message.startswith("out of memory") else "warning", message)
         if self.config.loss.kl_weight:
             trainer.model.keep_reference()
 
-    def resume(self, checkpoint: Path) -> None:
+    def resume(self, checkpoint: Path, verified: bool = False) -> None:
         """Continue from ``checkpoint``: later lines of ``metrics.jsonl`` are dropped, later checkpoints renamed.
+
+        Args:
+            verified: its files were checked a moment ago.
 
         Raises:
             InputError: the checkpoint is damaged, or of another model, run or recipe.
+            WriteError: the records of the run cannot be brought back to where they were.
         """
+        if not verified:
+            self.run.require_own(checkpoint)
         self.origin.check(checkpoint)
         try:
             self._restore(checkpoint)
@@ -96,9 +104,7 @@ class Fit:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"{checkpoint}: a checkpoint of another model or recipe ({error})") from error
-        self.run.truncate_metrics(self.trainer.iterations_done)
-        for path in abandon_later(self.run.checkpoints, self.trainer.iterations_done):
-            self._event("warning", f"{path.name} is later than the checkpoint resumed from: renamed to abandoned-{path.name}")
+        self._restore_records(checkpoint)
         self._event("resume", f"resumed from {checkpoint} after iteration {self.trainer.iterations_done}")
 
     def note_opening(self, notice: str = "") -> None:
@@ -118,8 +124,8 @@ class Fit:
         kept = o.keep_last + o.keep_best + (total // o.keep_every if o.keep_every else 0)
         size = checkpoint_bytes(self.trainer.optimizer.parameters, bool(self.trainer.optimizer.averages))
         require_space(self.run.checkpoints, size, kept)
+        self._tell_notices()
         if self.trainer.iterations_done == 0 and (other := self.origin.begin(self.run.path)):
-            (self.run.path / BASELINE).unlink(missing_ok=True)
             self._event("warning", f"another base model than at the last start here ({other}): everything is measured anew")
         self._plan_memory()
         if notice := memory_notice(self.config, len(self.trainer.stream.prompts)):
@@ -131,8 +137,10 @@ class Fit:
                 before = self._before()
                 try:
                     outcome = self._train(loggers)
-                finally:
-                    self._compare_memory()
+                except BaseException:
+                    told(self._compare_memory, self.say)
+                    raise
+                self._compare_memory()
             if not outcome.exit_code:
                 outcome = Outcome(0, self._compare(before))
         self._report()
@@ -151,36 +159,34 @@ class Fit:
             self.run.write_json(MEMORY, {"plan": self.plan.as_dict(), "measured": measured, "comparison": line})
             self.say(line)
 
-    def _open_loggers(self, closing: contextlib.ExitStack) -> list[Logger]:
+    def _open_loggers(self, closing: contextlib.ExitStack) -> list[Dashboard]:
         """The dashboards, closed by ``closing``."""
-        loggers = open_loggers(self.config.output.loggers, self.run.name(), self.run.path, dataclasses.asdict(self.config))
-        for logger in loggers:
-            closing.callback(logger.close)
-        return loggers
+        say = lambda message: self._event("warning", message)  # noqa: E731
+        loggers = open_loggers(self.config.output.loggers, self.run.name(), self.run.path, dataclasses.asdict(self.config), say)
+        return [closing.enter_context(logger) for logger in loggers]
 
-    def _train(self, loggers: Sequence[Logger]) -> Outcome:
+    def _train(self, loggers: Sequence[Dashboard]) -> Outcome:
         """The iterations."""
-        total = self.config.train.iterations
+        total, sound = self.config.train.iterations, False
         bar = tqdm(total=total, initial=self.trainer.iterations_done, disable=None, unit="it", dynamic_ncols=True)
         with StopRequest(self.say).listening() as stop, bar:
             if not bar.disable:
                 self.trainer.phase.listener = lambda phase: bar.set_description_str(f"{phase:9}")
             if self.trainer.iterations_done == 0:
                 self._show(0)
-            while self.trainer.iterations_done < total:
+            while self.trainer.iterations_done < total and not stop.signal:
                 record, trips = self._one_iteration()
+                sound = _finite(record) and not any(trip.action == "rollback" for trip in trips)
                 for logger in loggers:
                     logger.log({k: v for k, v in record.items() if isinstance(v, float | int)}, record["iteration"])
                 bar.set_postfix_str(f"reward {record['reward/train']:.3f}")
                 bar.update(self.trainer.iterations_done - bar.n)
                 if any(trip.action == "stop" for trip in trips):
                     return Outcome(EXIT_GUARD)
-                if stop.signal:
-                    sound = _finite(record) and not any(trip.action == "rollback" for trip in trips)
-                    saved = self.save() if sound and not self._saved_now else self.run.latest_checkpoint()
-                    self._event("signal", f"stopped by {stop.signal.name}; last checkpoint: {saved or 'none'}")
-                    return Outcome(stop.exit_code)
-        return Outcome(0)
+            if stop.signal:
+                saved = self.save() if sound and not self._saved_now else self.run.latest_checkpoint()
+                self._event("signal", f"stopped by {stop.signal.name}; last checkpoint: {saved or 'none'}")
+        return Outcome(stop.exit_code)
 
     def _one_iteration(self) -> tuple[dict[str, Any], list[Trip]]:
         """Train, evaluate, judge, then (only if it is sound) save."""
@@ -222,9 +228,7 @@ class Fit:
             return self.trainer.iteration()
         with torch.profiler.profile() as profiler:
             metrics = self.trainer.iteration()
-        folder = self.run.path / "traces"
-        folder.mkdir(exist_ok=True)
-        profiler.export_chrome_trace(str(folder / f"iteration-{number:06d}.json.gz"))
+        self._write_aside(self.run.path / "traces" / f"iteration-{number:06d}.json.gz", profiler.export_chrome_trace)
         return metrics
 
     def _record_kernels(self) -> None:
@@ -233,9 +237,7 @@ class Fit:
         if ran == self._kernels_recorded:
             return
         self._kernels_recorded = ran
-        manifest = self.run.read_json("manifest.json")
-        if manifest is not None:
-            self.run.write_json("manifest.json", manifest | {"kernels": ran})
+        self.run.extend_manifest({"kernels": ran})
 
     def save(self, held_out: float | None = None) -> Path:
         """Write a checkpoint; its portable part holds the weight EMA where one is kept.
@@ -251,22 +253,24 @@ class Fit:
 
         o = self.config.output
         state = {
-            "run": self.run.identity(),
             "trainer": self.trainer.state_dict(),
             "guards": self.guards.state_dict(),
             "rollbacks": self.rollbacks,
             "best": self.best,
             "held_out": self._measure,
+            "baseline": self.baseline,
         }
         retention = Retention(o.keep_last, o.keep_every, o.keep_best)
         done = self.trainer.iterations_done
         try:
-            path = save_checkpoint(self.run.checkpoints, done, state, portable, retention, held_out)
-        except (OSError, RuntimeError) as error:
+            records, run = self.run.records(), self.run.identity()
+            path = save_checkpoint(self.run.checkpoints, done, state, portable, retention, held_out, records, run)
+        except WriteError as error:
             kept = self.run.latest_checkpoint()
             raise RunError(
-                f"checkpoint of iteration {done} could not be written to {self.run.checkpoints}: {error}; free disk space or "
-                f"lower output.keep_last, then continue with --resume latest (last complete checkpoint: {kept or 'none'})"
+                f"checkpoint of iteration {done} could not be written to {self.run.checkpoints}: {error.reason}; "
+                f"{error.remedy} or lower output.keep_last, then continue with --resume auto "
+                f"(last complete checkpoint: {kept or 'none'})"
             ) from error
         self._saved_now = True
         return path
@@ -285,35 +289,52 @@ class Fit:
 
     def _roll_back(self, trip: Trip) -> Trip:
         """Restore the last checkpoint, but go on with prompts and noise not used yet."""
-        checkpoint = self.run.latest_checkpoint()
-        if checkpoint is None or self.rollbacks >= self.config.guards.max_rollbacks:
-            reason = "no checkpoint yet" if checkpoint is None else f"{self.rollbacks} rollbacks already"
+        try:
+            checkpoint, reason = self.run.sound_checkpoint(), "no checkpoint yet"
+        except InputError as error:
+            checkpoint, reason = None, str(error)
+        if self.rollbacks >= self.config.guards.max_rollbacks:
+            checkpoint, reason = None, f"{self.rollbacks} rollbacks already"
+        if checkpoint is None:
             return dataclasses.replace(trip, action="stop", message=f"{trip.message}; stopping: {reason}")
         draws, position, rollbacks = self.trainer.draws, self.trainer.stream.position, self.rollbacks + 1
         self._restore(checkpoint)
+        self._restore_records(checkpoint)
         self.trainer.draws, self.trainer.stream.position, self.rollbacks = draws, position, rollbacks
-        self.run.truncate_metrics(self.trainer.iterations_done)
         message = f"{trip.message}; back to iteration {self.trainer.iterations_done}, with new prompts and noise"
         return dataclasses.replace(trip, message=message)
 
     def _restore(self, checkpoint: Path) -> None:
+        """Trainer, guards and counters from a verified checkpoint."""
         state = load_state(checkpoint)
-        theirs, ours = state.get("run"), self.run.identity()
-        if theirs and ours and theirs != ours:
-            raise InputError(
-                f"{checkpoint}: of another run ({theirs}; {self.run.path} is {ours}); name a checkpoint of this one"
-            )
         self.trainer.load_state_dict(state["trainer"])
         self.guards.load_state_dict(state["guards"])
         self.rollbacks, self.best = state["rollbacks"], state["best"]
         if state.get("held_out", self._measure) != self._measure:  # a best of other prompts is none of these
             self.best = -math.inf
             self.guards.forget_best()
+        self.baseline = state.get("baseline", self.baseline)
 
     @property
     def _measure(self) -> list[int]:
         """What the held-out reward is a mean over: prompts and noises."""
         return [len(self.held_out), self.config.evaluation.noises]
+
+    def _restore_records(self, checkpoint: Path) -> None:
+        """The run folder as it was when ``checkpoint`` was written; what was damaged or lies later is told."""
+        done = self.trainer.iterations_done
+        self.run.restore(done, checkpoint)
+        self.run.notices += self.origin.mend(self.run.path, checkpoint)
+        self.run.notices += abandon_later(self.run.checkpoints, done, self.run.skipped)
+        if done < self.config.train.iterations:
+            self.run.retire("result.json")
+        self._tell_notices()
+
+    def _tell_notices(self) -> None:
+        """What the run folder found on opening, to the user and the events."""
+        notices, self.run.notices = self.run.notices, []
+        for notice in notices:
+            self._event("warning", notice)
 
     def _performance(self, seconds: float) -> dict[str, float]:
         phases = self.trainer.phase.read()
@@ -364,15 +385,26 @@ class Fit:
                 raise RunError(f"{name} has no finite score, neither of noise nor of the policy's images: {scores[m].tolist()}")
 
     def _before(self) -> Tensor | None:
-        """Scores of the initial policy on the final comparison's prompts; kept in the run folder for a resumed run."""
+        """Scores [prompts, noises] of the initial policy on the final comparison's prompts; None if they are lost.
+
+        They are measured on untrained weights only, and kept in every checkpoint; ``baseline.json`` is a copy to look at.
+        """
         if not self.final_prompts:
             return None
-        kept = self.run.read_json(BASELINE)
-        if kept is None:
-            scores = self._scores(self.final_prompts, self.config.evaluation.final_noises, Stream.FINAL_EVALUATION)[0]
-            kept = [[None if math.isnan(s) else s for s in row] for row in scores.tolist()]
-            self.run.write_json(BASELINE, kept)
-        return torch.tensor([[math.nan if s is None else s for s in row] for row in kept], dtype=torch.float64)
+        shape = (len(self.final_prompts), self.config.evaluation.final_noises)
+        if self.trainer.iterations_done == 0:
+            self.baseline = self._scores(self.final_prompts, shape[1], Stream.FINAL_EVALUATION)[0].double().cpu()
+        copied = read_baseline(self.run.path / BASELINE, shape)
+        if self.baseline is None and copied is not None:
+            self.baseline = copied  # a run of a former version
+        if self.baseline is None or self.baseline.shape != shape:
+            self._event("warning", f"the initial policy's scores are lost ({BASELINE}): no final comparison with it")
+            return None
+        if copied is None or not torch.equal(copied.nan_to_num(math.inf), self.baseline.nan_to_num(math.inf)):
+            if self.trainer.iterations_done:
+                self._event("warning", f"{BASELINE} was missing or altered: written anew from the checkpoint")
+            self.run.write_json(BASELINE, self.baseline.tolist())
+        return self.baseline
 
     def _compare(self, before: Tensor | None) -> PairedGain | None:
         if before is None:
@@ -391,10 +423,22 @@ class Fit:
             latents, rewards = trainer.with_memory(lambda: self._samples(prompts))
             images = decode(trainer.executor, latents)
         trainer.phase.read()
+        path = self.run.samples / f"step-{iteration:06d}.png"
+        if self._write_aside(path, lambda draft: save_grid(Path(draft), images, prompts, rewards.tolist())):
+            self.run.vouch(path)
+
+    def _write_aside(self, path: Path, write: Callable[[str], object]) -> bool:
+        """Write what a run can do without; whether it was written. A failure is told and ends nothing, but for a full disk."""
         try:
-            save_grid(self.run.samples / f"step-{iteration:06d}.png", images, prompts, rewards.tolist())
-        except OSError as error:
-            self._event("warning", f"the sample grid could not be written: {error}")
+            with replacing(path) as draft:
+                path.parent.mkdir(exist_ok=True)
+                write(str(draft))
+        except WriteError as error:
+            if error.disk:
+                raise
+            self._event("warning", f"{path.name} could not be written: {error.reason}")
+            return False
+        return True
 
     def _samples(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         latents = sample_latents(self.trainer.executor, prompts, 1, Stream.SAMPLE)
@@ -405,6 +449,8 @@ class Fit:
         """Rewrite the live report; a failure there is told, and ends nothing."""
         try:
             write_report([self.run.path], self.run.path / "report.html")
+        except WriteError:
+            raise
         except Exception as error:
             self._event("warning", f"report.html could not be written: {type(error).__name__}: {error}")
 
@@ -422,6 +468,26 @@ def read_metrics(metrics: dict[str, Any]) -> tuple[dict[str, float], list[str]]:
     numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
     texts = [picked.texts[int(i)] for i in read[len(tensors) :]]
     return dict(zip(tensors, read, strict=False)) | numbers, texts
+
+
+def read_baseline(file: Path, shape: tuple[int, int]) -> Tensor | None:
+    """Scores [prompts, noises] in fp64, null as NaN; None where the file is missing, damaged or of another shape."""
+    try:
+        rows = read_json(file)
+        scores = torch.tensor([[math.nan if s is None else float(s) for s in row] for row in rows], dtype=torch.float64)
+    except (ValueError, TypeError, RuntimeError):
+        return None
+    return scores if scores.shape == shape else None
+
+
+def unfailing(say: Callable[[str], None]) -> Callable[[str], None]:
+    """``say``, but a terminal or log that takes no more lines ends nothing: the run's own record is its folder."""
+
+    def safe(line: str) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            say(line)
+
+    return safe
 
 
 def _finite(record: dict[str, Any]) -> bool:

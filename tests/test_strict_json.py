@@ -16,7 +16,8 @@ from adagrpo.config import Config
 from adagrpo.fidelity import Fidelity
 from adagrpo.fit import Fit
 from adagrpo.run.checkpoint import INDEX, Retention, save_checkpoint
-from adagrpo.run.folder import RunFolder, write_json
+from adagrpo.run.files import write_json
+from adagrpo.run.folder import RunFolder
 from adagrpo.strict_json import from_json, to_json
 
 NAN, INF = math.nan, math.inf

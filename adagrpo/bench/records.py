@@ -15,7 +15,7 @@ import torch
 from ..config import Config
 from ..errors import InputError
 from ..recipe import to_toml
-from ..run.folder import describe_machine, processor, slug
+from ..run.machine import describe_machine, processor, slug
 from ..strict_json import from_json, to_json
 from ..user_text import read_text
 from .statistics import Series

@@ -18,7 +18,9 @@ from ..engine.memory import size_text
 from ..engine.roofline import H100, H200, Device
 from ..planning import planned_calls
 from ..run.charts import number
-from ..run.folder import changed_keys, describe_machine, processor, slug, write_json
+from ..run.files import write_json, write_text
+from ..run.folder import changed_keys
+from ..run.machine import describe_machine, processor, slug
 from ..train import Trainer
 from .figures import memory_curve, phase_bars, roofline
 from .points import Point, phase_points
@@ -58,9 +60,9 @@ def write_profile(trainer: Trainer, recipe: Config, iterations: int, folder: Pat
             summary, points = _summary(trainer, recipe, recording, roof, load)
             write_json(draft / JSON, summary)
             page = markdown(summary)
-            (draft / PAGE).write_text(page, "utf-8")
+            write_text(draft / PAGE, page)
             for file, picture in zip(FIGURES, _pictures(summary, recording, points, roof), strict=True):
-                (draft / file).write_text(picture, "utf-8")
+                write_text(draft / file, picture)
         finally:
             trainer.phase.listener = lambda phase: None
         for file in FILES:

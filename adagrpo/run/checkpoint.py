@@ -1,27 +1,53 @@
 """Checkpoints that are whole or absent.
 
 ``step-000050/`` holds a portable part that diffusers loads (``transformer/`` or ``pytorch_lora_weights.safetensors``),
-``state/state.pt`` with everything else, and ``checkpoint.json`` with size and SHA-256 of every file. It is written beside
-its place, flushed to disk and renamed.
+``state/state.pt`` with everything that decides how the run goes on, ``state/records.json`` with what the run folder's other
+files were, and ``checkpoint.json`` with size and SHA-256 of every file. It is written beside its place, flushed to disk and
+renamed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
-import os
+import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import InputError
-from ..strict_json import from_json, to_json
+from ..strict_json import to_json
+from .files import SEAL, flush, is_sealed, read_json, sealed, settle, writing
 
 INDEX = "checkpoint.json"
 STATE = Path("state") / "state.pt"
+RECORDS = Path("state") / "records.json"
+_WEIGHTS = frozenset({".safetensors", ".bin", ".pt"})
+_NAME = re.compile(r"step-(\d+)")
+
+
+class DamagedError(InputError):
+    """A checkpoint that is not what was written."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Index:
+    """What ``checkpoint.json`` says.
+
+    Attributes:
+        files: path within the checkpoint → (bytes, SHA-256).
+        held_out: held-out reward of these weights, if it was measured then.
+        run: id of the run that wrote it; '' of a former version.
+    """
+
+    iteration: int
+    held_out: float | None
+    files: dict[str, tuple[int, str]]
+    run: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,14 +59,15 @@ class Retention:
     best: bool = False
 
     def removable(self, found: Sequence[Path]) -> list[Path]:
-        """Those of ``found`` (oldest first) that need not stay."""
-        kept = set(found[-self.last :])
+        """Those of ``found`` (oldest first) that need not stay; one that cannot be read takes nobody's place, and stays."""
+        indices = {path: index for path in found if (index := _readable(path)) is not None}
+        kept = set(list(indices)[-self.last :])
         if self.every:
-            kept |= {path for path in found if _index(path)["iteration"] % self.every == 0}
-        scored = [path for path in found if _index(path).get("held_out") is not None]
+            kept |= {path for path, index in indices.items() if index.iteration % self.every == 0}
+        scored = {path: index.held_out for path, index in indices.items() if index.held_out is not None}
         if self.best and scored:
-            kept.add(max(scored, key=lambda path: _index(path)["held_out"]))
-        return [path for path in found if path not in kept]
+            kept.add(max(scored, key=lambda path: scored[path]))
+        return [path for path in indices if path not in kept]
 
 
 def save_checkpoint(
@@ -50,34 +77,44 @@ def save_checkpoint(
     save_portable: Callable[[Path], None],
     retention: Retention,
     held_out: float | None = None,
+    records: dict[str, Any] | None = None,
+    run: str = "",
 ) -> Path:
     """Write ``folder/step-<iteration>`` atomically, then remove what ``retention`` does not keep.
 
     Args:
         held_out: held-out reward of these weights, if it was measured now.
+        records: what ``RunFolder.records`` gives.
+        run: id of the run.
+
+    Raises:
+        WriteError: it cannot be written; earlier checkpoints are intact.
     """
     target = folder / f"step-{iteration:06d}"
     draft = folder / f".{target.name}.partial"
     shutil.rmtree(draft, ignore_errors=True)
-    (draft / "state").mkdir(parents=True)
     try:
-        save_portable(draft)
-        torch.save(state, draft / STATE)
-        files = sorted(p for p in draft.rglob("*") if p.is_file())
-        index = {str(p.relative_to(draft)): {"bytes": p.stat().st_size, "sha256": _digest(p)} for p in files}
-        (draft / INDEX).write_text(to_json({"iteration": iteration, "held_out": held_out, "files": index}, indent=1))
-        for path in [*files, draft / INDEX, *{p.parent for p in files}, draft]:
-            _flush(path)
-        replaced = _set_aside(target)
-        draft.rename(target)
-        _flush(folder)
-        shutil.rmtree(replaced, ignore_errors=True)
+        with writing(target):
+            (draft / "state").mkdir(parents=True)
+            save_portable(draft)
+            torch.save(state, draft / STATE)
+            (draft / RECORDS).write_text(to_json(records), "utf-8")
+            files = sorted(p for p in draft.rglob("*") if p.is_file())
+            listed = {str(p.relative_to(draft)): {"bytes": p.stat().st_size, "sha256": _digest(p)} for p in files}
+            index = sealed({"iteration": iteration, "held_out": held_out, "run": run, "files": listed})
+            (draft / INDEX).write_text(to_json(index, indent=1), "utf-8")
+            settle(draft)
+            replaced = _set_aside(target)
+            draft.rename(target)
+            flush(folder)
+            shutil.rmtree(replaced, ignore_errors=True)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
-    for old in retention.removable(checkpoints(folder)):
-        if old != target:
-            remove(old)
+    with writing(folder):
+        for old in retention.removable(checkpoints(folder)):
+            if old != target:
+                remove(old)
     return target
 
 
@@ -90,20 +127,30 @@ def tidy(folder: Path) -> None:
     """Clear up after a killed run: drafts and half-deleted checkpoints go, a checkpoint set aside but not replaced returns."""
     for leftover in folder.glob(".step-*.removed"):
         home = folder / leftover.name.removeprefix(".").removesuffix(".removed")
-        if not home.exists() and (leftover / INDEX).is_file() and _is_whole(leftover):
+        if not home.exists() and _is_whole(leftover):
             leftover.rename(home)
     for leftover in folder.glob(".step-*"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def abandon_later(folder: Path, iteration: int) -> list[Path]:
-    """Rename checkpoints after ``iteration`` to ``abandoned-step-…``, so that none is taken for this run's newest."""
-    later = [path for path in checkpoints(folder) if _index(path)["iteration"] > iteration]
-    for path in later:
-        target = path.with_name(f"abandoned-{path.name}")
-        shutil.rmtree(target, ignore_errors=True)
+def abandon_later(folder: Path, iteration: int, damaged: Collection[Path] = ()) -> list[str]:
+    """Rename checkpoints after ``iteration``, so that none is taken for this run's newest, nor written over.
+
+    Sound ones become ``abandoned-step-…``, those that cannot be read or are known as ``damaged`` become ``damaged-step-…``;
+    returns a line on each.
+    """
+    lines = []
+    for path in checkpoints(folder):
+        if _number(path) <= iteration:
+            continue
+        bad = path in damaged or _readable(path) is None
+        word, why = ("damaged", "not sound") if bad else ("abandoned", "later than the checkpoint that the run goes on from")
+        target = path.with_name(f"{word}-{path.name}")
+        if target.is_dir():
+            shutil.rmtree(target, ignore_errors=True)
         path.rename(target)
-    return later
+        lines.append(f"{path.name} is {why}: renamed to {target.name}")
+    return lines
 
 
 def _set_aside(checkpoint: Path) -> Path:
@@ -116,7 +163,8 @@ def _set_aside(checkpoint: Path) -> Path:
 
 
 def _is_whole(checkpoint: Path) -> bool:
-    return all((checkpoint / name).is_file() for name in _index(checkpoint)["files"])
+    index = _readable(checkpoint)
+    return index is not None and all((checkpoint / name).is_file() for name in index.files)
 
 
 def require_space(folder: Path, checkpoint_bytes: int, kept: int) -> None:
@@ -133,48 +181,106 @@ def require_space(folder: Path, checkpoint_bytes: int, kept: int) -> None:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    return sorted(p.parent for p in folder.glob(f"step-*/{INDEX}"))
+    """Everything that has a checkpoint's name, damaged or not, oldest first."""
+    return sorted((p for p in folder.glob("step-*") if _NAME.fullmatch(p.name)), key=_number)
+
+
+def newest_readable(folder: Path) -> Path | None:
+    """The newest checkpoint whose index can be read; its files are not looked at."""
+    return next((path for path in reversed(checkpoints(folder)) if _readable(path) is not None), None)
+
+
+def newest_sound(folder: Path, run: str = "") -> tuple[Path | None, dict[Path, str]]:
+    """The newest checkpoint that is what was written, and why newer ones are not; every file of it is read.
+
+    Args:
+        run: id of the run; checkpoints of another one are skipped, unless all are.
+    """
+    found = list(reversed(checkpoints(folder)))
+    own = {path for path in found if (index := _readable(path)) is not None and index.run in ("", run)}
+    skipped: dict[Path, str] = {}
+    for path in found:
+        try:
+            if own and path not in own and _readable(path) is not None:
+                raise DamagedError(f"{path}: of another run")
+            verify(path)
+        except (InputError, OSError) as error:
+            skipped[path] = f"{path.name} is skipped: {str(error).removeprefix(str(path)).lstrip('/: ').partition('; ')[0]}"
+            continue
+        return path, skipped
+    return None, skipped
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
-    """The state of a checkpoint, after checking size and SHA-256 of every file; mapped from disk, not read into memory.
-
-    Raises:
-        InputError: missing, truncated or altered files.
-    """
-    verify(checkpoint)
+    """The state of a (verified) checkpoint; mapped from disk, not read into memory."""
     return torch.load(checkpoint / STATE, map_location="cpu", mmap=True, weights_only=True)
 
 
-def verify(checkpoint: Path) -> None:
-    """Check size and SHA-256 of every file.
+def load_records(checkpoint: Path) -> dict[str, Any] | None:
+    """What the run folder's files were when a (verified) checkpoint was written; None for one of a former version."""
+    return read_json(checkpoint / RECORDS)
+
+
+def verify(checkpoint: Path) -> Index:
+    """Check size and SHA-256 of every file, and that no other weights lie among them.
 
     Raises:
-        InputError: missing, truncated or altered files.
+        DamagedError: missing, truncated or altered files.
     """
-    for name, expected in _index(checkpoint)["files"].items():
+    index = read_index(checkpoint)
+    for name, (size, digest) in index.files.items():
         path = checkpoint / name
-        if not path.is_file() or path.stat().st_size != expected["bytes"] or _digest(path) != expected["sha256"]:
-            raise InputError(f"{path}: missing, truncated or altered; resume from an older checkpoint with --resume PATH")
+        if not path.is_file() or path.stat().st_size != size or _digest(path) != digest:
+            raise DamagedError(
+                f"{path}: missing, truncated or altered; resume from an older checkpoint with --resume PATH, "
+                "or from the newest sound one with --resume latest"
+            )
+    for path in checkpoint.rglob("*"):
+        if path.suffix in _WEIGHTS and str(path.relative_to(checkpoint)) not in index.files:
+            raise DamagedError(f"{path}: weights that this checkpoint was not written with; remove them")
+    return index
 
 
-def _index(checkpoint: Path) -> dict[str, Any]:
+def read_index(checkpoint: Path) -> Index:
+    """What ``checkpoint.json`` says.
+
+    Raises:
+        DamagedError: it is missing or damaged.
+    """
+    problem = "missing or damaged"
+    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+        value = read_json(checkpoint / INDEX)
+        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in value["files"].items()}
+        index = Index(value["iteration"], value.get("held_out"), files, value.get("run", ""))
+        if problem := _problem(checkpoint, value, index):
+            raise ValueError(problem)
+        return index
+    raise DamagedError(f"{checkpoint}: not a complete checkpoint ({INDEX} is {problem})")
+
+
+def _problem(checkpoint: Path, value: dict[str, Any], index: Index) -> str:
+    """What is wrong with an index, or ''."""
+    numbers = type(index.iteration) is int and index.iteration >= 0 and type(index.held_out) in (type(None), float, int)
+    entries = all(type(size) is int and type(digest) is str for size, digest in index.files.values())
+    if not numbers or not entries or str(STATE) not in index.files or type(index.run) is not str:
+        return "damaged"
+    if (SEAL in value or str(RECORDS) in index.files) and not is_sealed(value):
+        return "altered"
+    named = re.fullmatch(r"(?:\w+-)?step-(\d+)", checkpoint.name)
+    return "of another iteration" if named and int(named[1]) != index.iteration else ""
+
+
+def _readable(checkpoint: Path) -> Index | None:
     try:
-        index = from_json((checkpoint / INDEX).read_text())
-        return {"files": index["files"], "iteration": index["iteration"], "held_out": index.get("held_out")}
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{checkpoint}: not a complete checkpoint ({INDEX} is missing or damaged)") from error
+        return read_index(checkpoint)
+    except (InputError, OSError):
+        return None
+
+
+def _number(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -5,14 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import os
-import platform
-import re
-import subprocess
 import uuid
+import zlib
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +17,23 @@ import torch
 from ..config import Config
 from ..errors import InputError
 from ..recipe import load_recipe, to_toml
-from ..strict_json import from_json, to_json
 from .changes import NO_CHANGES, permitted
-from .checkpoint import checkpoints, tidy
+from .checkpoint import load_records, newest_readable, newest_sound, tidy, verify
+from .files import SEAL, is_sealed, read_json, sealed, set_aside, sweep, write_error, write_json, write_text
 from .lock import OwnerLock, is_unused
+from .machine import describe_machine
+from .records import Log
 
 EARLIER = "earlier-start-"
-PACKAGES = ("adagrpo", "torch", "triton", "diffusers", "transformers", "peft", "torchao", "safetensors", "numpy")
+MANIFEST = "manifest.json"
 
 
 class RunFolder:
     """Paths and records of one run.
 
     Layout: ``config.toml``, ``manifest.json``, ``metrics.jsonl``, ``events.jsonl``, ``samples/``, ``checkpoints/``,
-    ``traces/``, ``base.json``, ``memory.json``, ``result.json``, ``report.html``.
+    ``traces/``, ``base.json``, ``memory.json``, ``result.json``, ``report.html``. What is damaged is renamed to
+    ``NAME.damaged-N.EXT``.
 
     Args:
         lock: of the process that writes there.
@@ -42,13 +41,21 @@ class RunFolder:
     Attributes:
         continued: whether the run there goes on, instead of a new one.
         changes: keys in which it departs from its recipe.
+        notices: what was found damaged or was skipped, for the user and the events.
+        described: what a manifest says of the machine, should it have to be written anew.
+        skipped: checkpoints found damaged.
     """
 
     def __init__(self, path: Path, lock: OwnerLock | None = None) -> None:
         self.path, self.lock, self.changes, self.continued = path, lock, NO_CHANGES, False
-        self.metrics_file = path / "metrics.jsonl"
+        self.metrics, self.events = Log(path / "metrics.jsonl"), Log(path / "events.jsonl")
+        self.metrics_file = self.metrics.path
         self.checkpoints = path / "checkpoints"
         self.samples = path / "samples"
+        self.notices: list[str] = []
+        self.described: dict[str, Any] = {}
+        self.skipped: set[Path] = set()
+        self._pictures: dict[str, int] = {}
 
     @classmethod
     def fresh(cls, path: Path, lock: OwnerLock | None = None) -> RunFolder:
@@ -101,7 +108,13 @@ class RunFolder:
         tidy(path / "checkpoints")
         run = cls(path, lock)
         run.changes, run.continued = changes, True
+        run.sweep()
         return run
+
+    def sweep(self) -> None:
+        """Remove the drafts that a killed process left."""
+        for folder in (self.path, self.samples, self.path / "traces"):
+            sweep(folder)
 
     def record_changes(self, config: Config, iteration: int) -> str:
         """Put the recipe of the resumed run in the place of the former one; the manifest keeps what changed when.
@@ -114,31 +127,30 @@ class RunFolder:
         """
         if not self.changes.keys:
             return ""
-        manifest = self.read_json("manifest.json") or {}
-        entries = [*manifest.get("changes", []), self.changes.entry(iteration)]
-        self.write_json("manifest.json", manifest | {"changes": entries})
-        draft = self.path / ".config.toml.partial"
-        draft.write_text(to_toml(config), "utf-8")
-        draft.rename(self.path / "config.toml")
+        manifest, _ = self._sound_manifest(None)
+        entries = [*(manifest or {}).get("changes", []), self.changes.entry(iteration)]
+        self.write_json(MANIFEST, (manifest or {}) | {"changes": entries})
+        write_text(self.path / "config.toml", to_toml(config))
         notice, self.changes = self.changes.notice(iteration), NO_CHANGES
         return notice
 
-    def check_prompts(self, digest: str) -> None:
+    def check_prompts(self, digest: str, checkpoint: Path | None = None) -> None:
         """Refuse to continue on other prompts than the run began with.
+
+        Args:
+            checkpoint: that the run goes on from; it knows the digest where ``manifest.json`` is damaged.
 
         Raises:
             InputError: the digest differs from the manifest's.
         """
-        manifest = self.read_json("manifest.json") or {}
-        if manifest.get("prompts_sha256", digest) != digest:
+        manifest, _ = self._sound_manifest(_vouched(checkpoint).get("manifest"))
+        if (manifest or {}).get("prompts_sha256", digest) != digest:
             raise InputError(f"--out {self.path}: the prompts changed since this run began; restore them or name another --out")
 
     def began_with(self, digest: str) -> bool:
         """Whether the run is known to have begun with these prompts."""
-        try:
-            return (self.read_json("manifest.json") or {}).get("prompts_sha256") == digest
-        except (ValueError, AttributeError):
-            return False
+        manifest, _ = self._sound_manifest(None)
+        return (manifest or {}).get("prompts_sha256") == digest
 
     def name(self) -> str:
         """The folder's name and the run's own id, for dashboards."""
@@ -146,57 +158,184 @@ class RunFolder:
 
     def identity(self) -> str:
         """The run's own id, which copies of the folder share; empty where the manifest has none."""
-        return str((self.read_json("manifest.json") or {}).get("id", ""))
+        manifest, _ = self._sound_manifest(None)
+        return str((manifest or {}).get("id", ""))
 
     def write_start(self, config: Config, device: torch.device, extra: dict[str, Any]) -> None:
-        """Create the folder; record the resolved recipe and the machine.
+        """Create the folder; record the resolved recipe, without secrets, and the machine.
 
         Raises:
             InputError: it cannot be created.
+            WriteError: the disk is full.
         """
         try:
             for folder in (self.path, self.checkpoints, self.samples):
                 folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
+            if (failure := write_error(self.path, error)).disk:
+                raise failure from error
             raise InputError(f"--out {self.path}: cannot be created: {error.strerror}") from error
-        (self.path / "config.toml").write_text(to_toml(config), "utf-8")
-        self.write_json("manifest.json", {"id": uuid.uuid4().hex[:8], **describe_machine(device), **extra})
+        self.sweep()
+        write_text(self.path / "config.toml", to_toml(config))
+        self.describe(device, extra)
+        self.write_json(MANIFEST, {"id": uuid.uuid4().hex[:8], **self.described})
+
+    def describe(self, device: torch.device, extra: dict[str, Any]) -> None:
+        """Keep what a manifest says of the machine, should it have to be written anew."""
+        self.described = {**describe_machine(device), **extra}
 
     def write_json(self, name: str, value: Any) -> None:
-        """Write ``name`` in one piece."""
-        write_json(self.path / name, value)
+        """Write ``name`` in one piece.
+
+        Raises:
+            WriteError: it cannot be written.
+        """
+        write_json(self.path / name, sealed(value) if name == MANIFEST else value)
+
+    def extend_manifest(self, entries: dict[str, Any]) -> None:
+        """Add ``entries`` to the manifest, where there is one.
+
+        Raises:
+            WriteError: it cannot be written.
+        """
+        manifest, _ = self._sound_manifest(None)
+        if manifest is not None:
+            self.write_json(MANIFEST, manifest | entries)
+
+    def retire(self, name: str) -> None:
+        """Rename a file that is no longer true to ``NAME.earlier-N.EXT``.
+
+        Raises:
+            WriteError: it cannot be renamed.
+        """
+        if os.path.lexists(file := self.path / name):
+            self.notices.append(f"{name} was of a later iteration: renamed to {set_aside(file, 'earlier').name}")
 
     def read_json(self, name: str) -> Any:
-        """Inverse of ``write_json``; None when the file does not exist."""
-        file = self.path / name
-        return from_json(file.read_text("utf-8")) if file.exists() else None
+        """Inverse of ``write_json``; None when the file does not exist.
+
+        Raises:
+            InputError: it is damaged.
+        """
+        try:
+            return read_json(self.path / name)
+        except ValueError as error:
+            raise InputError(f"{self.path / name}: damaged ({error}); move it away") from error
 
     def log(self, record: dict[str, Any]) -> None:
-        """Append one line to ``metrics.jsonl``; non-finite numbers become null."""
+        """Append one line to ``metrics.jsonl``; non-finite numbers become null.
+
+        Raises:
+            WriteError: it cannot be written.
+        """
         if self.lock is not None:
             self.lock.require()
-        with self.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(to_json(record) + "\n")
+        self.metrics.append(record)
 
     def event(self, iteration: int, kind: str, message: str) -> None:
-        """Append one line to ``events.jsonl``."""
-        with (self.path / "events.jsonl").open("a", encoding="utf-8") as file:
-            file.write(to_json({"iteration": iteration, "kind": kind, "message": message}) + "\n")
+        """Append one line to ``events.jsonl``.
 
-    def truncate_metrics(self, iteration: int) -> None:
-        """Drop the lines of iterations after ``iteration``: the resumed run will write them again."""
-        if not self.metrics_file.exists():
-            return
-        lines = self.metrics_file.read_text("utf-8").splitlines()
-        kept = [line for line in lines if _iteration(line) <= iteration]
-        draft = self.metrics_file.with_suffix(".partial")
-        draft.write_text("".join(line + "\n" for line in kept), "utf-8")
-        draft.rename(self.metrics_file)
+        Raises:
+            WriteError: it cannot be written.
+        """
+        self.events.append({"iteration": iteration, "kind": kind, "message": message})
+
+    def vouch(self, picture: Path) -> None:
+        """Remember what a sample grid holds, for the next checkpoint."""
+        self._pictures[picture.name] = zlib.crc32(picture.read_bytes())
+
+    def records(self) -> dict[str, Any]:
+        """What the folder's files are now, for a checkpoint; the logs are brought to disk first.
+
+        Raises:
+            WriteError: they cannot be.
+        """
+        manifest, _ = self._sound_manifest(None)
+        logs = {"metrics": self.metrics.sync(), "events": self.events.sync()}
+        return {"manifest": manifest, **logs, "samples": dict(self._pictures)}
+
+    def restore(self, iteration: int, checkpoint: Path | None = None) -> None:
+        """Bring the records to where they were after ``iteration``: later metrics go, damaged files are set aside.
+
+        What was damaged is told in ``notices``.
+
+        Args:
+            checkpoint: a verified one, which vouches for the records; None starts over.
+
+        Raises:
+            WriteError: a file cannot be written or renamed.
+        """
+        known = _vouched(checkpoint)
+        for name in ("base.json", "baseline.json", "memory.json", "result.json", "report.html"):
+            if os.path.lexists(file := self.path / name) and not file.is_file():
+                self.notices.append(f"{name} was no regular file: set aside as {set_aside(file).name}")
+        manifest, problem = self._sound_manifest(known.get("manifest"))
+        if problem:
+            aside = f": set aside as {set_aside(file).name}" if os.path.lexists(file := self.path / MANIFEST) else ""
+            source = "the checkpoint's copy" if manifest else "this machine, as it was not in the checkpoint"
+            self.notices.append(f"{MANIFEST} is {problem}{aside}; written anew from {source}")
+            self.write_json(MANIFEST, manifest or {"id": uuid.uuid4().hex[:8], **self.described})
+        for log, vouched, keep_later in (
+            (self.metrics, known.get("metrics"), False),
+            (self.events, known.get("events"), True),
+        ):
+            if notice := log.restore(iteration, vouched, keep_later):
+                self.notices.append(notice)
+        self._pictures = self._sound_pictures(known.get("samples", {}))
+
+    def _sound_pictures(self, vouched: dict[str, int]) -> dict[str, int]:
+        sound = {}
+        for name, checksum in vouched.items():
+            file = self.samples / name
+            if file.is_file() and zlib.crc32(file.read_bytes()) == checksum:
+                sound[name] = checksum
+            elif os.path.lexists(file):
+                self.notices.append(f"samples/{name} is damaged: set aside as {set_aside(file).name}")
+            else:
+                self.notices.append(f"samples/{name} is missing")
+        return sound
+
+    def _sound_manifest(self, copy: dict[str, Any] | None) -> tuple[dict[str, Any] | None, str]:
+        """The manifest, or else a checkpoint's ``copy``; and what is wrong with the file, or ''."""
+        try:
+            value = read_json(self.path / MANIFEST)
+        except ValueError:
+            return copy, "damaged"
+        if value is None:
+            return copy, "missing"
+        if not isinstance(value, dict) or (SEAL in {**value, **(copy or {})} and not is_sealed(value)):
+            return copy, "damaged"
+        if copy is not None and copy.get("id") != value.get("id"):
+            return copy, "another run's"
+        return value, ""
 
     def latest_checkpoint(self) -> Path | None:
-        """The newest complete checkpoint."""
-        found = checkpoints(self.checkpoints)
-        return found[-1] if found else None
+        """The newest checkpoint whose index can be read; its files are not looked at."""
+        return newest_readable(self.checkpoints)
+
+    def require_own(self, checkpoint: Path) -> None:
+        """Refuse a checkpoint that is damaged, or that another run wrote.
+
+        Raises:
+            InputError: it is.
+        """
+        theirs, ours = verify(checkpoint).run, self.identity()
+        if theirs and ours and theirs != ours:
+            raise InputError(f"{checkpoint}: of another run ({theirs}; {self.path} is {ours}); name a checkpoint of this one")
+
+    def sound_checkpoint(self) -> Path | None:
+        """The newest sound checkpoint, every file of it read; why newer ones are skipped is told in ``notices``.
+
+        Raises:
+            InputError: there are checkpoints, and none is sound.
+        """
+        found, skipped = newest_sound(self.checkpoints, self.identity())
+        if found is None and skipped:
+            remedy = "restore one from a copy, or start anew in another --out"
+            raise InputError(f"{self.checkpoints}: no sound checkpoint: {'; '.join(skipped.values())}; {remedy}")
+        self.notices += skipped.values()
+        self.skipped |= set(skipped)
+        return found
 
 
 def _is_aborted(path: Path) -> bool:
@@ -213,60 +352,14 @@ def _is_draft(path: Path) -> bool:
     return path.name.startswith(".partial-") or (path.name.startswith(".") and path.name.endswith(".partial"))
 
 
-def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Versions, device and commit, for the manifest."""
-    versions: dict[str, str | None] = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
-    described: dict[str, Any] = {"versions": versions, "python": platform.python_version()}
-    described |= {"device": str(device), "commit": _commit()}
-    if device.type == "cuda":
-        described["gpu"] = torch.cuda.get_device_name(device)
-        described["cuda"] = torch.version.cuda
-    else:
-        described["threads"] = torch.get_num_threads()
-    return described
-
-
-def _commit() -> str | None:
-    """Commit of the checkout this package runs from; None for an installed wheel."""
-    here = Path(__file__).resolve().parent
-    command = ["git", "-C", str(here), "rev-parse", "HEAD"]
-    try:
-        tracked = subprocess.run([*command[:3], "ls-files", "--error-unmatch", __file__], capture_output=True, timeout=10)
-        found = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return found.stdout.strip() if tracked.returncode == 0 and found.returncode == 0 else None
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file in one piece; non-finite numbers become null."""
-    draft = path.with_name(f".{path.name}.partial")
-    draft.write_text(to_json(value, indent=1) + "\n", "utf-8")
-    draft.rename(path)
+def _vouched(checkpoint: Path | None) -> dict[str, Any]:
+    """What a verified checkpoint knows of the folder's files; {} of none, or of one of a former version."""
+    return (load_records(checkpoint) if checkpoint is not None else None) or {}
 
 
 def prompts_digest(*lists: Sequence[str]) -> str:
     """SHA-256 of prompt lists, for the manifest."""
     return hashlib.sha256(json.dumps(lists, ensure_ascii=False).encode()).hexdigest()
-
-
-def processor() -> str:
-    """The host's processor by the name Linux gives it; elsewhere its architecture."""
-    try:
-        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text("utf-8"), re.MULTILINE)
-    except OSError:
-        found = None
-    return found[1].strip() if found else platform.machine()
-
-
-def slug(text: str) -> str:
-    """Lower-case letters and digits joined by dashes."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
 def changed_keys(before: Config, now: Config) -> dict[str, tuple[Any, Any]]:
@@ -283,10 +376,3 @@ def _flat(table: Any, prefix: str = "") -> dict[str, Any]:
         nested = isinstance(value, dict) or (isinstance(value, list | tuple) and any(isinstance(v, dict) for v in value))
         flat |= _flat(value, f"{prefix}{key}.") if nested and value else {f"{prefix}{key}": value}
     return flat
-
-
-def _iteration(line: str) -> float:
-    try:
-        return from_json(line)["iteration"]
-    except (ValueError, KeyError):
-        return math.inf

@@ -40,5 +40,4 @@ def save_grid(path: Path, images: Tensor, prompts: Sequence[str], rewards: Seque
         draw.text((left, top + CELL + 3), f"reward {rewards[i]:.2f}", fill=(40, 40, 40), font=font)
         for j, line in enumerate(captions[i]):
             draw.text((left, top + CELL + 3 + LINE * (j + 1)), line, fill=(90, 90, 90), font=font)
-    path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import InputError
+from .files import told, write_error
 
 
 class Logger(Protocol):
@@ -61,19 +62,66 @@ def check_loggers(names: Sequence[str]) -> None:
             raise InputError(f"output.loggers: {name} is not installed; pip install 'adagrpo[log]'")
 
 
-def open_loggers(names: Sequence[str], run_name: str, folder: Path, config: dict[str, Any]) -> list[Logger]:
+class Dashboard:
+    """A logger whose failures do not end the run: it is told once and left out from then on; a full disk ends it.
+
+    As a context it closes the logger; a failure to do so hides no error that is on its way already.
+    """
+
+    def __init__(self, name: str, logger: Logger, folder: Path, say: Callable[[str], object]) -> None:
+        self.name, self._logger, self._folder, self._say = name, logger, folder, say
+        self._failed = False
+
+    def log(self, numbers: Mapping[str, float], iteration: int) -> None:
+        """Pass on the numbers of an iteration.
+
+        Raises:
+            WriteError: the disk is full.
+        """
+        if not self._failed:
+            self._try(lambda: self._logger.log(numbers, iteration))
+
+    def __enter__(self) -> Dashboard:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is None:
+            self._try(self._logger.close)
+        else:
+            told(self._logger.close, self._say)
+
+    def _try(self, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except Exception as error:
+            self._failed = True
+            if (failure := write_error(self._folder / self.name, error)).disk:
+                raise failure from error
+            self._say(f"output.loggers: {self.name} failed and is left out: {type(error).__name__}: {error}")
+
+
+def open_loggers(
+    names: Sequence[str], run_name: str, folder: Path, config: dict[str, Any], say: Callable[[str], object]
+) -> list[Dashboard]:
     """The loggers of ``output.loggers``.
 
     Raises:
-        InputError: a package is missing.
+        InputError: a package is missing, or a dashboard cannot be opened.
+        WriteError: the disk is full.
     """
-    loggers: list[Logger] = []
+    loggers: list[Dashboard] = []
     for name in names:
         try:
             if name == "tensorboard":
-                loggers.append(TensorBoardLogger(run_name, folder, config))
+                logger: Logger = TensorBoardLogger(run_name, folder, config)
             else:
-                loggers.append(ModuleLogger(importlib.import_module(name), run_name, folder, config))
+                logger = ModuleLogger(importlib.import_module(name), run_name, folder, config)
         except ImportError as error:
             raise InputError(f"output.loggers: {name} is not installed; pip install 'adagrpo[log]'") from error
+        except Exception as error:
+            if (failure := write_error(folder / name, error)).disk:
+                raise failure from error
+            reason = f"{type(error).__name__}: {error}"
+            raise InputError(f"output.loggers: {name} cannot be opened: {reason}; or drop it") from error
+        loggers.append(Dashboard(name, logger, folder, say))
     return loggers

@@ -56,10 +56,12 @@ def _entered(config: Config, out: Path, resume: str | None, lock: OwnerLock) -> 
         except InputError:  # a start by another recipe, or killed while it was written down
             return RunFolder.fresh(out, lock), None
     run = RunFolder.existing(out, config, lock)
-    checkpoint = run.latest_checkpoint() if resume in ("latest", "auto") else Path(resume)
-    if checkpoint is None and resume == "latest":
-        raise InputError(f"--resume latest: {run.checkpoints} holds no complete checkpoint")
-    return run, checkpoint
+    if resume in ("latest", "auto"):
+        if (found := run.sound_checkpoint()) is None:
+            raise InputError(f"--resume {resume}: {run.checkpoints} holds no complete checkpoint")
+        return run, found
+    run.require_own(Path(resume))
+    return run, Path(resume)
 
 
 def begin(run: RunFolder, config: Config, device: torch.device, extra: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..errors import InputError
 from ..models.base import FlowModel
 from ..models.fingerprint import Fingerprint, base_components, difference, fingerprint, trained_names
-from .folder import write_json
+from .files import set_aside, write_json
 
 RECIPE, BASE = "config.toml", "base.json"
 
@@ -40,6 +40,16 @@ class Origin:
         recorded = _read_base(run)
         write_json(run / BASE, self.base)
         return None if recorded is None else difference(recorded, self.base, {})
+
+    @staticmethod
+    def mend(run: Path, checkpoint: Path) -> list[str]:
+        """Make the record in the folder of a run what a (verified) checkpoint of it says; what was wrong, as lines."""
+        known, recorded = _read_base(checkpoint), _read_base(run)
+        if known is None or recorded == known:
+            return []
+        aside = f": set aside as {set_aside(file).name}" if (file := run / BASE).exists() else ""
+        write_json(run / BASE, known)
+        return [f"{BASE} was missing or damaged{aside}; written anew from the checkpoint"]
 
     def write(self, folder: Path) -> None:
         """Put recipe and fingerprint into a checkpoint that is being written."""

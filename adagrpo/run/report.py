@@ -6,8 +6,6 @@ The page loads nothing and reads well without JavaScript; the script in it only 
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
@@ -17,6 +15,7 @@ import numpy as np
 
 from ..errors import InputError
 from .charts import COLOURS, escape, number
+from .files import WriteError, write_text, writing
 from .report_data import Grid, Run, embedded, read_runs
 from .report_panels import ADVANTAGE, CURRICULUM, MEMORY, POLICY, REWARD, TIME, Charts, phase_seconds
 from .report_verdict import duration, findings, gain_text, headline, intervals, progress, stats, tone
@@ -44,22 +43,18 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
 
     Raises:
         InputError: a folder is no run folder, or ``out`` cannot be written.
+        WriteError: the disk is full.
     """
     page = build_report(folders)
     out = Path(out)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        handle, draft = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.", suffix=".partial")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(page)
-            os.chmod(draft, 0o644)
-            os.replace(draft, out)
-        except BaseException:
-            os.unlink(draft)
+        with writing(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+        write_text(out, page)
+    except WriteError as error:
+        if error.disk:
             raise
-    except OSError as error:
-        raise InputError(f"{out}: the report cannot be written: {error.strerror}") from error
+        raise InputError(f"{out}: the report cannot be written: {error.reason}") from error
     return out
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from adagrpo.run.folder import describe_machine
+from adagrpo.run.machine import describe_machine
 
 HERE = Path(__file__).resolve().parent
 RECORD = HERE.parents[1] / "bench" / "results" / "cpu" / "killing.json"

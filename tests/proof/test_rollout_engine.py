@@ -15,7 +15,7 @@ from scipy.stats import spearmanr
 from adagrpo.build import build_trainer
 from adagrpo.cli import main
 from adagrpo.recipe import load_recipe
-from adagrpo.run.folder import describe_machine
+from adagrpo.run.machine import describe_machine
 from adagrpo.train import Draw, Trainer
 
 RECORD = Path(__file__).resolve().parents[2] / "bench" / "results" / "cpu" / "rollout-engine-tiny.json"

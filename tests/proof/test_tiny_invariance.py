@@ -12,7 +12,7 @@ import torch
 
 from adagrpo.build import build_trainer
 from adagrpo.recipe import load_recipe
-from adagrpo.run.folder import describe_machine
+from adagrpo.run.machine import describe_machine
 
 RECORD = Path(__file__).resolve().parents[2] / "bench" / "results" / "cpu" / "tiny-invariance.json"
 

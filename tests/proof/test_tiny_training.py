@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from adagrpo.cli import main
-from adagrpo.run.folder import describe_machine
+from adagrpo.run.machine import describe_machine
 
 RECORD = Path(__file__).resolve().parents[2] / "bench" / "results" / "cpu" / "tiny-training.json"
 

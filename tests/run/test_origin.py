@@ -133,7 +133,8 @@ def older(checkpoint: Path) -> None:
     """Make a checkpoint what earlier versions wrote: no recipe, no fingerprint."""
     file = checkpoint / "checkpoint.json"
     index = json.loads(file.read_text())
-    for name in ("config.toml", "base.json"):
+    del index["seal"]
+    for name in ("config.toml", "base.json", "state/records.json"):
         (checkpoint / name).unlink()
         del index["files"][name]
     file.write_text(json.dumps(index))

@@ -18,6 +18,7 @@ from reporting import Tree, contrast, coordinates, linear, oklab, path_of, plots
 
 from adagrpo.errors import InputError
 from adagrpo.run.charts import BINS, POINTS, Chart, Line, bins, figure, number, smooth, thin, tick_labels
+from adagrpo.run.files import WriteError
 from adagrpo.run.report import build_report, write_report
 from adagrpo.run.report_data import embedded, read_runs
 from adagrpo.run.report_verdict import duration, findings
@@ -324,7 +325,7 @@ def test_writing_is_atomic(tmp_path: Path, run: Path, monkeypatch: pytest.Monkey
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(InputError, match="No space left"):
+    with pytest.raises(WriteError, match="No space left"):
         write_report([run], out)
     assert out.read_text("utf-8") == whole and [p.name for p in out.parent.iterdir()] == ["report.html"]
 

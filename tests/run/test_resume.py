@@ -9,7 +9,7 @@ from toy import ToyModel, toy_config, toy_trainer
 from adagrpo.config import Config
 from adagrpo.errors import InputError, RunError
 from adagrpo.fit import Fit
-from adagrpo.run.checkpoint import checkpoints, load_state
+from adagrpo.run.checkpoint import checkpoints, verify
 from adagrpo.run.folder import RunFolder
 
 HELD_OUT = ["a", "b", "c", "d"]
@@ -82,10 +82,10 @@ def test_checkpoints_are_rotated_and_verified(tmp_path) -> None:
     content[100] ^= 1
     state.write_bytes(content)
     with pytest.raises(InputError, match=r"state\.pt: missing, truncated or altered"):
-        load_state(found[-1])
+        verify(found[-1])
     (found[0] / "checkpoint.json").unlink()
     with pytest.raises(InputError, match="not a complete checkpoint"):
-        load_state(found[0])
+        verify(found[0])
 
 
 def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch) -> None:
