@@ -315,7 +315,7 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     for name, does in (
         ("iteration", "seconds by phase, throughput, FLOPs, energy, memory"),
         ("budget", "what selection and fusion cost; exit code 1 above the recipe's budget"),
-        ("baseline", "against a plain implementation of the published loop"),
+        ("baseline", "against a plain loop over the published algorithm, which decodes image by image"),
     ):
         measuring = _bench_parser(bench, name, does, f"Measure: {does}.", _bench_recipe)
         measuring.add_argument(

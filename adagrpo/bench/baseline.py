@@ -49,7 +49,7 @@ class Fork:
 
 
 class PublishedLoop:
-    """AdaGRPO as the released code runs it, over a recipe with plan fork.
+    """AdaGRPO as published, plainly, over a recipe with plan fork; it decodes image by image, which the released code does not.
 
     Args:
         config: a checked recipe.
