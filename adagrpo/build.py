@@ -54,14 +54,16 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def check_model(config: ModelConfig) -> None:
-    """Refuse a model that cannot be loaded, without reading its weights; a Hub id is only checked for its form."""
+def check_model(config: ModelConfig) -> str | None:
+    """Refuse a model that cannot be loaded, without reading its weights; returns what could not be checked."""
     if is_import_path(config.family):
         load_callable(config.family, "model.family", 5, config.kwargs)
     elif config.path not in BUILT_IN_MODELS:
         from .models.flux_pipeline import Source, check_pipeline
 
-        check_pipeline(Source(config.path, config.variant, config.revision))
+        if not check_pipeline(Source(config.path, config.variant, config.revision)):
+            return f"model.path = {config.path}: its files are checked once they are downloaded"
+    return None
 
 
 def check_engine(config: Config) -> None:

@@ -90,7 +90,7 @@ def _train(config: Config, run: RunFolder, checkpoint: Path | None) -> int:
 def dry_run(config: Config, out: Path | None = None) -> int:
     """Check what can be checked without loading the model, and print what an iteration would cost."""
     check_engine(config)
-    check_model(config.model)
+    unchecked = check_model(config.model)
     prompts, held_out = load_data(config)
     load_plugins(config)
     for i, reward in enumerate(config.rewards):
@@ -101,8 +101,9 @@ def dry_run(config: Config, out: Path | None = None) -> int:
     counts = planned_evaluations(config)
     print(f"{config.name}: {len(prompts)} training prompts, {len(held_out)} held-out prompts")
     print("evaluations per iteration: " + ", ".join(f"{phase} {n}" for phase, n in counts.items()))
-    if notice := memory_notice(config, len(prompts)):
-        print(f"note: {notice}")
+    for notice in (unchecked, memory_notice(config, len(prompts))):
+        if notice:
+            print(f"note: {notice}")
     return 0
 
 

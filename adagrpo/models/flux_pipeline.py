@@ -76,8 +76,11 @@ def check_source(source: Source) -> None:
             raise InputError(f"{source}: its {part} is a {entry[1]}; model.family = flux needs a {kind}")
 
 
-def check_pipeline(source: Source) -> None:
-    """Check all of a local pipeline folder that can be checked without reading its weights.
+def check_pipeline(source: Source) -> bool:
+    """Check all of a pipeline folder that can be checked without reading its weights.
+
+    Returns:
+        Whether there is a folder: a Hub id's files can be checked once they are here.
 
     Raises:
         InputError: see ``check_source``, ``check_component`` and ``load_tokenizers``.
@@ -85,6 +88,7 @@ def check_pipeline(source: Source) -> None:
     check_source(source)
     if source.is_local:
         _check_folder(Path(source.path), source)
+    return source.is_local
 
 
 def load_pipeline(source: Source, dtype: torch.dtype, device: torch.device) -> Any:
@@ -95,8 +99,6 @@ def load_pipeline(source: Source, dtype: torch.dtype, device: torch.device) -> A
     """
     check_source(source)
     folder = Path(source.path) if source.is_local else _download(source)
-    if not source.is_local:
-        check_source(dataclasses.replace(source, path=str(folder), revision=""))
     weights, tokenizers = _check_folder(folder, source)
     parts = {c.name: load_component(c, folder / c.name, weights[c.name], dtype, str(source)) for c in COMPONENTS}
     with quiet():
@@ -169,8 +171,10 @@ def _download(source: Source) -> Path:
             from diffusers import FluxPipeline
 
             options = {"variant": source.variant or None, "revision": source.revision or None}
-            return Path(FluxPipeline.download(source.path, **options))
+            folder = Path(FluxPipeline.download(source.path, **options))
     except Exception as error:  # the Hub raises types of its own
         revision = f" of revision {source.revision}" if source.revision else ""
         variant = f" in variant {source.variant}" if source.variant else ""
         raise InputError(f"{source}: no FLUX pipeline{revision}{variant} can be had: {first_line(error)}") from error
+    check_source(dataclasses.replace(source, path=str(folder), revision=""))
+    return folder

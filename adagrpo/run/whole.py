@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import RunError
+from .files import flush, settle, writing
 
 DRAFT = ".owner.draft"  # what an owner leaves when it is killed: the next one may use the folder all the same
 
@@ -18,18 +18,17 @@ def written_whole(folder: Path) -> Iterator[Path]:
     that a pipeline's ``model_index.json`` is not there before its components.
 
     Raises:
-        RunError: it cannot be written; nothing is left.
+        WriteError: it cannot be written; nothing is left.
     """
     draft = folder / DRAFT
     shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir()
     try:
-        yield draft
-        for path in sorted(draft.iterdir(), key=lambda path: (path.is_file(), path.name)):
-            path.rename(folder / path.name)
-    except Exception as error:
-        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":  # the latter derives from nothing narrower
-            raise RunError(f"{folder}: cannot be written: {error}; free disk space or name another folder") from error
-        raise
+        with writing(folder):
+            draft.mkdir()
+            yield draft
+            settle(draft)
+            for path in sorted(draft.iterdir(), key=lambda path: (path.is_file(), path.name)):
+                path.rename(folder / path.name)
+            flush(folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)

@@ -311,3 +311,27 @@ def test_paths_that_are_no_folder_of_a_pipeline_get_one_message(folder, capsys) 
     assert code == 2 and "model.variant = fp16: no component" in message
     code, message = dry_run(Path("tiny-flux"), capsys, "--model.variant", "fp16")
     assert code == 2 and "model.variant" in message
+
+
+def test_what_the_hub_gives_is_checked_like_a_folder(folder, monkeypatch, capsys) -> None:
+    from diffusers import FluxPipeline
+
+    asked = []
+
+    def download(name: str, **options) -> str:
+        asked.append((name, options))
+        if options["revision"] == "gone":
+            raise OSError("gone is not a valid git identifier")
+        return str(folder)
+
+    monkeypatch.setattr(FluxPipeline, "download", download)
+    model = build_model(config_with(Path("owner/name"), variant="", revision="abc"))
+    assert asked == [("owner/name", {"variant": None, "revision": "abc"})] and model.pipeline is not None
+    rewrite(folder, "vae", pop("decoder.conv_out.bias"))
+    with pytest.raises(InputError, match=r"model\.path = owner/name: vae: lacks decoder\.conv_out\.bias"):
+        build_model(config_with(Path("owner/name")))
+    with pytest.raises(InputError, match="no FLUX pipeline of revision gone in variant fp16 can be had: gone is not"):
+        build_model(config_with(Path("owner/name"), variant="fp16", revision="gone"))
+    capsys.readouterr()
+    assert main(["train", "tiny", "--model.path", "owner/name", "--dry-run"]) == 0
+    assert "note: model.path = owner/name: its files are checked once they are downloaded" in capsys.readouterr().out
