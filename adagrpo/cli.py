@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .config import Config
-from .errors import InputError, RunError
+from .errors import InputError, RunError, Stopped
 from .recipe import MOST_SEED, check, load_recipe, recipe_names, to_toml
+from .run.files import remedy_for
+from .run.signals import leaving
 from .user_text import character_problem, require_within, shown
 
 EXIT_FAILED, EXIT_INPUT, EXIT_INTERRUPTED = 1, 2, 130
@@ -20,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code.
 
     0 done, 1 the run cannot go on or a test failed, 2 bad input, 3 stopped by a guard, 130 left by a second Ctrl-C; stopped by
-    a signal after saving: 130 SIGINT, 143 SIGTERM, 138 SIGUSR1.
+    a signal (a run after saving): 128 plus its number, 129 SIGHUP, 130 SIGINT, 138 SIGUSR1, 143 SIGTERM.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
@@ -28,27 +31,44 @@ def main(argv: Sequence[str] | None = None) -> int:
         for argument in args:
             if problem := character_problem(argument):
                 raise InputError(f"argument {shown(argument)} {problem}")
-        return _dispatch([a for a in args if a != "--debug"])
+        with leaving():
+            code = _dispatch([a for a in args if a != "--debug"])
+            sys.stdout.flush()
+        return code
     except (InputError, RunError) as error:
         if debug:
             raise
-        print(f"adagrpo: {_one_line(str(error))}", file=sys.stderr)
+        _complain(_one_line(str(error)))
         return EXIT_INPUT if isinstance(error, InputError) else EXIT_FAILED
     except OSError as error:
         if debug:
             raise
-        print(f"adagrpo: {_one_line(str(error))}; what was complete on disk is intact", file=sys.stderr)
+        _complain(f"{_one_line(str(error))}{remedy_for(error)}; what was complete on disk is intact")
         return EXIT_FAILED
     except RuntimeError as error:
         kernels = sys.modules.get("adagrpo_kernels")
         if debug or kernels is None or not isinstance(error, kernels.KernelError):
             raise
         remedy = "engine.kernels = auto or reference goes without it"
-        print(f"adagrpo: {_one_line(str(error))}; {remedy}", file=sys.stderr)
+        _complain(f"{_one_line(str(error))}; {remedy}")
         return EXIT_FAILED
+    except Stopped as stopped:
+        _complain(f"stopped by {stopped.signal.name}; what was complete on disk is intact")
+        return 128 + stopped.signal
     except KeyboardInterrupt:
-        print("adagrpo: interrupted", file=sys.stderr)
+        _complain("interrupted")
         return EXIT_INTERRUPTED
+
+
+def _complain(line: str) -> None:
+    """A line on standard error; where that takes no more, the exit code has to say it."""
+    with contextlib.suppress(OSError, ValueError):
+        print(f"adagrpo: {line}", file=sys.stderr, flush=True)
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):  # else the interpreter tries again as it ends, and changes the exit code
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _one_line(message: str) -> str:

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .errors import RunError
+from .errors import RunError, Stopped
 from .torch_settings import kept_settings
 
 T = TypeVar("T")
@@ -129,7 +129,9 @@ def _here(part: Part, function: Callable[..., Any], args: tuple[Any, ...], gradi
 
 
 def _from_signal(error: KeyboardInterrupt) -> bool:
-    """Whether Ctrl-C raised it, not the part: its handler ran last, or is Python's own, which leaves no trace."""
+    """Whether a signal raised it, not the part: its handler ran last, or is Python's own, which leaves no trace."""
+    if isinstance(error, Stopped):
+        return True
     if threading.current_thread() is not threading.main_thread():
         return False
     handler, trace = signal.getsignal(signal.SIGINT), error.__traceback__

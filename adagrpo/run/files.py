@@ -60,6 +60,12 @@ def write_error(path: Path, error: BaseException) -> WriteError:
     return WriteError(path, os.strerror(number), _REMEDIES.get(number, "remove the cause"), number in _DISK)
 
 
+def remedy_for(error: OSError) -> str:
+    """What to do about an error of the system, as the end of a message; '' where nothing is known."""
+    remedy = _REMEDIES.get(error.errno) if error.errno is not None else None
+    return f"; {remedy}" if remedy else ""
+
+
 def _error_number(error: BaseException, path: Path) -> int | None:
     """The system's error number behind an exception, its causes, or the words of a library that keeps no number."""
     seen: BaseException | None = error

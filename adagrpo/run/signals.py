@@ -1,13 +1,21 @@
-"""Stopping politely: the first signal lets the iteration finish and saves, a second Ctrl-C leaves at once."""
+"""Stopping politely: the first signal lets the iteration finish and saves, a second Ctrl-C leaves at once.
+
+Outside the iterations there is nothing to save: a signal leaves at once, but as an exception, so that drafts and locks go.
+Signals that are ignored when the process starts, as ``nohup`` and background jobs have it, stay ignored.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+from ..errors import Stopped
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+Handler = Callable[[int, FrameType | None], None]
 
 
 class StopRequest:
@@ -20,25 +28,58 @@ class StopRequest:
     def __init__(self, say: Callable[[str], None]) -> None:
         self.signal: signal.Signals | None = None
         self._say = say
+        self._interrupted = False
 
     @property
     def exit_code(self) -> int:
-        """128 plus the signal's number, as shells count: 130 Ctrl-C, 143 SIGTERM, 138 SIGUSR1."""
+        """128 plus the signal's number, as shells count: 129 SIGHUP, 130 Ctrl-C, 138 SIGUSR1, 143 SIGTERM."""
         return 128 + self.signal if self.signal else 0
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[StopRequest]:
         """Handle the signals inside; earlier handlers come back afterwards."""
-        earlier = {number: signal.signal(number, self._receive) for number in SIGNALS}
-        try:
+        with _handling(SIGNALS, self._receive):
             yield self
-        finally:
-            for number, handler in earlier.items():
-                signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None and number == signal.SIGINT:
+        if self._interrupted and number == signal.SIGINT:
             raise KeyboardInterrupt
-        if self.signal is None:
-            self.signal = signal.Signals(number)
-            self._say(f"{self.signal.name}: finishing this iteration, then saving (Ctrl-C leaves at once without saving)")
+        first = self.signal is None
+        self._interrupted |= number == signal.SIGINT
+        self.signal = self.signal or signal.Signals(number)
+        again = "Ctrl-C once more" if self._interrupted else "Ctrl-C twice"
+        if first or number == signal.SIGINT:
+            # A line that was being written may not be written into; the request counts all the same.
+            with contextlib.suppress(RuntimeError, OSError):
+                self._say(f"{self.signal.name}: finishing this iteration, then saving ({again} leaves at once without saving)")
+
+
+@contextlib.contextmanager
+def leaving() -> Iterator[None]:
+    """Inside, SIGTERM, SIGHUP and SIGUSR1 raise ``Stopped``, once, as Ctrl-C raises ``KeyboardInterrupt``."""
+    received = False
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        nonlocal received
+        if not received:
+            received = True
+            raise Stopped(signal.Signals(number))
+
+    with _handling(SIGNALS[1:], leave):
+        yield
+
+
+@contextlib.contextmanager
+def _handling(numbers: Sequence[signal.Signals], handler: Handler) -> Iterator[None]:
+    """Handle those of the signals that are not ignored; only the main thread can."""
+    earlier = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in numbers:
+            if (before := signal.getsignal(number)) not in (signal.SIG_IGN, None):
+                earlier[number] = before
+                signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, before in earlier.items():
+            signal.signal(number, before)
