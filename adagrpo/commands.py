@@ -31,6 +31,7 @@ from .fit import Fit
 from .models.base import FlowModel
 from .planning import iteration_prediction, memory_notice, memory_plan, planned_evaluations, rehearse
 from .prompt_file import prompt_problem
+from .prompts import load_prompts
 from .recipe import MOST_SEED, check, load_recipe, to_toml
 from .rewards import build_reward, check_reward_files
 from .run.checkpoint import INDEX, verify
@@ -162,7 +163,7 @@ def fidelity(config: Config, checkpoint: Path | None, slots: int, out: Path | No
     if not changed_levers(config):
         keys = "engine.precision, engine.forward, engine.attention or rollout.tail_steps"
         raise InputError(f"{config.name}: its rollouts are the policy's own; set {keys}")
-    prompts, _ = load_data(config)
+    prompts = load_prompts(config.data.prompts, "data.prompts", config.data.allow_duplicates, config.data.kwargs)
     rewards = [build_reward(r.name, r.kwargs, f"rewards.{i}") for i, r in enumerate(config.rewards)]
     model = load_model(config, checkpoint)
     with tqdm(total=slots, unit="slot", disable=None) as bar:

@@ -25,6 +25,7 @@ from .engine.backends import (
 from .recipe import FP8_ATTENTION, TENSORWISE_FUSED
 from .run.machine import PACKAGES, describe_machine
 from .strict_json import from_json
+from .user_text import read_text
 
 FIDELITY = Path("runs/fidelity")
 MAKE_FIDELITY = "adagrpo fidelity RECIPE --engine.precision fp8"
@@ -109,9 +110,9 @@ def fidelity(folder: Path, device: torch.device) -> Iterator[str]:
     recipes = []
     for path in sorted(folder.glob("*.json")):
         try:
-            found = from_json(path.read_text("utf-8"))
-        except (OSError, ValueError) as error:
-            yield f"{path}: not readable JSON ({type(error).__name__})"
+            found = from_json(read_text(path, "report", 2**24))
+        except ValueError as error:
+            yield f"{path}: not readable JSON ({error})"
             continue
         try:
             levers = ", ".join(f"{key} = {value}" for key, value in found["levers"].items())

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -101,6 +102,7 @@ def test_fidelity_reports(here: Path, capsys) -> None:
     write(folder, "b.json", levers={"rollout.tail_steps": 4})
     (folder / "c.json").write_bytes(b"\xff{")
     (folder / "d.json").write_text("[1]", "utf-8")
+    os.mkfifo(folder / "pipe.json")
     (folder / "e.json").write_text('{"recipe": "tiny"}', "utf-8")
     code, out = run(capsys)
     lines = dict(line.strip().removeprefix("runs/fidelity/").split(": ", 1) for line in out.splitlines() if "fidelity/" in line)
@@ -110,6 +112,7 @@ def test_fidelity_reports(here: Path, capsys) -> None:
     )
     assert lines["b.json"] == "rollout.tail_steps = 4; recipe tiny, cpu: Spearman 0.991, same pick 0.975: passed"
     assert "not readable JSON" in lines["c.json"]
+    assert "not readable JSON (report: a pipe" in lines["pipe.json"]
     assert "not a fidelity report" in lines["d.json"] and "levers" in lines["e.json"]
     assert "FP8 is not recommended" in out  # what passed was another lever
     write(folder, "f.json")

@@ -9,9 +9,10 @@ from typing import Any
 from ..errors import InputError
 from ..run.charts import number
 from ..strict_json import from_json
+from ..user_text import read_text
 from .measure import PHASES
 from .picture import Bars, Point, draw, scatter
-from .records import Record, read_record
+from .records import LARGEST, Record, read_record
 from .seeds import interval
 from .statistics import Series
 
@@ -109,7 +110,9 @@ def read_results(results: Path) -> tuple[list[tuple[Path, Record]], list[tuple[P
     records, others = [], []
     for path in sorted(results.rglob("*.json")):
         try:
-            data = from_json(path.read_text("utf-8"))
+            data = from_json(read_text(path, str(path), LARGEST))
+        except InputError:
+            raise
         except ValueError as error:
             raise InputError(f"{path}: not a record: broken JSON ({error})") from error
         if isinstance(data, dict) and "schema" in data:

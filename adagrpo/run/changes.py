@@ -126,7 +126,7 @@ _KEYS: dict[str, list[tuple[Rule, str]]] = {
     "model": [
         (FREE, "prompt_cache"),
         (EQUAL, "device gradient_checkpointing"),
-        (FIXED, "family kwargs path variant revision dtype height width buckets max_text_tokens guidance"),
+        (FIXED, "family kwargs path variant revision dtype height width buckets max_text_tokens guidance timestep"),
         (FIXED, "tuning lora_rank lora_alpha lora_targets"),
     ],
     "rollout": [
@@ -134,10 +134,11 @@ _KEYS: dict[str, list[tuple[Rule, str]]] = {
         (FIXED, "shared_noise fork_velocity storage tail_steps tail_solver"),
     ],
     "selection": [
+        (FREE, "allow_unseen"),
         (FIXED, "candidates strategy kwargs alpha probe probe_steps race_steps finalists half_life noise_share group_evidence"),
     ],
     "advantage": [(FIXED, "function kwargs weight calibration clip equal_groups")],
-    "loss": [(FIXED, "clip_range old_logp kl_weight kl_variance step_weights")],
+    "loss": [(FIXED, "clip_range old_logp kl_weight kl_variance step_weights average")],
     "train": [
         (Rule(_longer), "iterations"),
         (Rule(_same_batch, bitwise=False), "slots accumulation"),

@@ -1,5 +1,6 @@
 """`bench/README.md` is what its records say."""
 
+import os
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -54,4 +55,8 @@ def test_bars_have_lengths_in_proportion() -> None:
 def test_a_broken_record_is_named(tmp_path) -> None:
     (tmp_path / "a.json").write_text("{")
     with pytest.raises(InputError, match=r"a\.json.*broken JSON"):
+        pages(tmp_path)
+    (tmp_path / "a.json").unlink()
+    os.mkfifo(tmp_path / "a.json")
+    with pytest.raises(InputError, match=r"a\.json: a pipe"):
         pages(tmp_path)
