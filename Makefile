@@ -10,7 +10,7 @@ WORKERS ?= 2
 TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 INSTALLED := $(VENV)/.installed
 
-.PHONY: train test lint proof bench gpu install clean
+.PHONY: train test lint proof bench gpu gpu-test install clean
 
 train: install
 	$(BIN)/adagrpo train $(RECIPE) $(ARGS)
@@ -31,9 +31,13 @@ proof: install
 bench: install
 	$(BIN)/python -m pytest -q bench --benchmark-enable --benchmark-only $(ARGS)
 
-# Needs a CUDA device: correctness of the kernels, then their timings, into bench/results/<device>/.
+# Needs a CUDA device: kernels, forwards and iterations, each checked and timed, into bench/results/<device>/.
 gpu: install
-	$(BIN)/python bench/gpu.py $(ARGS)
+	$(BIN)/adagrpo bench gpu $(ARGS)
+
+# Needs a CUDA device: the tests of the kernels on it, repetitions and graph replays.
+gpu-test: install
+	$(BIN)/python -m pytest -q -m gpu tests/gpu tests/kernels $(ARGS)
 
 install: $(INSTALLED)
 

@@ -382,6 +382,10 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     kernels.add_argument("--op", action="append", default=[], help="this operator only; may be repeated")
     kernels.set_defaults(run=_bench_kernels)
     _add_record_options(kernels)
+    gpu = bench.add_parser("gpu", help="what a GPU has to show first: kernels, forwards, iterations (CUDA)")
+    gpu.add_argument("--part", choices=("kernels", "forward", "iteration"), help="this part only, at most eight minutes")
+    gpu.set_defaults(run=_bench_gpu)
+    _add_record_options(gpu)
     readme = bench.add_parser("readme", help="tables and picture of the records")
     readme.add_argument("--results", type=_path, default=Path("bench/results"), help="folder of the records")
     readme.add_argument("--check", action="store_true", help="write nothing; exit code 1 when out of date")
@@ -462,6 +466,13 @@ def _bench_compare(args: argparse.Namespace) -> int:
     from .bench.compare import compare_command
 
     return compare_command(args.before, args.after, args.fail)
+
+
+def _bench_gpu(args: argparse.Namespace) -> int:
+    _one_rank("bench gpu")
+    from .bench.gpu import gpu_command
+
+    return gpu_command(args.part, args.out, args.note, args.argv)
 
 
 def _bench_kernels(args: argparse.Namespace) -> int:

@@ -40,6 +40,7 @@ class Iteration:
         images: decoded and scored, probes included.
         launches: of our kernels.
         joules: of the whole GPU; None where it cannot be read.
+        metrics: of the iteration, as numbers.
     """
 
     total: float
@@ -49,6 +50,7 @@ class Iteration:
     images: int
     launches: int
     joules: float | None
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 def bench_trainer(config: Config, model: FlowModel | None = None) -> Trainer:
@@ -103,7 +105,7 @@ def measure(trainer: Trainer, meter: EnergyMeter | None = None) -> Iteration:
     try:
         _wait(trainer.model.device)
         joules, started = meter.read() if meter else None, time.perf_counter()
-        read_metrics(trainer.iteration())
+        metrics, _ = read_metrics(trainer.iteration())
         _wait(trainer.model.device)
         total = time.perf_counter() - started
         after = meter.read() if meter else None
@@ -121,6 +123,7 @@ def measure(trainer: Trainer, meter: EnergyMeter | None = None) -> Iteration:
         images=images,
         launches=sum(launch_counts().values()),
         joules=None if joules is None or after is None else after - joules,
+        metrics=metrics,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from ..errors import InputError
@@ -25,13 +26,16 @@ process. Phases do not overlap while they are measured, so they add up; `other` 
 anew in every measured iteration, and the reading of metrics. Evaluations are image-forwards of the transformer, those
 of the update included. A record holds all that is needed to repeat it: command line, resolved recipe, versions, device,
 threads, commit, and every round. `adagrpo bench compare A.json B.json` tells two of them apart. `make bench` times the parts of
-an iteration on your machine with pytest-benchmark ([test_speed.py](test_speed.py)).
+an iteration on your machine with pytest-benchmark ([test_speed.py](test_speed.py)). `adagrpo bench gpu` (`make gpu`) is what a
+CUDA device has to show first, in three parts of at most eight minutes and one record each: kernels beside eager and compiled
+references, rates of matrix products and attention; the transformer's forwards; iterations by phase.
 """
 TABLES = {
     "iteration": "One iteration by phase, in seconds",
     "budget": "What selection and fusion cost, over the identical recipe without them",
     "baseline": "Ours against a plain loop that decodes image by image, same work",
     "kernels": "Kernels",
+    "gpu": "First measurements on a GPU",
     "probes": "Probes: what they cost, and how well they pick with the policy held still",
     "seeds": "End reward over seeds; difference to the first probe, paired by seed",
 }
@@ -39,6 +43,8 @@ EXPLAINED = {
     "baseline": "The plain loop decodes one image at a time, which the released functions do not: most of its distance is "
     "that. The released functions themselves, at equal evaluations on one CPU thread (740, six interleaved rounds), take 1.07 "
     "(rewards in batches) to 1.14 times (one by one) as long as ours.\n\n",
+    "gpu": "Medians; products, attention and kernels inside CUDA graphs with a cold L2. A flag says which check failed: the "
+    "figures of its row are not to be trusted.\n\n",
     "probes": "Overheads are over the recipe without selection and fusion; `cost` counts evaluations, decoding and scoring at "
     "their measured prices. True regret: distance of the picked prompt's mean reward (over many noises) from the level that "
     "the EMA converges to, in its std, ± standard error; beside it the difference to `full`, paired by draw, and how much it "
@@ -166,6 +172,9 @@ def _table(command: str, found: Sequence[tuple[Path, Record]], base: Path) -> st
     elif command == "seeds":
         head = ["case", "prompts", "probe", "seeds", "end reward", "gain", "difference", "95 % interval"]
         rows = [[_link(path, record, base), *row] for path, record in found for row in _seed_rows(record)]
+    elif command == "gpu":
+        head = ["part", "table", "case", "shape", "dtype", "time", "TFLOP/s", "of copy", "x eager", "x compile", "flag"]
+        rows = [[_link(path, record, base), *row] for path, record in found for row in _gpu_rows(record)]
     else:
         head = ["operator", "case", "shape", "dtype", "µs", "of copy bandwidth", "x eager", "x compile"]
         rows = [[_link(path, record, base), *row] for path, record in found for row in _kernel_rows(record)]
@@ -256,6 +265,24 @@ def _kernel_rows(record: Record) -> list[list[str]]:
     keys = ("case", "shape", "dtype", "us", "of_copy", "x_eager", "x_compile")
     show: Any = lambda row, key: str(row[key][0] if key == "us" else row.get(key, "–"))  # noqa: E731
     return [[show(row, key) for key in keys] for row in record.facts["rows"]]
+
+
+def _gpu_rows(record: Record) -> list[list[str]]:
+    rows = []
+    for table, measured in record.facts["rows"].items():
+        for row in measured:
+            times = {key: row[key] for key in ("us", "ms", "seconds") if key in row}
+            unit, values = next(iter(times.items()), ("", ()))
+            time = f"{number(median(values))} {'µs' if unit == 'us' else unit.replace('seconds', 's')}" if values else "–"
+            keys = ("TFLOP/s", "of_copy", "x_eager", "x_compile")
+            names = [table, *(str(row.get(key, "–")) for key in ("case", "shape", "dtype"))]
+            flag = row.get("failed") or row.get("flag", "")
+            rows.append([*names, time, *(str(row.get(key, "–")) for key in keys), flag.replace("|", "/")])
+    missing = [["–", name, *["–"] * 7, "not measured"] for name in record.facts["not_measured"]]
+    failed = [
+        ["check", name, *["–"] * 7, problem.replace("|", "/")] for name, problem in record.facts["checks"].items() if problem
+    ]
+    return [*rows, *missing, *failed]
 
 
 def _notes(found: Iterable[tuple[Path, Record]]) -> list[str]:
