@@ -81,12 +81,12 @@ def check_engine(config: Config) -> None:
 
 def build_model(config: ModelConfig) -> FlowModel:
     """Load the policy and mark what is trained."""
-    from .models.flux import load_flux
-
     if is_import_path(config.family):
         device = choose_device(config.device)
         given = (config.path, DTYPES[config.dtype], device, config.height, config.width)
         return isolated_model(make_part(config.family, "model.family", given, config.kwargs), f"model.family = {config.family}")
+    from .models.flux import load_flux
+
     torch.manual_seed(0)  # initial LoRA weights are part of the recipe
     model = load_flux(
         str(tiny_flux_path()) if config.path == BUILT_IN_MODEL else config.path,
@@ -172,8 +172,9 @@ def load_data(config: Config) -> tuple[list[str], list[str]]:
         InputError: a source that cannot be meant, prompts in both, or prompts that the recipe's probe cannot get to know.
     """
     data = config.data
-    prompts = load_prompts(data.prompts, "data.prompts", data.allow_duplicates, data.kwargs)
-    held_out = load_prompts(data.held_out, "data.held_out", data.allow_duplicates, data.kwargs)
+    shared = (data.allow_duplicates, data.kwargs, config.train.part_timeout)
+    prompts = load_prompts(data.prompts, "data.prompts", *shared)
+    held_out = load_prompts(data.held_out, "data.held_out", *shared)
     if not data.allow_overlap:
         require_disjoint(prompts, held_out, data.prompts, data.held_out)
     require_memory(config, len(prompts))
@@ -183,11 +184,11 @@ def load_data(config: Config) -> tuple[list[str], list[str]]:
 def load_plugins(config: Config) -> tuple[Select | None, Fuse | None]:
     """The selection strategy and advantage function named by import path; None for built-in ones."""
     select = fuse = None
-    s, a = config.selection, config.advantage
+    s, a, timeout = config.selection, config.advantage, config.train.part_timeout
     if is_import_path(s.strategy):
-        select = _selection(load_callable(s.strategy, "selection.strategy", 2, s.kwargs))
+        select = _selection(load_callable(s.strategy, "selection.strategy", 2, s.kwargs, timeout))
     if is_import_path(a.function):
-        fused = load_callable(a.function, "advantage.function", 3, a.kwargs)
+        fused = load_callable(a.function, "advantage.function", 3, a.kwargs, timeout)
         each = "one advantage per sample"
         fuse = lambda r, state, w: checked(fused(r, state, w), r.shape[1:], "advantage.function", each).to(r)  # noqa: E731
     return select, fuse

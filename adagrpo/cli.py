@@ -11,6 +11,7 @@ from pathlib import Path
 
 from .config import Config
 from .errors import InputError, RunError, Stopped
+from .isolation import leave_if_hanging
 from .recipe import MOST_SEED, check, load_recipe, recipe_names, to_toml
 from .run.files import remedy_for
 from .run.signals import leaving
@@ -25,7 +26,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     0 done, 1 the run cannot go on or a test failed, 2 bad input, 3 stopped by a guard, 130 left by a second Ctrl-C; stopped by
     a signal (a run after saving): 128 plus its number, 129 SIGHUP, 130 SIGINT, 138 SIGUSR1, 143 SIGTERM.
     """
-    args = list(sys.argv[1:] if argv is None else argv)
+    code = _run(list(sys.argv[1:] if argv is None else argv))
+    if argv is None:
+        leave_if_hanging(code)
+    return code
+
+
+def _run(args: list[str]) -> int:
     debug = "--debug" in args
     try:
         for argument in args:

@@ -191,6 +191,9 @@ class TrainConfig:
     """Optimizer steps per iteration; the trained steps are dealt to them in order (the released code: one per step)."""
     shuffle_advantages: bool = False
     """Control experiment: deal the advantages of each group to the wrong samples."""
+    part_timeout: float = 600.0
+    """Seconds that a selection, advantage or prompt source named by import path may take, per call; 0 waits for ever, and calls
+    it in the trainer's own thread. A part that takes longer ends the run, after saving it."""
 
 
 @dataclass(frozen=True)
@@ -336,11 +339,14 @@ class BudgetConfig:
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """One reward: a built-in name, its weight, and its arguments."""
+    """One reward: a built-in name, its weight, its arguments, and its time."""
 
     name: str = "tiny"
     weight: float = 1.0
     kwargs: dict[str, KwargValue] = field(default_factory=dict)
+    timeout: float = 600.0
+    """Seconds that it may take for one batch of images; 0 waits for ever, and calls it in the trainer's own thread. A reward
+    that takes longer ends the run, after saving it."""
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,7 @@ def compare(
     plain = dataclasses.replace(config, engine=e, rollout=dataclasses.replace(config.rollout, tail_steps=0))
     sides = [build_executor(c, model, rollouts=True) for c in (plain, config)]
     names = [reward.name for reward in config.rewards]
-    scorers = [Scorer(executor, rewards, names) for executor in sides]
+    scorers = [Scorer(executor, rewards, names, [r.timeout for r in config.rewards]) for executor in sides]
     stream, r, s = PromptStream(prompts, config.train.seed), config.rollout, config.selection
     capability = CapabilityState.for_rewards(len(rewards), model.device)
     plan = probe_plan(range(s.candidates), r.steps, keep=r.sde_steps)

@@ -21,6 +21,7 @@ from .config import Config
 from .engine.memory import MemoryPlan, PeakMeter, checkpoint_bytes
 from .errors import InputError, RunError
 from .evaluation import PairedGain, decode, evaluate, paired_gain, sample_latents
+from .isolation import PartHung, leaving_when
 from .planning import memory_notice
 from .prompts import prompt_category
 from .recipe import to_toml
@@ -79,6 +80,8 @@ class Fit:
         self._saved_now = False
         self.best = -math.inf
         self.baseline: Tensor | None = None
+        self._sound, self._held_out_now = False, None  # of the last finished iteration
+        self._unfinished: dict[str, Any] | None = None
         base = self.config.model.path, to_toml(self.config), self.config.loss.kl_weight > 0
         self.origin = Origin(trainer.model, *base, lambda message: self._event("warning", message))
         trainer.say = lambda message: self._event("memory" if message.startswith("out of memory") else "warning", message)
@@ -167,54 +170,88 @@ class Fit:
 
     def _train(self, loggers: Sequence[Dashboard]) -> Outcome:
         """The iterations."""
-        total, sound = self.config.train.iterations, False
+        total = self.config.train.iterations
         bar = tqdm(total=total, initial=self.trainer.iterations_done, disable=None, unit="it", dynamic_ncols=True)
-        with StopRequest(self.say).listening() as stop, bar:
+        with StopRequest(self.say).listening() as stop, leaving_when(lambda: stop.signal is not None), bar:
             if not bar.disable:
                 self.trainer.phase.listener = lambda phase: bar.set_description_str(f"{phase:9}")
-            if self.trainer.iterations_done == 0:
-                self._show(0)
-            while self.trainer.iterations_done < total and not stop.signal:
-                record, trips = self._one_iteration()
-                sound = _finite(record) and not any(trip.action == "rollback" for trip in trips)
-                for logger in loggers:
-                    logger.log({k: v for k, v in record.items() if isinstance(v, float | int)}, record["iteration"])
-                bar.set_postfix_str(f"reward {record['reward/train']:.3f}")
-                bar.update(self.trainer.iterations_done - bar.n)
-                if any(trip.action == "stop" for trip in trips):
-                    return Outcome(EXIT_GUARD)
-            if stop.signal:
-                saved = self.save() if sound and not self._saved_now else self.run.latest_checkpoint()
-                self._event("signal", f"stopped by {stop.signal.name}; last checkpoint: {saved or 'none'}")
+            try:
+                return self._iterate(loggers, stop, bar)
+            except PartHung as error:
+                return self._leave(error, stop)
+
+    def _iterate(self, loggers: Sequence[Dashboard], stop: StopRequest, bar: tqdm[Any]) -> Outcome:
+        if self.trainer.iterations_done == 0:
+            self._show(0)
+        total = self.config.train.iterations
+        while (self._unfinished is not None or self.trainer.iterations_done < total) and not stop.signal:
+            record, trips = self._one_iteration()
+            for logger in loggers:
+                logger.log({k: v for k, v in record.items() if isinstance(v, float | int)}, record["iteration"])
+            bar.set_postfix_str(f"reward {record['reward/train']:.3f}")
+            bar.update(self.trainer.iterations_done - bar.n)
+            if any(trip.action == "stop" for trip in trips):
+                return Outcome(EXIT_GUARD)
+        if stop.signal:
+            saved = self.save() if self._sound and not self._saved_now else self.run.latest_checkpoint()
+            self._event("signal", f"stopped by {stop.signal.name}; last checkpoint: {saved or 'none'}")
+        return Outcome(stop.exit_code)
+
+    def _leave(self, error: PartHung, stop: StopRequest) -> Outcome:
+        """A part hangs: save the state after the last finished iteration; the part's thread stays behind.
+
+        Raises:
+            RunError: nobody asked to stop.
+        """
+        saved = self.run.latest_checkpoint()
+        if self.trainer.rewind() and self._sound and not self._saved_now:
+            saved = self.save(self._held_out_now)
+        kept = f"last checkpoint: {saved or 'none'}"
+        if not stop.signal:
+            raise RunError(f"{error}; then continue with --resume auto ({kept})") from error
+        self._event("signal", f"stopped by {stop.signal.name}: {error}; {kept}")
         return Outcome(stop.exit_code)
 
     def _one_iteration(self) -> tuple[dict[str, Any], list[Trip]]:
-        """Train, evaluate, judge, then (only if it is sound) save."""
+        """Train, then conclude; an iteration that a part's hanging left before its end is only concluded."""
+        if self._unfinished is None:
+            self._unfinished = self._advance()
+        self._sound, self._saved_now, self._held_out_now = _finite(self._unfinished), False, None
+        return self._conclude(self._unfinished)
+
+    def _advance(self) -> dict[str, Any]:
+        """One iteration of the trainer, and its record."""
         started = time.perf_counter()
         self.meter.observe()
         if self.trainer.model.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.trainer.model.device)
         metrics = self._traced_iteration()
         self._record_kernels()
-        done, output = self.trainer.iterations_done, self.config.output
+        done = self.trainer.iterations_done
         numbers, picked = read_metrics(metrics)
         record: dict[str, Any] = {"iteration": done, **numbers}
         record |= self._performance(time.perf_counter() - started)
         if self.category is not None:
             record["selection/categories"] = dict(Counter(map(self.category, picked)))
+        return record
+
+    def _conclude(self, record: dict[str, Any]) -> tuple[dict[str, Any], list[Trip]]:
+        """Evaluate, judge, then (only if it is sound) save."""
+        done, output = record["iteration"], self.config.output
         last = done == self.config.train.iterations
         evaluated = _due(done, self.config.evaluation.every) or (last and self.config.evaluation.every > 0)
         if evaluated:
-            record |= self._evaluate(record)
+            record = record | self._evaluate(record)
         self.run.log(record)
-        self._saved_now = False
+        self._unfinished, self._held_out_now = None, record.get("reward/held_out")
         trips = self._judge(record)
+        self._sound = self._sound and not any(trip.action == "rollback" for trip in trips)
         if any(trip.action != "warn" for trip in trips) or not _finite(record):
             return record, trips
-        if _due(done, output.grid_every) or (last and output.grid_every):
-            self._show(done)
         improved = output.keep_best and record.get("reward/held_out", -math.inf) > self.best
         self.best = max(self.best, record.get("reward/held_out", -math.inf))
+        if _due(done, output.grid_every) or (last and output.grid_every):
+            self._show(done)
         if _due(done, output.checkpoint_every) or last or improved:
             self.save(record.get("reward/held_out"))
         if evaluated:
@@ -259,6 +296,7 @@ class Fit:
             "best": self.best,
             "held_out": self._measure,
             "baseline": self.baseline,
+            "unfinished": self._unfinished,
         }
         retention = Retention(o.keep_last, o.keep_every, o.keep_best)
         done = self.trainer.iterations_done
@@ -310,6 +348,7 @@ class Fit:
         self.trainer.load_state_dict(state["trainer"])
         self.guards.load_state_dict(state["guards"])
         self.rollbacks, self.best = state["rollbacks"], state["best"]
+        self._unfinished = state.get("unfinished")
         if state.get("held_out", self._measure) != self._measure:  # a best of other prompts is none of these
             self.best = -math.inf
             self.guards.forget_best()

@@ -97,7 +97,9 @@ def _called(part: Part, function: Callable[..., Any], args: tuple[Any, ...], gra
     try:
         if isinstance(error, (torch.OutOfMemoryError, *part.passes)):
             raise error
-        raise part.failure(f"{part.name}{part.doing}: {type(error).__name__}: {error}") from error
+        own_thread = call is _in_thread and "main thread" in str(error)
+        remedy = f"; {part.timeout_key} = 0 calls it in the main thread, without a time limit" if own_thread else ""
+        raise part.failure(f"{part.name}{part.doing}: {type(error).__name__}: {error}{remedy}") from error
     finally:
         del error  # it knows the frames, and they the tensors
 
@@ -177,7 +179,7 @@ def _place() -> Iterator[None]:
         folder = os.getcwd()
     stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
     main = threading.current_thread() is threading.main_thread()
-    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGALRM") if hasattr(signal, name)]
     handlers = {number: signal.getsignal(number) for number in numbers} if main else {}
     try:
         yield
@@ -208,9 +210,13 @@ def leaving_when(asked: Callable[[], bool]) -> Iterator[None]:
         _stop_asked.remove(asked)
 
 
-def left_behind() -> list[str]:
-    """Names of the parts that hang in this process; it can only end by ``os._exit``."""
-    return list(_left_behind)
+def leave_if_hanging(code: int) -> None:
+    """End the process with exit code ``code`` if a part hangs in it: the interpreter's own end could wait for that part."""
+    if _left_behind:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
 
 
 def _watched() -> bool:

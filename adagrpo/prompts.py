@@ -15,7 +15,11 @@ from .user_text import shown
 
 
 def load_prompts(
-    source: str, key: str = "data.prompts", allow_duplicates: bool = False, kwargs: Mapping[str, Any] | None = None
+    source: str,
+    key: str = "data.prompts",
+    allow_duplicates: bool = False,
+    kwargs: Mapping[str, Any] | None = None,
+    timeout: float = 0.0,
 ) -> list[str]:
     """Prompts of a source, in order.
 
@@ -25,6 +29,7 @@ def load_prompts(
         key: the recipe's key, for messages.
         allow_duplicates: accept repeated lines in a file.
         kwargs: arguments of a source named by import path.
+        timeout: seconds that such a source may take; 0 waits for ever.
 
     Raises:
         InputError: unknown source; a file that cannot be meant as prompts; a callable that returns none, too many, or what
@@ -39,7 +44,7 @@ def load_prompts(
             raise InputError(f"{key} = {source}: unknown prompt source: tiny:even, tiny:wide or tiny:held_out")
         return held_out_prompts() if mix == "held_out" else training_prompts(mix)
     if is_import_path(source):
-        return _from_plugin(source, key, kwargs or {})
+        return _from_plugin(source, key, kwargs or {}, timeout)
     return read_prompt_file(Path(source), key, allow_duplicates)
 
 
@@ -71,9 +76,9 @@ def prompt_category(source: str) -> Callable[[str], str] | None:
     return category
 
 
-def _from_plugin(source: str, key: str, kwargs: Mapping[str, Any]) -> list[str]:
+def _from_plugin(source: str, key: str, kwargs: Mapping[str, Any], timeout: float) -> list[str]:
     named = f"{key} = {source}"
-    prompts: list[str] = make_part(source, key, (), kwargs, taken=lambda found: _read_to_the_end(found, named))
+    prompts: list[str] = make_part(source, key, (), kwargs, lambda found: _read_to_the_end(found, named), timeout)
     return prompts
 
 

@@ -90,6 +90,7 @@ def check(config: Config) -> None:
 
 
 Problem = tuple[str, Any, str]
+LONGEST_TIMEOUT = 1e6
 FP8_ATTENTION = (
     "Q, K and V would be quantised in passes of their own, which cost more than FP8 attention saves; refused until the kernel "
     "that writes them quantises them"
@@ -131,7 +132,7 @@ def _check_ranges(c: Config) -> typing.Iterator[Problem]:
         "loss.kl_weight": 0, "train.iterations": 1, "train.seed": 0, "train.slots": 1, "train.accumulation": 1,
         "train.steps_per_iteration": 1, "optimizer.lr": 0, "optimizer.eps": 0, "optimizer.weight_decay": 0,
         "optimizer.warmup_steps": 0, "engine.max_rows": 0, "engine.decode_rows": 0, "evaluation.every": 0,
-        "evaluation.prompts": 1,
+        "evaluation.prompts": 1, "train.part_timeout": 0,
         "evaluation.noises": 1, "evaluation.final_prompts": 0, "evaluation.final_noises": 1, "output.grid_every": 0,
         "output.grid_prompts": 1, "output.checkpoint_every": 0, "output.keep_last": 1, "output.keep_every": 0,
         "output.trace_at": 0, "rollout.tail_steps": 0, "guards.max_rollbacks": 0,
@@ -143,6 +144,7 @@ def _check_ranges(c: Config) -> typing.Iterator[Problem]:
         "selection.candidates": 4096, "train.seed": MOST_SEED, "evaluation.noises": 4096, "evaluation.final_noises": 4096,
         "train.iterations": 2**31, "model.height": 2**14, "model.width": 2**14, "model.max_text_tokens": 4096,
         "model.lora_rank": 4096, "selection.probe_steps": 4096, "rollout.tail_steps": 4096,
+        "train.part_timeout": LONGEST_TIMEOUT,
     }  # fmt: skip
     above_zero = (
         "selection.half_life", "selection.noise_share", "rollout.shift", "advantage.clip", "optimizer.max_grad_norm",
@@ -203,6 +205,11 @@ def _check_dead_keys(c: Config) -> typing.Iterator[Problem]:
             not is_import_path(c.data.prompts) and not is_import_path(c.data.held_out),
             "a prompt source named by import path",
             ["data.kwargs"],
+        ),
+        (
+            not any(map(is_import_path, (c.selection.strategy, c.advantage.function, c.data.prompts, c.data.held_out))),
+            "a selection, advantage or prompt source named by import path",
+            ["train.part_timeout"],
         ),
     ]
     default = Config()
@@ -337,6 +344,8 @@ def _check_rewards(c: Config) -> typing.Iterator[Problem]:
     for i, reward in enumerate(c.rewards):
         if not 0 < reward.weight < float("inf"):
             yield f"rewards.{i}.weight", reward.weight, "must be above 0"
+        if not 0 <= reward.timeout <= LONGEST_TIMEOUT:
+            yield f"rewards.{i}.timeout", reward.timeout, f"must be from 0 (waits for ever) to {LONGEST_TIMEOUT:g} seconds"
 
 
 def _lookup(config: Any, key: str) -> Any:

@@ -66,6 +66,18 @@ class Draw:
     rewards: Tensor
 
 
+@dataclasses.dataclass(frozen=True)
+class _Begun:
+    """All of a trainer's state that an iteration moves before its update, as it was when the iteration began."""
+
+    draws: int
+    position: int
+    capability: CapabilityState
+    filter: CheapFilter | None
+    batch_limit: tuple[int, bool]
+    updating: bool = False
+
+
 class Trainer:
     """All state of a run, one method per phase, and ``iteration``, which reads like the paper.
 
@@ -96,7 +108,7 @@ class Trainer:
         overlapping = config.engine.overlap and model.device.type == "cuda"
         self.score_stream = torch.cuda.Stream(model.device) if overlapping else None
         self.impl = self.executor.impl
-        self.score = Scorer(self.executor, self.rewards, [r.name for r in config.rewards])
+        self.score = Scorer(self.executor, self.rewards, [r.name for r in config.rewards], [r.timeout for r in config.rewards])
         self.optimizer = build_optimizer(config, model)
         self.stream = PromptStream(prompts, config.train.seed)
         self.capability = CapabilityState.for_rewards(len(rewards), model.device)
@@ -106,10 +118,12 @@ class Trainer:
         self.cheap = None if self.filter is None else self._cheap_probe()
         self.iterations_done = 0
         self.draws = 0
+        self._begun: _Begun | None = None
 
     def iteration(self) -> dict[str, Any]:
         """One iteration; its metrics stay on the device. ``selection/picked`` holds the picked prompts."""
         self.executor.reset_counts()
+        self._begun = _Begun(self.draws, self.stream.position, self.capability, self.filter, self.executor.batch_limit)
         with self.phase("sync"):
             self.executor.refresh()
         with self._bucket():
@@ -117,9 +131,24 @@ class Trainer:
             if self.config.advantage.equal_groups == "refill":
                 draw = self.refill(draw)
             advantage, statistics = self.fuse(draw.rewards)
+            self._begun = dataclasses.replace(self._begun, updating=True)
             policy = self.update(draw, advantage)
         self.iterations_done += 1
+        self._begun = None
         return statistics | policy | self.selection_metrics(draw)
+
+    def rewind(self) -> bool:
+        """Give up an iteration that raised: the state is again that after the last finished one.
+
+        Returns:
+            Whether it could; no longer once the update has begun.
+        """
+        begun, self._begun = self._begun, None
+        if begun is None:
+            return True
+        self.draws, self.stream.position, self.executor.batch_limit = begun.draws, begun.position, begun.batch_limit
+        self.capability, self.filter = begun.capability, begun.filter
+        return not begun.updating
 
     @contextlib.contextmanager
     def _bucket(self) -> Iterator[None]:

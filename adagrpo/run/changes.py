@@ -142,6 +142,7 @@ _KEYS: dict[str, list[tuple[Rule, str]]] = {
     "train": [
         (Rule(_longer), "iterations"),
         (Rule(_same_batch, bitwise=False), "slots accumulation"),
+        (FREE, "part_timeout"),
         (FIXED, "seed steps_per_iteration shuffle_advantages"),
     ],
     "optimizer": [(FIXED, "lr betas eps weight_decay max_grad_norm schedule warmup_steps final_share ema_decay")],
@@ -157,7 +158,7 @@ _KEYS: dict[str, list[tuple[Rule, str]]] = {
     ],
     "guards": [(KEPT, "max_rollbacks")],
     "budget": [(FREE, "evaluations time cheap_evaluations cheap_time")],
-    "rewards": [(FIXED, "*.name *.weight *.kwargs")],
+    "rewards": [(FREE, "*.timeout"), (FIXED, "*.name *.weight *.kwargs")],
 }
 
 
