@@ -572,6 +572,10 @@ def story(fit: Fit) -> list[dict]:
 
 def ended_like(whole: Fit, other: Fit) -> None:
     assert story(other) == story(whole)
+    file = other.run.path / "events.jsonl"
+    events = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    told = "".join(event["message"] for event in events if event["kind"] == "warning")
+    assert not any(word in told for word in ("missing", "damaged", "lost", "set aside", "anew")), told
     assert all(map(torch.equal, weights(other.trainer), weights(whole.trainer)))
     assert json.loads((other.run.path / "result.json").read_text()) == json.loads((whole.run.path / "result.json").read_text())
 
@@ -590,7 +594,7 @@ def goes_on(folder, saved, timeout: float, **sections) -> Fit:
     if saved:
         fit.resume(saved)
     else:
-        fit.run.truncate_metrics(0)
+        fit.run.restore(0)
     fit()
     return fit
 
