@@ -142,7 +142,7 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> int:
     from .commands import dry_run, train
 
     if args.dry_run:
-        return dry_run(config, None if args.resume else args.out)
+        return dry_run(config, args.out, args.resume)
     return train(config, args.out, args.resume, args.take_over)
 
 

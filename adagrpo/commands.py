@@ -40,7 +40,7 @@ from .run.folder import RunFolder, prompts_digest
 from .run.grid import to_pil
 from .run.lock import OwnerLock, holding, holding_new
 from .run.loggers import check_loggers
-from .run.opening import begin, check_start, opened
+from .run.opening import begin, check_opening, opened
 from .run.origin import Origin, recipe_file
 from .run.report import write_report
 from .run.whole import written_whole
@@ -88,7 +88,7 @@ def _train(config: Config, run: RunFolder, checkpoint: Path | None) -> int:
     return outcome.exit_code
 
 
-def dry_run(config: Config, out: Path | None = None) -> int:
+def dry_run(config: Config, out: Path | None = None, resume: str | None = None) -> int:
     """Check what can be checked without loading the model, and print what an iteration would cost."""
     check_engine(config)
     unchecked = check_model(config.model)
@@ -98,7 +98,7 @@ def dry_run(config: Config, out: Path | None = None) -> int:
         check_reward_files(reward.name, reward.kwargs, f"rewards.{i}")
     check_loggers(config.output.loggers)
     if out is not None:
-        check_start(out)
+        check_opening(config, out, resume)
     counts = planned_evaluations(config)
     print(f"{config.name}: {len(prompts)} training prompts, {len(held_out)} held-out prompts")
     print("evaluations per iteration: " + ", ".join(f"{phase} {n}" for phase, n in counts.items()))

@@ -17,7 +17,7 @@ import torch
 from ..config import Config
 from ..errors import InputError
 from ..recipe import load_recipe, to_toml
-from .changes import NO_CHANGES, permitted
+from .changes import NO_CHANGES, Changes, permitted
 from .checkpoint import load_records, newest_readable, newest_sound, tidy, verify
 from .files import SEAL, is_sealed, read_json, sealed, set_aside, sweep, write_error, write_json, write_text
 from .lock import OwnerLock, is_unused
@@ -100,16 +100,24 @@ class RunFolder:
         Raises:
             InputError: no run there, or another recipe; the message shows the difference.
         """
+        run = cls(path, lock)
+        run.changes, run.continued = cls.changes_to(path, config), True
+        tidy(run.checkpoints)
+        run.sweep()
+        return run
+
+    @staticmethod
+    def changes_to(path: Path, config: Config) -> Changes:
+        """What resuming the run with ``config`` would change, without touching anything.
+
+        Raises:
+            InputError: no run there, or another recipe.
+        """
         file = path / "config.toml"
         if not file.is_file():
             raise InputError(f"--out {path}: no run to resume there (config.toml is missing)")
         before = load_recipe(file)
-        changes = permitted(before, config, changed_keys(before, config), f"--out {path}")
-        tidy(path / "checkpoints")
-        run = cls(path, lock)
-        run.changes, run.continued = changes, True
-        run.sweep()
-        return run
+        return permitted(before, config, changed_keys(before, config), f"--out {path}")
 
     def sweep(self) -> None:
         """Remove the drafts that a killed process left."""

@@ -49,8 +49,7 @@ def _entered(config: Config, out: Path, resume: str | None, lock: OwnerLock) -> 
         return RunFolder.fresh(out, lock), None
     if resume in ("latest", "auto") and RunFolder.never_saved(out):
         if resume == "latest":
-            nothing = f"--resume latest: {out / 'checkpoints'} holds no complete checkpoint"
-            raise InputError(f"{nothing}; with --resume auto, or without --resume, the run starts anew")
+            raise _nothing_saved(out)
         try:
             return RunFolder.existing(out, config, lock), None
         except InputError:  # a start by another recipe, or killed while it was written down
@@ -121,25 +120,38 @@ def next_free(parent: Path, name: str) -> OwnerLock:
         return lock
 
 
-def check_start(out: Path) -> None:
-    """Refuse what a start there would refuse, without touching anything.
+def check_opening(config: Config, out: Path, resume: str | None) -> None:
+    """Refuse what ``opened`` would refuse, without touching anything; checkpoints are not read.
 
     Raises:
-        InputError: another process owns the folder, or it holds a run or something else, or cannot be written.
+        InputError: another process owns the folder, or it does not hold what is asked for, or cannot be written.
     """
+    _check_place(out, resume)
     with _naming(out):
         require_free(out, f"--out {out}")
-        RunFolder.check_fresh(out)
+        saved = not RunFolder.never_saved(out)
+        if resume is None:
+            RunFolder.check_fresh(out)
+        elif saved or resume != "auto":
+            RunFolder.changes_to(out, config)
+            if resume == "latest" and not saved:
+                raise _nothing_saved(out)
 
 
 def _check_place(out: Path, resume: str | None) -> None:
-    """Refuse what no run can live in, before a lock file is put there."""
+    """Refuse what no run can live in, before a lock file is put there; where an owner signed, the lock tells more."""
     with _naming(out):
-        if resume not in (None, "auto"):
-            if not (out / "config.toml").is_file():
-                raise InputError(f"--out {out}: no run to resume there (config.toml is missing)")
-        elif not is_claimed(out):
+        if is_claimed(out):
+            return
+        if resume in (None, "auto"):
             RunFolder.check_place(out)
+        elif not (out / "config.toml").is_file():
+            raise InputError(f"--out {out}: no run to resume there (config.toml is missing)")
+
+
+def _nothing_saved(out: Path) -> InputError:
+    nothing = f"--resume latest: {out / 'checkpoints'} holds no complete checkpoint"
+    return InputError(f"{nothing}; with --resume auto, or without --resume, the run starts anew")
 
 
 @contextlib.contextmanager

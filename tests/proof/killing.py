@@ -91,7 +91,13 @@ def pairs(trial: Trial, count: int) -> None:
             wrong.append(f"exit codes {codes}")
         for command in both:
             told = command.output
-            if command.code == 2 and str(first.pid) not in told and str(second.pid) not in told and "holds a run" not in told:
+            named = [
+                str(first.pid),
+                str(second.pid),
+                "holds a run",
+                "no run to resume there",
+            ]  # the last: before the first began
+            if command.code == 2 and not any(words in told for words in named):
                 wrong.append(f"refused without naming the owner: {told.strip().splitlines()[-1:]}")
             if "Traceback" in told:
                 wrong.append("a traceback")

@@ -46,6 +46,7 @@ seed = {seed}
 [data]
 prompts = "{prompts}"
 held_out = "tiny:held_out"
+allow_overlap = true
 [evaluation]
 every = 2
 prompts = 3

@@ -295,6 +295,21 @@ def test_the_command_resumes_with_other_keys(recipe, tmp_path, capsys) -> None:
     assert main(["train", str(tmp_path / "run" / "config.toml"), *out, "--resume", "latest"]) == 0
 
 
+def test_a_dry_run_tells_what_resuming_would_refuse(recipe, tmp_path, capsys) -> None:
+    out = ["--out", str(tmp_path / "run")]
+    dry = [*out, "--dry-run", "--resume"]
+    assert main(["train", recipe, *dry, "auto"]) == 0 and not (tmp_path / "run").exists()
+    assert main(["train", recipe, *dry, "latest"]) == 2
+    assert "no run to resume there" in capsys.readouterr().err
+    assert main(["train", recipe, *out]) == 0
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
+    for mode in ("latest", "auto"):
+        assert main(["train", recipe, *dry, mode, "--train.iterations", "9"]) == 0
+        assert main(["train", recipe, *dry, mode, "--optimizer.lr", "9"]) == 2
+        assert "optimizer.lr = 0.01 there, 9.0 here" in capsys.readouterr().err
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")} == before
+
+
 def test_a_start_without_a_checkpoint_gives_way_to_the_corrected_command(recipe, tmp_path, capsys, monkeypatch) -> None:
     out = ["--out", str(tmp_path / "run")]
     original = Fit.__call__

@@ -1,5 +1,6 @@
 """Whoever comes second to a folder, by whatever command, leaves it as it is; who only reads is welcome."""
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from toy import toy_config
 from adagrpo.cli import main
 from adagrpo.config import RewardConfig
 from adagrpo.recipe import to_toml
+from adagrpo.run.lock import OwnerLock, holding
 
 HERE = Path(__file__).parent
 WAITING = """
@@ -112,6 +114,19 @@ def test_a_second_writer_is_refused_and_leaves_no_trace(live, tmp_path, capsys, 
         assert f"process {process.pid} on {os.uname().nodename} (adagrpo train) since 20" in said, (argv, said)
         assert snapshot(base) == before, argv
     assert process.poll() is None
+
+
+@pytest.mark.parametrize("resume", ["", "latest", "auto", "checkpoints/step-000002"])
+def test_an_owner_that_has_written_nothing_yet_is_named(resume: str, tmp_path, capsys) -> None:
+    config = dataclasses.replace(toy_config(), name="toy")
+    (tmp_path / "toy.toml").write_text(to_toml(config))
+    out = tmp_path / "run"
+    with holding(OwnerLock(out, "train", "")):
+        before = snapshot(tmp_path)
+        command = ["train", str(tmp_path / "toy.toml"), "--out", str(out), *(["--resume", resume] if resume else [])]
+        assert main(command) == 2
+        assert f"in use by process {os.getpid()} on " in capsys.readouterr().err
+        assert snapshot(tmp_path) == before
 
 
 def test_readers_are_welcome(live, tmp_path, capsys) -> None:
