@@ -143,7 +143,7 @@ def _check_ranges(c: Config) -> typing.Iterator[Problem]:
         "rollout.steps": 4096, "rollout.group_size": 4096, "train.slots": 4096, "train.accumulation": 4096,
         "selection.candidates": 4096, "train.seed": MOST_SEED, "evaluation.noises": 4096, "evaluation.final_noises": 4096,
         "train.iterations": 2**31, "model.height": 2**14, "model.width": 2**14, "model.max_text_tokens": 4096,
-        "model.lora_rank": 4096, "selection.probe_steps": 4096, "rollout.tail_steps": 4096,
+        "model.lora_rank": 4096, "selection.probe_steps": 4096, "rollout.tail_steps": 4096, "output.grid_prompts": 1024,
         "train.part_timeout": LONGEST_TIMEOUT,
     }  # fmt: skip
     above_zero = (

@@ -14,6 +14,7 @@ from .user_text import character_problem
 MOST = 2**31
 MOST_ARGUMENT = 2**63 - 1
 MOST_EVALUATIONS = 10**7
+MOST_IMAGES = 10**7
 
 
 def check_values(config: Config) -> Iterator[tuple[str, Any, str]]:
@@ -28,6 +29,11 @@ def check_values(config: Config) -> Iterator[tuple[str, Any, str]]:
             f"an iteration of up to {evaluations:.1e} evaluations cannot be meant (at most {MOST_EVALUATIONS:.0e}): lower it, "
             "rollout.steps, rollout.group_size or selection.candidates",
         )
+    e = config.evaluation
+    for key, images in (("noises", e.prompts * e.noises), ("final_noises", e.final_prompts * e.final_noises)):
+        if images > MOST_IMAGES:
+            name = key.replace("noises", "prompts")
+            yield f"evaluation.{name} x evaluation.{key}", images, f"must be at most {MOST_IMAGES} images: lower one of them"
 
 
 def value_problems(table: Any, key: str = "") -> Iterator[tuple[str, Any, str]]:

@@ -1,6 +1,7 @@
 """Recipes, options and files that parse but cannot be meant: one error with code 2 that names them, and no waiting."""
 
 import dataclasses
+import json
 import math
 import os
 import struct
@@ -18,7 +19,6 @@ from adagrpo.config import Config, RewardConfig
 from adagrpo.errors import InputError
 from adagrpo.recipe import check, load_recipe, to_toml
 from adagrpo.run.report import build_report
-from adagrpo.user_text import shown
 
 
 def refusal(capsys, *args: str) -> str:
@@ -57,6 +57,8 @@ def refusal(capsys, *args: str) -> str:
         ("a = 1\0", "holds a NUL"),
         ("#" * (1 << 16) + "#", "larger than the 64 KB"),
         ("[train]\nslots = 4096\naccumulation = 4096", "cannot be meant"),
+        ("[evaluation]\nfinal_prompts = 100000\nfinal_noises = 4096", "evaluation.final_prompts x evaluation.final_noises"),
+        ("[output]\ngrid_prompts = 1000000", "output.grid_prompts = 1000000: must be at most"),
         ('[model]\nbuckets = ["' + "9" * 5000 + 'x8"]', "model.buckets.0"),
     ],
 )
@@ -194,7 +196,7 @@ def test_markup_in_prompts_and_messages_stays_text(tmp_path: Path) -> None:
     evil = "</script><script>alert(1)</script>\u2028\"'&\udcff\0"
     run = write_run(tmp_path / "run", name="</title><b>")
     with (run / "events.jsonl").open("a", encoding="utf-8") as events:
-        events.write(f'{{"iteration": 3, "kind": "warning", "message": {shown(evil)!r}}}\n'.replace("'", '"'))
+        events.write(json.dumps({"iteration": 3, "kind": evil, "message": evil}) + "\n")
     page = build_report([run])
     assert "alert(1)</script>" not in page and "</title><b>" not in page and page.count("</script>") == 1
     page.encode("utf-8")
