@@ -27,12 +27,12 @@ calls = 0  # velocities disturbed in this process
 
 def rounded_elsewhere(model: Model) -> Model:
     """The class, its ``velocity`` disturbed where the environment names a seed."""
-    if seed := os.environ.get(VARIABLE):
+    if VARIABLE in os.environ:
         velocity = model.velocity
 
         @functools.wraps(velocity)
         def disturbed(self, *args) -> Tensor:
-            return disturb(velocity(self, *args), int(seed))
+            return disturb(velocity(self, *args), int(os.environ[VARIABLE]))
 
         model.velocity = disturbed
     return model

@@ -200,13 +200,14 @@ def test_seeds_trains_every_arm_once_and_goes_on_from_its_log(tmp_path, capsys, 
 
 
 def test_probes_command_on_tiny(tmp_path, capsys) -> None:
+    """By brightness: scores of the tiny world's reward tie, and batches of another size may break a tie otherwise."""
     keys = ["--train.slots", "1", "--rollout.group_size", "2", "--draws", "3", "--noises", "2", "--rounds", "1"]
     names = "memory,racing,pool-2,random"
     prompts = tmp_path / "prompts.txt"
     prompts.write_text(
         "\n".join(f"a {colour} {shape}" for colour in ("red", "green", "cyan") for shape in ("circle", "square"))
     )
-    source = ["--data.prompts", str(prompts), "--data.allow-overlap"]
+    source = ["--data.prompts", str(prompts), "--data.allow-overlap", "--rewards.0.name", "brightness"]
     assert main(["bench", "probes", "tiny", *keys, *source, "--probes", names, "--out", str(tmp_path)]) == 0
     (record,) = tmp_path.rglob("*-probes-tiny.json")
     rows = {row["probe"]: row for row in json.loads(record.read_text())["facts"]["rows"]}
