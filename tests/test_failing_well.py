@@ -116,11 +116,11 @@ def test_full_disk_while_saving_keeps_the_earlier_checkpoint(tmp_path, monkeypat
     fit = started(tmp_path, toy_trainer(toy_config()))
     save = torch.save
 
-    def full(state, path):
+    def full(state, file):
         if state.get("trainer", {}).get("iterations_done") == 4:
-            path.write_bytes(b"part")
+            file.write(b"part")
             raise OSError(28, "No space left on device")
-        save(state, path)
+        save(state, file)
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(RunError, match=r"No space left.*last complete checkpoint: .*step-000002"):

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..run.charts import number
+from ..run.files import write_text
 from ..strict_json import from_json
 from ..user_text import read_text
 from .measure import PHASES
@@ -69,7 +70,7 @@ def readme_command(results: Path, check: bool) -> int:
             if not path.is_file() or path.read_text("utf-8") != text:
                 stale.append(str(path))
         else:
-            path.write_text(text, "utf-8")
+            write_text(path, text)
             print(path)
     if stale:
         print(f"out of date: {', '.join(stale)}; run `adagrpo bench readme`")

@@ -15,8 +15,9 @@ import torch
 from ..config import Config
 from ..errors import InputError
 from ..recipe import to_toml
+from ..run.files import WriteError, write_json, writing
 from ..run.machine import describe_machine, processor, slug
-from ..strict_json import from_json, to_json
+from ..strict_json import from_json
 from ..user_text import read_text
 from .statistics import Series
 
@@ -66,15 +67,17 @@ class Record:
 
         Raises:
             InputError: the folder cannot be written.
+            WriteError: the disk is full.
         """
         path = root / self.device / self.name
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            draft = path.with_suffix(".partial")
-            draft.write_text(to_json(self.to_json(), indent=1) + "\n", "utf-8")
-            draft.rename(path)
-        except OSError as error:
-            raise InputError(f"--out {root}: cannot be written: {error.strerror}") from error
+            with writing(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, self.to_json())
+        except WriteError as error:
+            if error.disk:
+                raise
+            raise InputError(f"--out {root}: cannot be written: {error.reason}") from error
         return path
 
 

@@ -23,6 +23,7 @@ from ..errors import InputError, RunError
 from ..evaluation import evaluate
 from ..fit import read_metrics
 from ..prompts import load_prompts
+from ..run.files import writing
 from ..run.folder import changed_keys, prompts_digest
 from ..run.lock import OwnerLock, holding
 from ..run.machine import describe_machine
@@ -141,7 +142,7 @@ def trained(study: Study, arms: Sequence[Arm], machine: Mapping[str, Any]) -> li
                         failed = failed or f"{arm}: {type(error).__name__}: {error}"
                         continue
                     done[digest(arm.config)] = arm.entry() | result | {"machine": dict(machine)}
-                    with study.log.open("a", encoding="utf-8") as log:
+                    with writing(study.log), study.log.open("a", encoding="utf-8") as log:
                         log.write(to_json(done[digest(arm.config)]) + "\n")
                     print(f"{arm}: {result['after']:.4f}, {result['minutes']:.1f} min", flush=True)
         except BaseException:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from ..engine.memory import resident_set
+from ..run.files import replacing
 
 EVENTS = 200_000
 
@@ -32,7 +33,8 @@ class AllocatorHistory:
     def dump(self, path: Path) -> bool:
         """Write the history; whether there is one."""
         if self.recorded:
-            torch.cuda.memory._dump_snapshot(str(path))
+            with replacing(path) as draft:
+                torch.cuda.memory._dump_snapshot(str(draft))
         return self.recorded
 
 

@@ -97,7 +97,8 @@ def save_checkpoint(
         with writing(target):
             (draft / "state").mkdir(parents=True)
             save_portable(draft)
-            torch.save(state, draft / STATE)
+            with (draft / STATE).open("xb") as file:  # by path torch loses the system's reason for a failure
+                torch.save(state, file)
             (draft / RECORDS).write_text(to_json(records), "utf-8")
             files = sorted(p for p in draft.rglob("*") if p.is_file())
             listed = {str(p.relative_to(draft)): {"bytes": p.stat().st_size, "sha256": _digest(p)} for p in files}

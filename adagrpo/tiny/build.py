@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from adagrpo.run.files import write_json
+from adagrpo.run.whole import written_whole
 from adagrpo.strict_json import from_json, to_json
 from adagrpo.tiny import architecture
 from adagrpo.tiny.evaluate import evaluate, quiet
@@ -47,7 +49,7 @@ def build(out: Path, seed: int = 0, recipe: Recipe | None = None, threads: int =
         torch.set_num_threads(before)
     software = {name: version(name) for name in ("torch", "diffusers", "transformers", "numpy")}
     log = {"seed": seed, "threads": threads, "software": software, "recipe": asdict(recipe), "bytes": folder_bytes(out)} | log
-    (out / "build.json").write_text(to_json(log, indent=1) + "\n")
+    write_json(out / "build.json", log)
     return log
 
 
@@ -103,11 +105,13 @@ def _assemble() -> FluxPipeline:
 
 
 def _save(pipe: FluxPipeline, out: Path) -> None:
-    with quiet():
-        pipe.to(torch.bfloat16).save_pretrained(out)
-    pipe.tokenizer.backend_tokenizer.model.save(str(out / "tokenizer"))  # vocab.json and merges.txt, as upstream
-    index = out / "model_index.json"
-    entries = from_json(index.read_text())
-    entries.pop("_name_or_path", None)
-    entries["tokenizer_2"] = ["transformers", "T5TokenizerFast"]  # the name that every transformers version knows
-    index.write_text(to_json(entries, indent=2) + "\n")
+    out.mkdir(parents=True, exist_ok=True)
+    with written_whole(out) as draft:
+        with quiet():
+            pipe.to(torch.bfloat16).save_pretrained(draft)
+        pipe.tokenizer.backend_tokenizer.model.save(str(draft / "tokenizer"))  # vocab.json and merges.txt, as upstream
+        index = draft / "model_index.json"
+        entries = from_json(index.read_text())
+        entries.pop("_name_or_path", None)
+        entries["tokenizer_2"] = ["transformers", "T5TokenizerFast"]  # the name that every transformers version knows
+        index.write_text(to_json(entries, indent=2) + "\n")

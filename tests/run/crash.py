@@ -39,11 +39,11 @@ def plant(moment: str) -> None:
             die()
         return norm
 
-    def deadly_save(state, path):
+    def deadly_save(state, file):
         if moment == "write" and state.get("trainer", {}).get("iterations_done") == 4:
-            path.write_bytes(b"half a checkpoint")
+            os.write(file.fileno(), b"half a checkpoint")
             die()
-        save(state, path)
+        save(state, file)
 
     def deadly_rename(self, target):
         if moment == "rename" and target.name == "step-000004":
