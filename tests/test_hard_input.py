@@ -1,10 +1,13 @@
 """Recipes, options and files that parse but cannot be meant: one error with code 2 that names them, and no waiting."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import math
 import os
 import struct
+import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -200,3 +203,15 @@ def test_markup_in_prompts_and_messages_stays_text(tmp_path: Path) -> None:
     page = build_report([run])
     assert "alert(1)</script>" not in page and "</title><b>" not in page and page.count("</script>") == 1
     page.encode("utf-8")
+
+
+def test_what_a_terminal_cannot_show_is_spelt_out(monkeypatch) -> None:
+    """A run whose last line holds an arrow must not end in an encoding error."""
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    with contextlib.suppress(SystemExit):
+        main(["bench", "iteration", "--help"])
+    print("0.1 → 0.2")
+    sys.stdout.flush()
+    assert b"VALUE \\u2026]" in written.getvalue() and b"0.1 \\u2192 0.2" in written.getvalue()
