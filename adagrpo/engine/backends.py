@@ -120,7 +120,13 @@ def build_forward(
         return None
     compiled = name == "compile" or (cuda and uncompiled is None)
     told = None if forward == "compile" else say
-    return make_copy(model, table, name, precision, scaling, compiled, _attend(attention), impl, told)
+    try:
+        return make_copy(model, table, name, precision, scaling, compiled, _attend(attention), impl, told)
+    except InputError:
+        raise
+    except ValueError as error:
+        key = "engine.precision = fp8" if fp8 else f"engine.forward = {name}"
+        raise InputError(f"{key}: {error}; use engine.forward = eager with engine.precision = auto") from error
 
 
 def is_policy(model: FlowModel, forward: str, precision: torch.dtype | str | None) -> bool:

@@ -21,13 +21,15 @@ from ..models.base import Conditioning
 from ..models.flux import FluxModel
 from .compiling import Compilation, Say
 from .forwards import is_quantised
-from .projection import Projection, choose_quantise, fits_fp8, linear_layers
+from .projection import Projection, base_of, choose_quantise, fits_fp8, linear_layers
 from .rollout_copy import RolloutCopy
 from .tables import RolloutTable
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 Rotary = tuple[Tensor, Tensor]
 NORM_EPS = 1e-6
+CALLED = ("time_text_embed", "context_embedder", "x_embedder", "proj_out")  # as the library does
+FP16_BOUND = 65504
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +40,7 @@ class _Stream:
     out: Projection
     up: Projection
     down: Projection
-    norms: tuple[nn.RMSNorm, nn.RMSNorm]
+    norms: tuple[nn.RMSNorm, ...]
     modulation: slice
 
 
@@ -48,7 +50,7 @@ class _Single:
 
     qkv_mlp: Projection
     out: Projection
-    norms: tuple[nn.RMSNorm, nn.RMSNorm]
+    norms: tuple[nn.RMSNorm, ...]
     modulation: slice
 
 
@@ -66,6 +68,9 @@ class FusedFluxForward:
         impl: of the kernels.
         compiler: torch.compile's backend.
         say: told when it cannot be compiled, which then runs uncompiled; None makes that an error.
+
+    Raises:
+        ValueError: a transformer with a tensor that this forward would not read, or with another norm of Q or K.
     """
 
     def __init__(
@@ -97,23 +102,25 @@ class FusedFluxForward:
         t = self.copy.transformer
         for name in build.by_name:
             t.set_submodule(name, nn.Identity())
-        self._modulators: list[nn.Linear] = []
+        self._modulators: list[tuple[nn.Module, slice]] = []
+        self._read = [*build.by_name, *CALLED]
         self._doubles = [
             (
-                _Stream(**image[i], norms=(b.attn.norm_q, b.attn.norm_k), modulation=self._columns(b.norm1.linear)),
+                _Stream(**image[i], norms=self._norms(b, "norm_q", "norm_k"), modulation=self._columns(f"{b}.norm1")),
                 _Stream(
                     **text[i],
-                    norms=(b.attn.norm_added_q, b.attn.norm_added_k),
-                    modulation=self._columns(b.norm1_context.linear),
+                    norms=self._norms(b, "norm_added_q", "norm_added_k"),
+                    modulation=self._columns(f"{b}.norm1_context"),
                 ),
             )
-            for i, b in enumerate(t.transformer_blocks)
+            for i, b in enumerate(doubles)
         ]
         self._singles = [
-            _Single(**single[i], norms=(b.attn.norm_q, b.attn.norm_k), modulation=self._columns(b.norm.linear))
-            for i, b in enumerate(t.single_transformer_blocks)
+            _Single(**single[i], norms=self._norms(b, "norm_q", "norm_k"), modulation=self._columns(f"{b}.norm"))
+            for i, b in enumerate(singles)
         ]
-        self._last = self._columns(t.norm_out.linear)
+        self._last = self._columns("norm_out")
+        self._require_all(model.transformer)
         self.lossy = fp8 or dtype is not model.dtype
         self.own_bytes = self.copy.own_bytes
         self._rotary: dict[tuple[int, tuple[int, int]], Rotary] = {}
@@ -140,11 +147,8 @@ class FusedFluxForward:
         embedding = t.time_text_embed(*embedder_input, pooled.repeat_interleave(steps, 0))
         active = F.silu(embedding)
         modulation = active.new_empty(prompts * steps, self._last.stop)
-        first = 0
-        for linear in self._modulators:
-            columns = modulation[:, first : first + linear.out_features]
-            torch.addmm(linear.bias, active, linear.weight.t(), out=columns)
-            first += linear.out_features
+        for linear, columns in self._modulators:
+            modulation[:, columns] = linear(active)
         return Conditioning({"text": t.context_embedder(embeds), "modulation": modulation.unflatten(0, (prompts, steps))})
 
     def velocity(self, x: Tensor, index: Tensor, prepared: Conditioning, slot: Tensor) -> Tensor:
@@ -192,14 +196,14 @@ class FusedFluxForward:
             state = _gated(states[i], gate, stream.out(attended[:, part]))
             up = self._modulated(stream.up, state, shift, scale)
             states[i] = _gated(state, gate_mlp, self._activated(stream.down, up))
-        return states[1], states[0]
+        return states[1], _bounded(states[0])
 
     def _single(self, block: _Single, joint: Tensor, modulation: Tensor, rotary: Rotary) -> Tensor:
         """One single block: [R, tokens, D]."""
         shift, scale, gate = modulation[:, block.modulation].chunk(3, 1)
         packed = self._modulated(block.qkv_mlp, joint, shift, scale)
         attended = self._attention([packed], [block.norms], rotary)
-        return _gated(joint, gate, self._activated(block.out, packed[..., 3 * self.width :], attended))
+        return _bounded(_gated(joint, gate, self._activated(block.out, packed[..., 3 * self.width :], attended)))
 
     def _modulated(self, projection: Projection, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         """The projection of the normalised, modulated ``x``."""
@@ -214,7 +218,7 @@ class FusedFluxForward:
             return projection.from_quantized(gelu_join(mlp, first, quantized=True, impl=self.impl))
         return projection(gelu_join(mlp, first, impl=self.impl))
 
-    def _attention(self, packed: Sequence[Tensor], norms: Sequence[tuple[nn.RMSNorm, nn.RMSNorm]], rotary: Rotary) -> Tensor:
+    def _attention(self, packed: Sequence[Tensor], norms: Sequence[tuple[nn.RMSNorm, ...]], rotary: Rotary) -> Tensor:
         """Attention [R, tokens, D] over all streams; their Q, K, V are the first columns of ``packed``."""
         heads = [p[..., : 3 * self.width].unflatten(-1, (3, -1, self.head_dim)) for p in packed]
         weights = [(q_norm.weight, k_norm.weight) for q_norm, k_norm in norms]
@@ -229,11 +233,31 @@ class FusedFluxForward:
             self._rotary[key] = self.copy.transformer.pos_embed(self.model.token_ids(text_tokens))
         return self._rotary[key]
 
-    def _columns(self, linear: nn.Linear) -> slice:
-        """Columns of a layer's modulation in the table of ``prepare``."""
-        first = sum(other.out_features for other in self._modulators)
-        self._modulators.append(linear)
-        return slice(first, first + linear.out_features)
+    def _columns(self, norm: str) -> slice:
+        """Columns of a norm's modulation in the table of ``prepare``."""
+        linear = self.copy.transformer.get_submodule(f"{norm}.linear")
+        first = self._modulators[-1][1].stop if self._modulators else 0
+        columns = slice(first, first + base_of(linear).out_features)
+        self._modulators.append((linear, columns))
+        self._read.append(f"{norm}.linear")
+        return columns
+
+    def _norms(self, block: str, *names: str) -> tuple[nn.RMSNorm, ...]:
+        """The norms of Q and K, whose weights are read and not called."""
+        places = [f"{block}.attn.{name}" for name in names]
+        norms = tuple(self.copy.transformer.get_submodule(place) for place in places)
+        for place, norm in zip(places, norms, strict=True):
+            if type(norm) is not nn.RMSNorm or norm.eps != NORM_EPS or norm.weight is None:
+                raise ValueError(f"{place} is not an RMS norm with a weight and an epsilon of {NORM_EPS:g}")
+        self._read += places
+        return norms
+
+    def _require_all(self, transformer: nn.Module) -> None:
+        """Refuse a transformer of which this forward would leave out a tensor."""
+        read = tuple(f"{name}." for name in self._read)
+        unread = [name for name, _ in transformer.named_parameters() if not name.startswith(read)]
+        if unread:
+            raise ValueError(f"it knows nothing of the transformer's tensor {unread[0]}")
 
 
 class _ProjectionBuilder:
@@ -249,6 +273,11 @@ class _ProjectionBuilder:
         return {key: self._project([f"{block}.{name}" for name in group.split("+")]) for key, group in groups.items()}
 
     def _project(self, names: Sequence[str]) -> Projection:
+        for name in names:
+            if name not in self.layers:
+                raise ValueError(
+                    f"the transformer has no linear layer {name}, or one with an adapter of another kind than LoRA"
+                )
         layers = [self.layers[name] for name in names]
         quantise = self.quantise if all(map(is_quantised, names)) and all(map(fits_fp8, layers)) else None
         projection = Projection(layers, self.dtype, quantise)
@@ -293,3 +322,8 @@ def torch_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _gated(residual: Tensor, gate: Tensor, x: Tensor) -> Tensor:
     """``residual + gate * x`` with gate [R, D]."""
     return torch.addcmul(residual, gate.unsqueeze(1), x)
+
+
+def _bounded(x: Tensor) -> Tensor:
+    """``x`` without infinities where it is float16, as the library has it."""
+    return x.clip(-FP16_BOUND, FP16_BOUND) if x.dtype is torch.float16 else x

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -61,7 +62,7 @@ class Projection(nn.Module):
         scaling: of the weight, ``rowwise`` or ``tensorwise``.
 
     Raises:
-        ValueError: an adapter that is not a plain LoRA.
+        ValueError: an adapter that is not a plain LoRA, or layers of which only some have a bias.
     """
 
     weight: Tensor
@@ -74,6 +75,7 @@ class Projection(nn.Module):
     ) -> None:
         super().__init__()
         self.dtype, self.quantise, self.scaling = dtype, quantise, scaling
+        self._sources = tuple(sources)
         self._bases = [(base_of(source),) for source in sources]  # tuples: they are not this module's children
         bases = [base for (base,) in self._bases]
         device, columns = bases[0].weight.device, bases[0].in_features
@@ -90,6 +92,8 @@ class Projection(nn.Module):
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("scale", scale, persistent=False)
         bias = None
+        if len({base.bias is None for base in bases}) > 1:
+            raise ValueError("only some of the layers that share an input have a bias")
         if bases[0].bias is not None:
             bias = torch.empty(rows, dtype=dtype if quantise is None else self.product_dtype, device=device)
         self.register_buffer("bias", bias, persistent=False)
@@ -104,6 +108,10 @@ class Projection(nn.Module):
             self.register_buffer(f"lora_b{i}", torch.empty(b.shape, dtype=dtype, device=device), persistent=False)
         self._live_base = any(p.requires_grad for base in bases for p in base.parameters())
         self.refresh(everything=True)
+
+    def rebuilt(self) -> Projection:
+        """What would stand for the policy's layers if it were made now."""
+        return Projection(self._sources, self.dtype, self.quantise, self.scaling)
 
     @torch.no_grad()
     def refresh(self, everything: bool = False) -> None:
@@ -191,18 +199,27 @@ class Projection(nn.Module):
 
 
 def _adapters(sources: Sequence[nn.Module]) -> list[tuple[Tensor, Tensor, float, tuple[int, int]]]:
-    """(A [r, K], B [n, r], scaling, output columns) of every active adapter."""
+    """(A [r, K], B [n, r], scaling, output columns) of every active adapter.
+
+    Raises:
+        ValueError: an adapter that computes anything but ``scaling * B(A(x))``.
+    """
     found, first = [], 0
     for source in sources:
         columns = (first, first + base_of(source).out_features)
         first = columns[1]
         if not hasattr(source, "base_layer"):
             continue
-        layer: nn.Module = source
-        if getattr(layer, "lora_variant", None) or getattr(layer, "merged", False):
-            raise ValueError(f"{type(source).__name__}: only plain, unmerged LoRA adapters have a rollout copy")
-        for name in layer.active_adapters:  # type: ignore[union-attr]
-            if name in layer.lora_A:  # type: ignore[operator]
-                a, b = layer.lora_A[name].weight, layer.lora_B[name].weight  # type: ignore[index,union-attr]
-                found.append((a, b, float(layer.scaling[name]), columns))  # type: ignore[index]
+        layer: Any = source
+        if not hasattr(layer, "lora_A") or layer.lora_variant or layer.merged or layer.disable_adapters:
+            raise ValueError(f"{type(layer).__name__}: only plain, unmerged, enabled LoRA adapters have a rollout copy")
+        for name in layer.active_adapters:
+            if name not in layer.lora_A:
+                continue
+            a, b = layer.lora_A[name], layer.lora_B[name]
+            if type(a) is not nn.Linear or type(b) is not nn.Linear or a.bias is not None or b.bias is not None:
+                raise ValueError("LoRA adapters with a bias, or of another form than two matrices, have no rollout copy")
+            if getattr(layer.lora_dropout[name], "p", 0) > 0:
+                raise ValueError("LoRA adapters with dropout have no rollout copy")
+            found.append((a.weight, b.weight, float(layer.scaling[name]), columns))
     return found

@@ -272,16 +272,21 @@ def add_lora(transformer: Any, rank: int, alpha: float, targets: Sequence[str]) 
     """Freeze the transformer and add trainable low-rank adapters to the modules whose names end in ``targets``.
 
     Raises:
-        InputError: when no module matches.
+        InputError: a target matches no module, or a module that matches got no adapter.
     """
     from peft import LoraConfig
 
     names = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
-    missing = [t for t in targets if not any(name == t or name.endswith("." + t) for name in names)]
+    named = {t: [name for name in names if name == t or name.endswith("." + t)] for t in targets}
+    missing = [t for t, found in named.items() if not found]
     if missing:
         raise InputError(f"model.lora_targets: the transformer has no linear layer named {', '.join(missing)}")
     transformer.requires_grad_(False)
     transformer.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(targets)))
+    bound = {name for name, module in transformer.named_modules() if getattr(module, "lora_A", None)}
+    unbound = [name for found in named.values() for name in found if name not in bound]
+    if unbound:
+        raise InputError(f"model.lora_targets: no adapter was bound to {', '.join(unbound)}; name other layers")
 
 
 def load_flux(
