@@ -204,7 +204,8 @@ def _adapters(sources: Sequence[nn.Module]) -> list[tuple[Tensor, Tensor, float,
     Raises:
         ValueError: an adapter that computes anything but ``scaling * B(A(x))``.
     """
-    found, first = [], 0
+    found: list[tuple[Tensor, Tensor, float, tuple[int, int]]] = []
+    first = 0
     for source in sources:
         columns = (first, first + base_of(source).out_features)
         first = columns[1]

@@ -99,8 +99,8 @@ class RolloutCopy:
                 found[name] = _unequal(mine, t if mine is None or mine.dtype is t.dtype else t.to(mine.dtype))
         for projection in self.projections:
             layers = "+".join(name for name, p in self._named.items() if p is projection)
-            mine, fresh = dict(projection.named_buffers()), dict(projection.rebuilt().named_buffers())
-            found |= {f"{layers}: {name}": _unequal(mine.get(name), t) for name, t in fresh.items()}
+            held = dict(projection.named_buffers())
+            found |= {f"{layers}: {name}": _unequal(held.get(name), t) for name, t in projection.rebuilt().named_buffers()}
         return found
 
 
