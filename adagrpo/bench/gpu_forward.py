@@ -16,8 +16,8 @@ from torch import Tensor
 from ..config import Config
 from ..engine.backends import build_forward
 from ..engine.forwards import Forward, PolicyForward
-from ..engine.tables import rollout_table
-from ..models.base import FlowModel
+from ..engine.tables import RolloutTable, rollout_table
+from ..models.base import Conditioning, FlowModel
 from ..models.flux import FluxModel
 from ..models.random_flux import TRANSFORMER, random_flux
 from .ceilings import too_far
@@ -48,107 +48,113 @@ def time_forwards(
     seconds: Timer,
     graph_seconds: Timer,
     rows: Sequence[int] = ROWS,
-    build: Callable[[FluxModel, Any, str, str | None], Forward | None] | None = None,
+    build: Callable[[FluxModel, RolloutTable, str, str | None], Forward | None] = build_forward,
 ) -> None:
     """Every variant at every number of rows: launched from the host, and at one row from a graph as well.
 
     Args:
-        build: makes the forward of (model, table, forward, precision); None is the recipe's own way.
+        build: makes the forward of (model, table, forward, precision).
     """
-    device, blocks = findings.device, f"{architecture['num_layers']}+{architecture['num_single_layers']} blocks"
+    blocks = f"{architecture['num_layers']}+{architecture['num_single_layers']} blocks"
     if findings.deadline.passed:
         findings.not_measured.append(f"forward, {blocks}")
         return
     from torch.utils.flop_counter import FlopCounterMode  # imports triton
 
-    model = random_flux(dict(architecture), torch.bfloat16, device, HEIGHT, WIDTH, TEXT, GUIDANCE)
+    model = random_flux(dict(architecture), torch.bfloat16, findings.device, HEIGHT, WIDTH, TEXT, GUIDANCE)
     model.transformer.requires_grad_(False)
-    table = rollout_table(sigma_schedule(16, 3.0), "flow", 0.7).to(device, torch.float32)
+    table = rollout_table(sigma_schedule(16, 3.0), "flow", 0.7).to(findings.device, torch.float32)
+    inputs = {n: Inputs.random(model, n) for n in rows}
     eager = PolicyForward(model, table)
-    inputs = {n: _inputs(model, n) for n in rows}
     with FlopCounterMode(display=False) as counter:
-        _velocity(eager, inputs[min(rows)])
-    flops = counter.get_total_flops() / min(rows)
-    times: dict[int, float] = {}
+        inputs[min(rows)].velocity(eager)
+    stand = Stand(findings, blocks, eager, counter.get_total_flops() / min(rows), seconds, graph_seconds)
     for variant, (name, precision) in VARIANTS.items():
-        forward: Forward | None = None
+        made: list[Forward] = [eager] if name == "eager" else []
 
-        def made(name: str = name, precision: str | None = precision) -> str:
-            nonlocal forward
-            make = build or build_forward
-            forward = eager if name == "eager" else make(model, table, name, precision)
-            return "" if forward is not None else "it is the policy's own"
+        def builds(name: str = name, precision: str | None = precision, made: list[Forward] = made) -> str:
+            if not made and (forward := build(model, table, name, precision)) is not None:
+                made.append(forward)
+            return "" if made else "it is the policy's own"
 
-        findings.check(f"{blocks}, {variant}, builds", made)
-        if forward is None:
-            continue
-        for number in rows:
-            _time_rows(findings, blocks, variant, forward, eager, inputs[number], flops, times, seconds, graph_seconds)
-        del forward
-        _release(device)
+        findings.check(f"{blocks}, {variant}, builds", builds)
+        for number in rows if made else ():
+            stand.time(variant, made[0], inputs[number])
+        made.clear()
+        _release(findings.device)
 
 
-def _time_rows(
-    findings: Findings,
-    blocks: str,
-    variant: str,
-    forward: Forward,
-    eager: Forward,
-    inputs: tuple[Any, Tensor, Tensor, Tensor],
-    flops: float,
-    times: dict[int, float],
-    seconds: Timer,
-    graph_seconds: Timer,
-) -> None:
-    """One row: checked against eager, then timed."""
-    number = inputs[1].shape[0]
-    check = f"{blocks}, {variant}, {number} rows"
-    if forward is not eager:
-        bound = VELOCITY_BOUNDS[VARIANTS[variant][1]]
-        findings.check(check, lambda: too_far(_velocity(forward, inputs), _velocity(eager, inputs), bound))
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What forwards are called with: conditioning of the prompts, latents [R, L, C], table row and prompt of each row."""
 
-    def measured() -> Row:
-        prepared = _prepared(forward, inputs)
-        found = seconds(lambda: _run(forward, inputs, prepared))
-        row: Row = {"ms": [round(1e3 * t, 4) for t in found], "TFLOP/s": round(number * flops / found[0] / 1e12, 2)}
-        if forward is eager:
-            times[number] = found[0]
-        elif number in times:
-            row["x_eager"] = round(times[number] / found[0], 3)
+    conditioning: Conditioning
+    x: Tensor
+    index: Tensor
+    slot: Tensor
+
+    @classmethod
+    def random(cls, model: FluxModel, rows: int) -> Inputs:
+        """``rows`` rows of at most ten prompts, all steps of the schedule among them."""
+        prompts = min(rows, 10)
+        conditioning = model.encode([f"prompt {i}" for i in range(prompts)])
+        x = torch.randn(rows, *model.latent_shape, device=model.device).to(model.dtype)
+        each = torch.arange(rows, device=model.device)
+        return cls(conditioning, x, each % 16, each % prompts)
+
+    @torch.no_grad()
+    def call(self, forward: Forward) -> Callable[[], Tensor]:
+        """The call that is timed; what rollouts prepare once is prepared here."""
+        prepared = forward.prepare(self.conditioning)
+        return torch.no_grad()(lambda: forward.velocity(self.x, self.index, prepared, self.slot))
+
+    def velocity(self, forward: Forward) -> Tensor:
+        """[R, L, C]."""
+        return self.call(forward)()
+
+
+@dataclasses.dataclass(frozen=True)
+class Stand:
+    """Where the forwards of one transformer are timed beside eager.
+
+    Attributes:
+        blocks: names the transformer.
+        flops: of one row.
+        times: eager's median seconds by rows, as they become known.
+    """
+
+    findings: Findings
+    blocks: str
+    eager: Forward
+    flops: float
+    seconds: Timer
+    graph_seconds: Timer
+    times: dict[int, float] = dataclasses.field(default_factory=dict)
+
+    def time(self, variant: str, forward: Forward, inputs: Inputs) -> None:
+        """The rows of one variant and number of rows, checked against eager first."""
+        number, findings = inputs.x.shape[0], self.findings
+        check = f"{self.blocks}, {variant}, {number} rows"
+        if forward is not self.eager:
+            bound = VELOCITY_BOUNDS[VARIANTS[variant][1]]
+            findings.check(check, lambda: too_far(inputs.velocity(forward), inputs.velocity(self.eager), bound))
+        name, flag = {"case": variant, "shape": f"{number} rows, {self.blocks}"}, findings.flags([check])
+        findings.row("forward", name, lambda: self._row(forward, inputs), flag)
+        if number == 1:
+            findings.row("forward, from a graph", name, lambda: _milliseconds(self.graph_seconds(inputs.call(forward))), flag)
+
+    def _row(self, forward: Forward, inputs: Inputs) -> Row:
+        number, found = inputs.x.shape[0], self.seconds(inputs.call(forward))
+        row = _milliseconds(found) | {"TFLOP/s": round(number * self.flops / found[0] / 1e12, 2)}
+        if forward is self.eager:
+            self.times[number] = found[0]
+        elif number in self.times:
+            row["x_eager"] = round(self.times[number] / found[0], 3)
         return row
 
-    def graphed() -> Row:
-        prepared = _prepared(forward, inputs)
-        return {"ms": [round(1e3 * t, 4) for t in graph_seconds(lambda: _run(forward, inputs, prepared))]}
 
-    name, flag = {"case": variant, "shape": f"{number} rows, {blocks}"}, findings.flags([check])
-    findings.row("forward", name, measured, flag)
-    if number == 1:
-        findings.row("forward, from a graph", name, graphed, flag)
-
-
-def _inputs(model: FluxModel, rows: int) -> tuple[Any, Tensor, Tensor, Tensor]:
-    """Conditioning of the rows' prompts, latents, table rows, and the prompt of each row."""
-    prompts = min(rows, 10)
-    conditioning = model.encode([f"prompt {i}" for i in range(prompts)])
-    x = torch.randn(rows, *model.latent_shape, device=model.device).to(model.dtype)
-    each = torch.arange(rows, device=model.device)
-    return conditioning, x, each % 16, each % prompts
-
-
-@torch.no_grad()
-def _prepared(forward: Forward, inputs: tuple[Any, Tensor, Tensor, Tensor]) -> Any:
-    return forward.prepare(inputs[0])
-
-
-@torch.no_grad()
-def _run(forward: Forward, inputs: tuple[Any, Tensor, Tensor, Tensor], prepared: Any) -> Tensor:
-    _, x, index, slot = inputs
-    return forward.velocity(x, index, prepared, slot)
-
-
-def _velocity(forward: Forward, inputs: tuple[Any, Tensor, Tensor, Tensor]) -> Tensor:
-    return _run(forward, inputs, _prepared(forward, inputs))
+def _milliseconds(seconds: list[float]) -> Row:
+    return {"ms": [round(1e3 * t, 4) for t in seconds]}
 
 
 def _release(device: torch.device) -> None:

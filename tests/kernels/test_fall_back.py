@@ -179,7 +179,7 @@ def test_explicit_triton_ends_the_run_with_one_line(unlaunchable, tmp_path: Path
 
 def test_explicit_triton_without_a_driver_is_refused_before_any_work(unlaunchable, monkeypatch) -> None:
     from adagrpo.build import check_engine
-    from adagrpo.doctor import backends
+    from adagrpo.doctor import automatic, backends
     from adagrpo.errors import InputError
 
     monkeypatch.setattr(_dispatch, "driver_problem", lambda: "no driver was found")
@@ -187,3 +187,4 @@ def test_explicit_triton_without_a_driver_is_refused_before_any_work(unlaunchabl
     with pytest.raises(InputError, match=r"engine\.kernels = triton: no driver was found; or use auto or reference"):
         check_engine(dataclasses.replace(config, engine=EngineConfig(kernels="triton")))
     assert [p for key, _, p in backends(torch.device("cpu")) if key == "kernels"] == ["no driver was found"]
+    assert dict(automatic(torch.device("cuda")))["kernels"] == "reference, because no driver was found"
