@@ -78,7 +78,8 @@ def structure_of(lines: Sequence[str]) -> str | None:
     head = lines[:_SAMPLE]
     if all(line[0] in "[{" and _is_json(line) for line in head):
         return "every line is JSON"
-    if lines[0][0] in "[{" and lines[-1][-1] in "]}" and _is_json("\n".join(lines)):
+    bracketed = lines[0][0] in "[{" and lines[-1][-1] in "]}"
+    if lines[0] in ("[", "{") or (bracketed and _is_json("\n".join(lines))):
         return "it holds JSON"
     if lines[0].strip("\"'").lower() in _COLUMNS:
         return f"its first line is {lines[0]}, as a table's is"
@@ -95,14 +96,15 @@ def structure_of(lines: Sequence[str]) -> str | None:
 
 
 def _is_table(lines: Sequence[str], mark: str) -> bool:
-    """Whether the first line names columns, a prompt's among them, and the others have as many."""
-    names = [name.strip().strip('"').lower() for name in lines[0].split(mark)]
-    if (
-        len(names) < 2
-        or len(lines) < 2
-        or not _COLUMNS & set(names)
-        or not all(re.fullmatch(r"[\w .-]{1,40}", n) for n in names)
-    ):
+    """Whether the first line names columns, a prompt's among them: by single words without a blank, or the others have as
+    many columns."""
+    raw = lines[0].split(mark)
+    names = [name.strip().strip('"').lower() for name in raw]
+    if len(names) < 2 or len(lines) < 2 or not _COLUMNS & set(names):
+        return False
+    if all(re.fullmatch(r'"?\w+"?', name) for name in raw):
+        return True
+    if not all(re.fullmatch(r"[\w .-]{1,40}", name) for name in names):
         return False
     try:
         rows = list(csv.reader(lines, delimiter=mark))

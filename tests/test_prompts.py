@@ -93,6 +93,8 @@ ROWS = [{"prompt": scene, "id": i} for i, scene in enumerate(SCENES)]
         ("p.txt", 'id,prompt\n1,a cat\n2,"a dog, running"\n', "columns are parted by a comma"),
         ("p.txt", "caption;source\na cat;x\na dog;y\n", "columns are parted by a semicolon"),
         ("p.txt", "Prompt\tCategory\tNote\na cat\tx\t1\n", "columns are parted by a tab"),
+        ("p.txt", "id,prompt\n1,a cat, sitting\n2,a dog\n", "columns are parted by a comma"),
+        ("p.txt", '[\n  "a cat",\n  "a dog"\n', "it holds JSON"),
         ("p.txt", "prompt\na cat\na dog\n", "its first line is prompt"),
         ("p.txt", "single\ta red circle\ncount\ttwo blue squares\n", "columns parted by a tab"),
         ("p.txt", "1,a cat\n2,a dog\n", "begins with a number"),
