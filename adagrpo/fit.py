@@ -370,7 +370,10 @@ class Fit:
         self._tell_notices()
 
     def _tell_notices(self) -> None:
-        """What the run folder found on opening, to the user and the events."""
+        """What the run folder found on opening, to the user and the events; what was told of the trainer's making, to those."""
+        early, self.trainer.notices = self.trainer.notices, []
+        for notice in early:
+            self.run.event(self.trainer.iterations_done, "warning", notice)
         notices, self.run.notices = self.run.notices, []
         for notice in notices:
             self._event("warning", notice)

@@ -88,6 +88,9 @@ class Trainer:
         prompts: the training prompts.
         select, fuse: replacements of ``capability_step``'s pick and of ``reward_advantage``; None for the recipe's own.
         say: receives notices for the user.
+
+    Attributes:
+        notices: what the rollouts had to tell so far, that of their making included.
     """
 
     def __init__(
@@ -104,7 +107,8 @@ class Trainer:
         self._select, self._fuse = select, fuse
         self.slots = config.train.slots * config.train.accumulation
         self.phase = PhaseTimer(model.device)
-        self.executor = build_executor(config, model, self.phase, rollouts=True, say=lambda message: self.say(message))
+        self.notices: list[str] = []
+        self.executor = build_executor(config, model, self.phase, rollouts=True, say=self._tell)
         overlapping = config.engine.overlap and model.device.type == "cuda"
         self.score_stream = torch.cuda.Stream(model.device) if overlapping else None
         self.impl = self.executor.impl
@@ -119,6 +123,10 @@ class Trainer:
         self.iterations_done = 0
         self.draws = 0
         self._begun: _Begun | None = None
+
+    def _tell(self, message: str) -> None:
+        self.notices.append(message)
+        self.say(message)
 
     def iteration(self) -> dict[str, Any]:
         """One iteration; its metrics stay on the device. ``selection/picked`` holds the picked prompts."""

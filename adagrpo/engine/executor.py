@@ -206,9 +206,11 @@ class RolloutExecutor:
             RunError: it was halved before, or is one row already.
         """
         if self._halved or self._largest < 2:
+            graphs = "" if self.graphs is None else ", turn engine.cuda_graphs off,"
             raise RunError(
                 f"out of memory while sampling, also in batches of {self._largest}: lower engine.max_rows or "
-                "model.prompt_cache and go on with --resume auto; in a new run lower the resolution or take model.tuning = lora"
+                f"model.prompt_cache{graphs} and go on with --resume auto; in a new run lower the resolution or take "
+                "model.tuning = lora"
             ) from error
         self._halved, self.max_rows, self._largest = True, self._largest // 2, 0
         self._forget_lanes()

@@ -8,12 +8,14 @@ import torch
 from peft import LoraConfig
 from small_flux import latents, linear_names, small_flux, table_of, velocity
 from torch import Tensor, nn
+from toy import toy_config, toy_trainer
 
 from adagrpo.engine.backends import build_forward
 from adagrpo.engine.forwards import CopyForward, Forward, PolicyForward
 from adagrpo.engine.rollout_copy import RolloutCopy
 from adagrpo.errors import InputError, RunError
 from adagrpo.models.flux import FluxModel, add_lora
+from adagrpo.train import Trainer
 
 Build = Callable[[FluxModel], Forward]
 
@@ -270,3 +272,39 @@ def test_adapters_that_bind_to_nothing_are_no_adapters() -> None:
     model.transformer.add_adapter = lambda config: add(LoraConfig(r=config.r, target_modules=["to_q"]))
     with pytest.raises(InputError, match=r"model.lora_targets: no adapter was bound to .*attn.to_k"):
         add_lora(model.transformer, 2, 2.0, ["to_q", "to_k"])
+
+
+def toy_run(**optimizer) -> Trainer:
+    """Rollouts by a copy of the toy policy."""
+    trainer = toy_trainer(toy_config(optimizer=optimizer))
+    trainer.executor.rollout = CopyForward(trainer.model, trainer.executor.rollout_table, torch.float32)
+    return trainer
+
+
+def test_a_run_proves_its_copy_in_the_iteration_after_its_first_update() -> None:
+    trainer, plain = toy_run(), toy_trainer(toy_config())
+    trainer.iteration()
+    assert not trainer.executor.rollout.copy._proven
+    trainer.iteration()
+    assert trainer.executor.rollout.copy._proven
+    plain.iteration()
+    plain.iteration()
+    assert all(map(torch.equal, trainer.model.transformer.parameters(), plain.model.transformer.parameters()))
+
+
+def test_a_run_that_moves_nothing_has_nothing_to_prove() -> None:
+    trainer = toy_run(lr=0.0)
+    for _ in range(3):
+        trainer.iteration()
+    assert not trainer.executor.rollout.copy._proven
+
+
+def test_a_run_whose_rollouts_do_not_follow_ends_before_it_samples_with_them() -> None:
+    trainer = toy_run()
+    trainer.executor.rollout.copy._twins = []
+    trainer.executor.rollout.copy._sources = []
+    trainer.iteration()
+    calls = len(trainer.model.calls)
+    with pytest.raises(RunError, match=r"does not follow the policy: mix and 2 more differ"):
+        trainer.iteration()
+    assert len(trainer.model.calls) == calls

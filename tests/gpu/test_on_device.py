@@ -22,6 +22,8 @@ from adagrpo_kernels import (
 )
 from triton_cases import TABLE, randn
 
+from adagrpo.engine.graphs import StepGraphs
+
 pytestmark = pytest.mark.gpu
 REPEATS = 1000
 
@@ -168,3 +170,35 @@ def test_scaled_mm_takes_the_operands() -> None:
     found = torch._scaled_mm(a.values, b.values.t(), scale_a=a.scale, scale_b=b.scale.t(), out_dtype=torch.bfloat16)
     exact = x.double() @ w.double().t()
     assert float((found.double() - exact).norm() / exact.norm()) < 0.05
+
+
+@pytest.mark.parametrize("error", [None, torch.OutOfMemoryError("as if")], ids=["read", "memory"])
+def test_a_broken_capture_leaves_a_device_that_captures(error: Exception | None) -> None:
+    """A read of the device invalidates the capture; afterwards the stream is the default one and the allocator frees."""
+    told: list[str] = []
+    graphs, x, broken = StepGraphs(torch.device("cuda"), told.append), torch.zeros(4, device="cuda"), [True]
+
+    def step() -> float:
+        y = x.add_(1).sum()
+        if broken[0] and torch.cuda.is_current_stream_capturing():
+            if error is not None:
+                raise error
+            return y.item()
+        return 0.0
+
+    graphs("step", step, [x])
+    if error is None:
+        assert graphs("step", step, [x]) == 0.0 and "cannot be captured" in told[0]
+    else:
+        with pytest.raises(torch.OutOfMemoryError, match="as if"):
+            graphs("step", step, [x])
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    held = torch.cuda.memory_reserved()
+    big = torch.empty(2**28, dtype=torch.uint8, device="cuda")
+    del big
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= held
+    broken[0], fresh, before = False, StepGraphs(torch.device("cuda"), told.append), x.clone()
+    for _ in range(5):
+        fresh("step", step, [x])
+    assert torch.equal(x, before + 5) and fresh.captured
