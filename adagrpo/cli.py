@@ -169,6 +169,14 @@ def _path(text: str) -> Path:
     return Path(text)
 
 
+def _whole(text: str) -> int:
+    """A whole number of the command line."""
+    try:
+        return int(text)
+    except ValueError as error:  # also of more digits than Python reads
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a whole number") from error
+
+
 def _recipe_command(commands: argparse._SubParsersAction, name: str, does: str, description: str) -> argparse.ArgumentParser:
     """A command that takes the recipe's keys as options."""
     description = f"{description} Every key can be set as --section.key VALUE."
@@ -204,7 +212,7 @@ def _add_profile(commands: argparse._SubParsersAction) -> None:
         "Run whole iterations of a recipe, one under the profiler and some undisturbed, and write what they took.",
     )
     profile.add_argument("recipe", help=f"{', '.join(recipe_names())}, or a TOML file")
-    profile.add_argument("--iterations", type=int, default=3, help="timed iterations (default: 3)")
+    profile.add_argument("--iterations", type=_whole, default=3, help="timed iterations (default: 3)")
     profile.add_argument("--out", type=_path, help="folder (default: profiles/<device>/<recipe>)")
     profile.set_defaults(run=_profile)
 
@@ -237,7 +245,7 @@ def _add_fidelity(commands: argparse._SubParsersAction) -> None:
         "reward ranks and picks.",
     )
     fidelity.add_argument("source", help="recipe, run folder or checkpoint folder")
-    fidelity.add_argument("--slots", type=int, default=20, help="prompts to pick, each among B candidates (default: 20)")
+    fidelity.add_argument("--slots", type=_whole, default=20, help="prompts to pick, each among B candidates (default: 20)")
     fidelity.add_argument("--out", type=_path, help="report file (default: runs/fidelity/<recipe>-<levers>.json)")
     fidelity.set_defaults(run=_fidelity)
 
@@ -254,8 +262,8 @@ def _add_sample(commands: argparse._SubParsersAction) -> None:
     sample = commands.add_parser("sample", help="sample images from a recipe's model, a run or a checkpoint")
     sample.add_argument("source", help="recipe, run folder or checkpoint folder")
     sample.add_argument("--prompt", action="append", required=True, help="may be given several times")
-    sample.add_argument("--count", type=int, default=1, help="images per prompt")
-    sample.add_argument("--seed", type=int, help="default: the recipe's")
+    sample.add_argument("--count", type=_whole, default=1, help="images per prompt")
+    sample.add_argument("--seed", type=_whole, help="default: the recipe's")
     sample.add_argument("--out", type=_path, default=Path("samples"), help="folder for the PNG files")
     sample.set_defaults(run=_sample)
 
@@ -298,12 +306,12 @@ def _add_tiny(commands: argparse._SubParsersAction) -> None:
     )
     build = tiny.add_parser("build", help="train tiny-flux from scratch (about 12 minutes on 2 cores)")
     build.add_argument("out", type=_path, help="new pipeline folder")
-    build.add_argument("--seed", type=int, default=0)
+    build.add_argument("--seed", type=_whole, default=0)
     build.set_defaults(run=_tiny)
     prompts = tiny.add_parser("prompts", help="print prompts with their category")
     prompts.add_argument("--mix", choices=("even", "wide"), default="even")
     prompts.add_argument("--held-out", action="store_true", help="the held-out prompts instead of a training mix")
-    prompts.add_argument("--count", type=int, default=20, help="how many (default: 20)")
+    prompts.add_argument("--count", type=_whole, default=20, help="how many (default: 20)")
     prompts.set_defaults(run=_tiny)
     score = tiny.add_parser("score", help="score PNG files against a prompt")
     score.add_argument("images", type=_path, nargs="+")
@@ -350,7 +358,7 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     ):
         measuring = _bench_parser(bench, name, does, f"Measure: {does}.", _bench_recipe)
         measuring.add_argument(
-            "--iterations", "--rounds", type=int, default=6, dest="rounds", help="measured rounds (default: 6)"
+            "--iterations", "--rounds", type=_whole, default=6, dest="rounds", help="measured rounds (default: 6)"
         )
         if name == "budget":
             measuring.add_argument(
@@ -370,8 +378,8 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
         "--probes", default="full,memory", help=f"the others are compared with the first (default: full,memory); {known}"
     )
     seeds.add_argument("--mixes", help="sources of prompts (default: the recipe's; of recipe tiny also tiny:wide)")
-    seeds.add_argument("--seeds", type=int, default=5, help="how many, from the recipe's train.seed on (default: 5)")
-    seeds.add_argument("--jobs", type=int, default=1, help="trainings at once (default: 1)")
+    seeds.add_argument("--seeds", type=_whole, default=5, help="how many, from the recipe's train.seed on (default: 5)")
+    seeds.add_argument("--jobs", type=_whole, default=1, help="trainings at once (default: 1)")
     seeds.add_argument("--log", type=_path, help="finished trainings, to go on from (default: runs/seeds-<recipe>.jsonl)")
     probes = _bench_parser(
         bench,
@@ -381,9 +389,9 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
         _bench_probes,
     )
     probes.add_argument("--probes", help=f"names, separated by commas (default: all); {known}")
-    probes.add_argument("--draws", type=int, default=60, help="of each probe; the first third is left out (default: 60)")
-    probes.add_argument("--noises", type=int, default=16, help="images per prompt that are its truth (default: 16)")
-    probes.add_argument("--rounds", type=int, default=3, help="iterations that costs are measured on (default: 3)")
+    probes.add_argument("--draws", type=_whole, default=60, help="of each probe; the first third is left out (default: 60)")
+    probes.add_argument("--noises", type=_whole, default=16, help="images per prompt that are its truth (default: 16)")
+    probes.add_argument("--rounds", type=_whole, default=3, help="iterations that costs are measured on (default: 3)")
     compare = bench.add_parser("compare", help="differences of two records beyond noise")
     compare.add_argument("before", type=_path, metavar="A.json")
     compare.add_argument("after", type=_path, metavar="B.json")
