@@ -7,11 +7,13 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import textwrap
 import threading
 import time
 import weakref
+from pathlib import Path
 
 import numpy
 import pytest
@@ -656,3 +658,49 @@ def test_selections_advantages_and_prompts_that_hang_are_named() -> None:
         with pytest.raises(RunError, match=rf"{key} = vandals:hanging_{part} did not return .* raise train\.part_timeout"):
             trained("hanging", timeout=0.2, iterations=1, **{part: f"hanging_{part}"})
     sys.modules["vandals"].RELEASED.set()
+
+
+HANGS = """
+    from toy import half_bright
+
+    CALLS = []
+
+    def reward():
+        def score(images, prompts):
+            CALLS.append(1)
+            while len(CALLS) == 6:  # the second iteration's probe; and never sleeps
+                pass
+            return half_bright(images, prompts)
+        return score
+"""
+
+RECIPE = """
+name = "hangs"
+model = {family = "parts:model"}
+data = {prompts = "parts:prompts", held_out = "parts:held_out"}
+rollout = {steps = 6, sde_steps = [0, 2], group_size = 4}
+selection = {candidates = 3}
+train = {iterations = 3, slots = 2}
+evaluation = {every = 0, final_prompts = 4, final_noises = 2}
+output = {grid_every = 0, checkpoint_every = 0}
+rewards = [{name = "hangs:reward", timeout = 1.0}]
+"""
+
+
+def test_the_process_leaves_although_the_parts_thread_runs_on(tmp_path) -> None:
+    """By exit code 1, with the first iteration saved; the interpreter's own end might wait for the thread."""
+    (tmp_path / "hangs.py").write_text(textwrap.dedent(HANGS), "utf-8")
+    (tmp_path / "hangs.toml").write_text(RECIPE, "utf-8")
+    root = Path(__file__).resolve().parents[1]
+    code = os.environ.get("PYTHONPATH", f"{root}{os.pathsep}{root / 'kernels'}")
+    paths = [code, str(root / "tests"), str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "adagrpo", "train", str(tmp_path / "hangs.toml"), "--out", str(tmp_path / "run")],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 1, done.stderr
+    assert "rewards.0 (hangs:reward) did not return within 1 s; raise rewards.0.timeout" in done.stderr
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")] == ["step-000001"]
