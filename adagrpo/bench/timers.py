@@ -29,51 +29,56 @@ class GraphTimer:
     """Time of a call inside a CUDA graph, with a cold L2: neither launches from the host nor a warm cache flatter or hide it.
 
     One graph holds ``n`` times (overwrite more than the L2, call), another overwrites alone; their difference over ``n`` is the
-    call. Both are replayed in turn.
+    call. Both are replayed in turn. ``n`` calls take about 20 ms, or 50 are enough.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        bytes_ = max(2 * torch.cuda.get_device_properties(device).L2_cache_size, 2**26)
-        self.cold = torch.empty(bytes_, dtype=torch.uint8, device=device)
+        size = max(2 * torch.cuda.get_device_properties(device).L2_cache_size, 2**26)
+        self.cold = torch.empty(size, dtype=torch.uint8, device=device)
         self.alone: dict[int, torch.cuda.CUDAGraph] = {}  # by how often it overwrites
 
     def __call__(self, run: Callable[[], object]) -> list[float]:
-        number = self._repetitions(run)
+        """Quantiles of ``run``.
+
+        Raises:
+            RuntimeError: ``run`` is too short to be told from the overwriting.
+        """
+        warm_up(run, self.device)
+        number = max(1, min(50, int(0.02 / max(events(run), 1e-6))))
 
         def cold_run() -> None:
             self.cold.zero_()
             run()
 
-        both = self._capture(cold_run, number)
+        both = capture(cold_run, number)
         if number not in self.alone:
-            self.alone[number] = self._capture(self.cold.zero_, number)
+            self.alone[number] = capture(self.cold.zero_, number)
         alone = self.alone[number]
-        differences = []
-        for _ in range(ROUNDS):
-            differences.append((events(both.replay) - events(alone.replay)) / number)
-        found = quantiles(differences)
+        found = quantiles([(events(both.replay) - events(alone.replay)) / number for _ in range(ROUNDS)])
         if found[0] <= 0:
             raise RuntimeError("the call is shorter than what overwriting the L2 varies by")
         return found
 
-    def _repetitions(self, run: Callable[[], object]) -> int:
-        """As many calls as take 20 ms, at most 50; compiles and fills caches on the way."""
-        stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                run()
-        torch.cuda.current_stream(self.device).wait_stream(stream)
-        return max(1, min(50, int(0.02 / max(events(run), 1e-6))))
 
-    def _capture(self, run: Callable[[], object], number: int) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(number):
-                run()
-        graph.replay()
-        return graph
+def warm_up(run: Callable[[], object], device: torch.device) -> None:
+    """Compile and fill caches, on a stream beside the current one, as a capture wants it."""
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream(device).wait_stream(stream)
+
+
+def capture(run: Callable[[], object], number: int) -> torch.cuda.CUDAGraph:
+    """A graph of ``number`` calls, replayed once."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(number):
+            run()
+    graph.replay()
+    return graph
 
 
 class EventTimer:

@@ -127,20 +127,18 @@ def launch(name: str, kernel: Any, grid: tuple[int, ...], arguments: dict[str, A
             with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
                 kernel[grid](**arguments, num_warps=num_warps, enable_fp_fusion=False)
         except Exception as error:
-            raise_failure(name, kernel, error)
+            raise_failure(name, error)
         _sound.add(name)
     _launches[name] += 1
     for observer in _observers:
         observer(name, kernel, arguments)
 
 
-def raise_failure(name: str, kernel: Any, error: Exception) -> NoReturn:
+def raise_failure(name: str, error: Exception) -> NoReturn:
     """Raise what a failed launch means: see ``launch``; anything else is raised as it is."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "out of memory" in str(error):
-        if name not in _sound:
-            getattr(kernel, "device_caches", {}).clear()  # Triton keeps what it could not load, and would launch that
-        if isinstance(error, torch.OutOfMemoryError | MemoryError):
-            raise error
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        raise error
+    if "out of memory" in str(error):
         raise torch.OutOfMemoryError(f"launching {name}: {error}") from error
     if name in _sound or not _device_is_sound():
         raise error

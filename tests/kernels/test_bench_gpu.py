@@ -9,13 +9,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from adagrpo_kernels.selftest import CHECKS, Finding
 from toy import ToyModel, toy_config
 
-from adagrpo.bench import gpu, gpu_forward
+from adagrpo.bench import gpu, gpu_forward, timers
 from adagrpo.bench.ceilings import attention_part, gemm_part
 from adagrpo.bench.findings import Findings
 from adagrpo.bench.gpu_kernels import check_kernels, time_kernels
@@ -231,6 +232,45 @@ def test_records_are_shown_on_the_page_with_their_flags(tmp_path: Path) -> None:
 
 def test_quantiles_are_the_median_then_the_fifths() -> None:
     assert quantiles([5.0, 1.0, 3.0, 2.0, 4.0, 6.0]) == pytest.approx([3.5, 2.0, 5.0])
+
+
+class Device:
+    """A clock that only the device's work moves: overwriting the L2 takes 30 us and a little, calls what they say."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.now, self.captured = 0.0, []
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=1))
+        monkeypatch.setattr(timers, "warm_up", lambda run, device: [run() for _ in range(3)])
+        monkeypatch.setattr(timers, "capture", self.capture)
+        monkeypatch.setattr(timers, "events", self.events)
+        self.timer = timers.GraphTimer(CPU)
+        self.timer.cold = SimpleNamespace(zero_=lambda: self.work(30e-6 + 1e-9 * (len(self.captured) % 2)))
+
+    def work(self, seconds: float) -> None:
+        self.now += seconds
+
+    def events(self, run) -> float:
+        before = self.now
+        run()
+        return self.now - before
+
+    def capture(self, run, number: int):
+        self.captured.append(number)
+        return SimpleNamespace(replay=lambda: [run() for _ in range(number)])
+
+
+@pytest.mark.parametrize(("seconds", "number"), [(7e-6, 50), (1.5e-3, 13), (0.3, 1)])
+def test_the_graph_timer_leaves_overwriting_out(seconds: float, number: int, monkeypatch) -> None:
+    device = Device(monkeypatch)
+    assert device.timer(lambda: device.work(seconds)) == pytest.approx([seconds] * 3, rel=1e-3)
+    device.timer(lambda: device.work(seconds))
+    assert device.captured == [number] * 3  # the graph that overwrites alone is kept
+
+
+def test_a_call_that_cannot_be_told_from_overwriting_has_no_time(monkeypatch) -> None:
+    device = Device(monkeypatch)
+    with pytest.raises(RuntimeError, match="shorter than"):
+        device.timer(lambda: device.work(0.0))
 
 
 STUBBED = """

@@ -88,7 +88,7 @@ def test_other_failures_are_not_swallowed(met: dict, scenario: str, answer: str,
 
 
 def test_a_load_without_memory_can_be_tried_again(met: dict) -> None:
-    """Triton keeps the kernel that it could not load, and would launch it without code."""
+    """Triton keeps the kernel that it could not load; it must not launch it without code."""
     assert met["memory once"]["second"] == "not written" and met["memory once"]["loaded"] == [True]
 
 
