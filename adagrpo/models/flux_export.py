@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from .flux_pipeline import Source
-from .loading import first_line
+from .loading import first_line, not_finite
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 _METADATA = "lora_adapter_metadata"
@@ -78,8 +78,8 @@ def refuse_other_weights(found: Mapping[str, Tensor], wanted: Mapping[str, Tenso
             raise InputError(
                 f"{source}: weights of another model ({shapes}); model.path and model.lora_* must be those of the run"
             )
-        if not bool(tensor.isfinite().all()):
-            raise InputError(f"{source}: {name} holds values that are not finite; use an earlier checkpoint")
+    if bad := not_finite(found):
+        raise InputError(f"{source}: {bad[0]} holds values that are not finite; use an earlier checkpoint")
 
 
 def existing(path: Path) -> Path:
