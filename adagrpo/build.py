@@ -15,7 +15,9 @@ from .engine.backends import require_backends
 from .engine.memory import MemoryPlan, free_bytes
 from .errors import InputError, RunError
 from .models.base import FlowModel
+from .models.fingerprint import base_components
 from .models.isolated import isolated_model
+from .models.loading import check_finite
 from .planning import memory_plan, rehearse, require_memory
 from .plugins import checked, is_import_path, load_callable, make_part
 from .prompts import load_prompts, require_disjoint
@@ -80,11 +82,17 @@ def check_engine(config: Config) -> None:
 
 
 def build_model(config: ModelConfig) -> FlowModel:
-    """Load the policy and mark what is trained."""
+    """Load the policy and mark what is trained.
+
+    Raises:
+        InputError: it cannot be loaded, or is not what its files promise, or holds values that are not finite.
+    """
     if is_import_path(config.family):
         device = choose_device(config.device)
         given = (config.path, DTYPES[config.dtype], device, config.height, config.width)
-        return isolated_model(make_part(config.family, "model.family", given, config.kwargs), f"model.family = {config.family}")
+        made = isolated_model(make_part(config.family, "model.family", given, config.kwargs), f"model.family = {config.family}")
+        check_finite(base_components(made), f"model.family = {config.family}")
+        return made
     from .models.flux import load_flux
 
     torch.manual_seed(0)  # initial LoRA weights are part of the recipe

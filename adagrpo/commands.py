@@ -238,7 +238,7 @@ def source_config(source: str) -> tuple[Config, Path | None]:
     """
     path = Path(source)
     if (path / INDEX).is_file():
-        verify(path)
+        verify(path, state=False)
         return load_recipe(recipe_file(path)), path
     if (path / "config.toml").is_file():
         run = RunFolder(path)

@@ -38,6 +38,11 @@ MODULE = """
     def model(path, dtype, device, height, width, row_noise=0.0):
         return ToyModel(dtype, row_noise)
 
+    def sick(path, dtype, device, height, width):
+        model = ToyModel(dtype)
+        model.transformer.bias.data[3] = torch.nan
+        return model
+
     def scalar(scores, capability):
         return torch.tensor(0)
 
@@ -156,3 +161,8 @@ def test_models_of_other_families_and_broken_folders_are_refused(tmp_path) -> No
         check_model(recipe(model={"path": str(folder)}).model)
     with pytest.raises(InputError, match="was saved without its transformer"):
         build_model(recipe(model={"path": str(folder)}).model)
+
+
+def test_an_adapters_weights_that_are_not_finite_are_named() -> None:
+    with pytest.raises(InputError, match=r"model\.family = myparts:sick: transformer: bias holds values that are not finite"):
+        build_model(recipe(model={"family": "myparts:sick", "max_text_tokens": 256}).model)
