@@ -15,7 +15,7 @@ from adagrpo.errors import InputError, RunError
 from adagrpo.run import lock as lock_module
 from adagrpo.run.lock import OwnerLock, holding, is_unused
 from adagrpo.run.opening import next_free
-from adagrpo.run.owner import read_owner, this_process
+from adagrpo.run.owner import read_owner, start_of, this_process
 
 REFUSALS = [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL]
 
@@ -265,6 +265,35 @@ def test_a_full_disk_is_not_the_recipes_fault(tmp_path, monkeypatch) -> None:
     with pytest.raises(RunError, match=r"No space left.*free disk space"):
         own(tmp_path / "run").acquire()
     assert not (tmp_path / "run").exists()
+
+
+def test_a_lock_on_a_file_that_its_last_owner_removed_is_none(tmp_path, monkeypatch) -> None:
+    flock, removals = fcntl.flock, iter(range(2))
+
+    def late(handle: int, operation: int) -> None:
+        if next(removals, None) is not None:
+            (tmp_path / ".owner.lock").unlink()  # between opening and locking
+        flock(handle, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with holding(own(tmp_path)) as mine:
+        assert mine.file.exists() and next(removals, None) is None
+        with pytest.raises(InputError, match="in use by"):
+            own(tmp_path).acquire()
+
+
+def test_a_living_owner_without_a_lock_stands_against_one_that_is_granted(tmp_path) -> None:
+    """The same folder may be mounted with locks here and without them there."""
+    with child(lambda: time.sleep(0)) as pid:
+        other = dataclasses.replace(this_process("train", locked=False), pid=pid, started=start_of(pid))
+        (tmp_path / ".owner.json").write_text(other.to_json())
+        with pytest.raises(InputError, match=f"in use by process {pid} "):
+            own(tmp_path, take_over=True).acquire()
+        assert contents(tmp_path) == {".owner.json": other.to_json().encode()}
+        reused = dataclasses.replace(other, started="1")  # the number is another process's by now
+        (tmp_path / ".owner.json").write_text(reused.to_json())
+        with holding(own(tmp_path)):
+            pass
 
 
 def test_a_single_file_is_owned_alone(tmp_path) -> None:

@@ -14,7 +14,6 @@ from toy import toy_config
 from adagrpo.cli import main
 from adagrpo.config import RewardConfig
 from adagrpo.recipe import to_toml
-from adagrpo.run.lock import OwnerLock, holding
 
 HERE = Path(__file__).parent
 WAITING = """
@@ -24,7 +23,7 @@ from toy import half_bright
 
 def reward():
     def score(images, prompts):
-        if os.path.exists({go!r}):
+        if "STAND_STILL" in os.environ and os.path.exists({go!r}):
             open({there!r}, "a").close()
             while True:
                 time.sleep(0.05)
@@ -60,16 +59,20 @@ def live(tmp_path_factory):
         model={"family": "parts:model", "device": "cpu"},
         data={"prompts": "parts:prompts", "held_out": "parts:held_out"},
         rewards=(RewardConfig("waiting:reward"),),
-        train={"iterations": 10000, "slots": 1},
+        train={"iterations": 200, "slots": 1},
         evaluation={"every": 0, "final_prompts": 0},
         output={"grid_every": 0, "checkpoint_every": 1},
         name="toy",
     )
     (base / "toy.toml").write_text(to_toml(config))
     code = "import sys; from adagrpo.cli import main; sys.exit(main())"
-    paths = os.environ | {"PYTHONPATH": ":".join([str(base), str(HERE.parent), *sys.path]), "OMP_NUM_THREADS": "1"}
+    paths = os.environ | {
+        "PYTHONPATH": ":".join([str(base), str(HERE.parent), *sys.path]),
+        "OMP_NUM_THREADS": "1",
+        "STAND_STILL": "1",
+    }
     command = [sys.executable, "-c", code, "train", str(base / "toy.toml"), "--out", str(base / "run")]
-    process = subprocess.Popen(command, env=paths, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(command, env=paths, cwd=base, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         wait_for(base / "run" / "checkpoints" / "step-000002" / "checkpoint.json", process)
         go.touch()
@@ -118,6 +121,8 @@ def test_a_second_writer_is_refused_and_leaves_no_trace(live, tmp_path, capsys, 
 
 @pytest.mark.parametrize("resume", ["", "latest", "auto", "checkpoints/step-000002"])
 def test_an_owner_that_has_written_nothing_yet_is_named(resume: str, tmp_path, capsys) -> None:
+    from adagrpo.run.lock import OwnerLock, holding
+
     config = dataclasses.replace(toy_config(), name="toy")
     (tmp_path / "toy.toml").write_text(to_toml(config))
     out = tmp_path / "run"
