@@ -555,7 +555,7 @@ class Hanging:
 def fit_of(folder, reward, timeout: float, **sections) -> Fit:
     """A toy run of four iterations, evaluated and drawn every second; it saves nothing on its own but the last."""
     config = toy_config(
-        output={"grid_every": 2, "checkpoint_every": 0, "keep_best": True},
+        output={"grid_every": 2, "checkpoint_every": 0},
         rewards=(dataclasses.replace(toy_config().rewards[0], timeout=timeout),),
         **sections,
     )
