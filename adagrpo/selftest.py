@@ -110,7 +110,8 @@ def _forward(device: torch.device, forward: str, precision: str) -> tuple[str, s
     ]
     if any(problems):
         return FAILED, "; ".join(filter(None, problems))
-    return PASSED, f"ratio deviates by {deviation:.1e}, velocity by {off:.1e}; {seconds:.3f} s"
+    told = "".join(f"; {notice}" for notice in trainer.notices)
+    return PASSED, f"ratio deviates by {deviation:.1e}, velocity by {off:.1e}; {seconds:.3f} s{told}"
 
 
 def _seconds(trainer: Trainer) -> float:

@@ -120,13 +120,7 @@ def build_forward(
         return None
     compiled = name == "compile" or (cuda and uncompiled is None)
     told = None if forward == "compile" else say
-    try:
-        return make_copy(model, table, name, precision, scaling, compiled, _attend(attention), impl, told)
-    except InputError:
-        raise
-    except ValueError as error:
-        key = "engine.precision = fp8" if fp8 else f"engine.forward = {name}"
-        raise InputError(f"{key}: {error}; use engine.forward = eager with engine.precision = auto") from error
+    return make_copy(model, table, name, precision, scaling, compiled, _attend(attention), impl, told)
 
 
 def is_policy(model: FlowModel, forward: str, precision: torch.dtype | str | None) -> bool:
@@ -145,14 +139,22 @@ def make_copy(
     impl: str | None = None,
     say: Say | None = None,
 ) -> CopyForward | FusedFluxForward:
-    """The rollout copy and its forward, whether or not this machine can run it; on the meta device it takes no memory."""
+    """The rollout copy and its forward, whether or not this machine can run it; on the meta device it takes no memory.
+
+    Raises:
+        InputError: the model holds something of which there is no such copy.
+    """
     dtype = precision if isinstance(precision, torch.dtype) else model.dtype
     fp8 = scaling if precision == "fp8" else None
-    if forward == "fused":
-        if fp8 == "tensorwise":
-            raise InputError(f"engine.fp8_scaling = tensorwise: {TENSORWISE_FUSED}")
-        return FusedFluxForward(model, table, dtype, fp8 is not None, attend, compiled, impl, say=say)
-    return CopyForward(model, table, dtype, fp8, forward == "compile" and compiled, impl=impl, say=say)
+    if forward == "fused" and fp8 == "tensorwise":
+        raise InputError(f"engine.fp8_scaling = tensorwise: {TENSORWISE_FUSED}")
+    try:
+        if forward == "fused":
+            return FusedFluxForward(model, table, dtype, fp8 is not None, attend, compiled, impl, say=say)
+        return CopyForward(model, table, dtype, fp8, forward == "compile" and compiled, impl=impl, say=say)
+    except ValueError as error:
+        key = "engine.precision = fp8" if fp8 else f"engine.forward = {forward}"
+        raise InputError(f"{key}: {error}; use engine.forward = eager with engine.precision = auto") from error
 
 
 def _attend(attention: str) -> Attend | None:

@@ -42,7 +42,7 @@ FORWARDS: dict[str, tuple[Build, float]] = {
     "compile fp8": (compiled("rowwise"), 0.5),
 }
 
-QUICK = {"full": ("fused", "fused fp8"), "adapters": ("fused", "fused fp8", "eager bf16", "compile")}
+QUICK = {"full": ("fused", "fused fp8"), "adapters": ("fused", "fused fp8", "eager bf16")}
 CASES = [
     pytest.param(tuning, name, marks=() if name in quick else pytest.mark.proof)
     for tuning, quick in QUICK.items()
@@ -168,7 +168,7 @@ def test_a_transformer_with_more_in_it_than_the_fused_forward_reads_is_refused()
     ):
         model = small_flux()
         change(model.transformer)
-        with pytest.raises(InputError, match=match):
+        with pytest.raises(InputError, match=f"engine.forward = fused: .*{match}"):
             build_forward(model, table_of(model), "fused")
 
 
