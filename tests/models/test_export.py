@@ -119,10 +119,13 @@ def test_stock_diffusers_draws_our_pictures_by_the_printed_program(case: str, tm
         save_file(load_file(out / LORA), bare / LORA)
         found, _ = as_printed(printed.replace(str(out), str(bare)), latents)
         assert abs(ours - found).max() <= 1
-    text = printed.replace("pipe.load_lora_weights", "# ").replace(repr(str(out)), repr(config.model.path))
-    text = text.replace("\nimage", f"\npipe.scheduler = type(pipe.scheduler).from_config({dict(scheduler.config)!r})\nimage")
-    untrained, _ = as_printed(text, latents)
-    assert abs(ours - untrained).max() > 8  # the training is visible, so the comparisons above can fail
+    if case.endswith("average"):  # the training is visible, so the comparisons above can fail
+        text = printed.replace("pipe.load_lora_weights", "# ").replace(repr(str(out)), repr(config.model.path))
+        text = text.replace(
+            "\nimage", f"\npipe.scheduler = type(pipe.scheduler).from_config({dict(scheduler.config)!r})\nimage"
+        )
+        untrained, _ = as_printed(text, latents)
+        assert abs(ours - untrained).max() > 8
 
 
 def test_a_rounding_that_diffusers_does_not_know_is_told(tmp_path, capsys) -> None:

@@ -128,8 +128,7 @@ def test_a_dry_run_names_component_and_tensor(case: str, folder, capsys) -> None
         build_model(config_with(folder))
 
 
-@pytest.mark.parametrize("component", KINDS)
-@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize(("component", "value"), zip(KINDS, map(float, ("nan", "inf", "-inf", "nan")), strict=True))
 def test_values_that_are_not_finite_are_named(component: str, value: float, folder) -> None:
     def poison(tensors) -> None:
         name = min(name for name in tensors if name.endswith(("bias", "norm.weight")))
