@@ -169,13 +169,14 @@ def test_another_failure_leaves_nothing(toy, tmp_path, monkeypatch) -> None:
 def test_the_allocators_history_is_recorded_on_cuda_only(tmp_path, monkeypatch) -> None:
     calls: list[tuple] = []
     monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda **keys: calls.append(tuple(keys.items())))
-    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", lambda path: calls.append((path,)))
+    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", lambda path: Path(path).write_bytes(b"history"))
     for device in (torch.device("cpu"), CUDA):
         history = AllocatorHistory(device)
         history.start()
         assert history.dump(tmp_path / "memory.pickle") == (device == CUDA)
         history.stop()
-    assert calls == [(("max_entries", 200_000),), (str(tmp_path / "memory.pickle"),), (("enabled", None),)]
+    assert calls == [(("max_entries", 200_000),), (("enabled", None),)]
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("memory.pickle", b"history")]
 
 
 def test_a_phases_peak_is_read_when_it_ends(monkeypatch) -> None:
