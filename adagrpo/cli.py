@@ -14,6 +14,7 @@ from .config import Config
 from .errors import InputError, RunError, Stopped
 from .isolation import leave_if_hanging
 from .recipe import MOST_SEED, check, load_recipe, recipe_names, to_toml
+from .redaction import redacted, redacted_arguments, restored, scrubbed
 from .run.files import remedy_for
 from .run.signals import leaving
 from .user_text import character_problem, require_within, shown
@@ -74,7 +75,7 @@ def _run(args: list[str]) -> int:
 def _complain(line: str) -> None:
     """A line on standard error; where that takes no more, the exit code has to say it."""
     with contextlib.suppress(OSError, ValueError):
-        print(f"adagrpo: {line}", file=sys.stderr, flush=True)
+        print(f"adagrpo: {scrubbed(line)}", file=sys.stderr, flush=True)
     try:
         sys.stdout.flush()
     except (OSError, ValueError):  # else the interpreter tries again as it ends, and changes the exit code
@@ -104,7 +105,7 @@ def _dispatch(argv: list[str]) -> int:
     _add_bench(commands)
     _add_doctor(commands)
     args, rest = parser.parse_known_args(argv)
-    args.argv = tuple(argv)
+    args.argv = redacted_arguments(argv)
     takes_keys = getattr(args, "recipe_keys", False)
     if rest and not takes_keys:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -233,7 +234,8 @@ def _override(config: Config, overrides: list[str], command: str) -> Config:
         return config
     import tyro
 
-    return tyro.cli(Config, default=config, args=overrides, prog=f"adagrpo {command}")
+    shown_config = redacted(config)  # its help prints the values
+    return restored(tyro.cli(Config, default=shown_config, args=overrides, prog=f"adagrpo {command}"), config)
 
 
 def _add_fidelity(commands: argparse._SubParsersAction) -> None:

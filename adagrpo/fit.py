@@ -25,6 +25,7 @@ from .isolation import PartHung, leaving_when
 from .planning import memory_notice
 from .prompts import prompt_category
 from .recipe import to_toml
+from .redaction import redacted, scrubbed
 from .rewards import PromptRows
 from .run.checkpoint import Retention, abandon_later, load_state, require_space, save_checkpoint
 from .run.files import WriteError, read_json, replacing, told
@@ -165,7 +166,8 @@ class Fit:
     def _open_loggers(self, closing: contextlib.ExitStack) -> list[Dashboard]:
         """The dashboards, closed by ``closing``."""
         say = lambda message: self._event("warning", message)  # noqa: E731
-        loggers = open_loggers(self.config.output.loggers, self.run.name(), self.run.path, dataclasses.asdict(self.config), say)
+        recipe = dataclasses.asdict(redacted(self.config))
+        loggers = open_loggers(self.config.output.loggers, self.run.name(), self.run.path, recipe, say)
         return [closing.enter_context(logger) for logger in loggers]
 
     def _train(self, loggers: Sequence[Dashboard]) -> Outcome:
@@ -498,7 +500,7 @@ class Fit:
 
     def _event(self, kind: str, message: str, iteration: int | None = None) -> None:
         self.run.event(self.trainer.iterations_done if iteration is None else iteration, kind, message)
-        self.say(message)
+        self.say(scrubbed(message))
 
 
 def read_metrics(metrics: dict[str, Any]) -> tuple[dict[str, float], list[str]]:

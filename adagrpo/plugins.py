@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .errors import InputError, RunError
 from .isolation import Part, build_part, call_part
+from .redaction import resolved
 
 TIMEOUT_KEY = "train.part_timeout"
 
@@ -73,7 +74,7 @@ def load_callable(
     Args:
         timeout: seconds per call; 0 waits for ever.
     """
-    function = load_attribute(target, key)
+    function, kwargs = load_attribute(target, key), resolved(kwargs, key)
     check_call(function, key, target, positional, kwargs)
     part = Part(f"{key} = {target}", timeout=timeout, timeout_key=TIMEOUT_KEY)
     return lambda *args: call_part(part, functools.partial(function, **kwargs), *args)
@@ -97,7 +98,7 @@ def make_part(
         InputError: it cannot be imported or called so; of its own making.
         RunError: naming the key, whatever else went wrong.
     """
-    function = load_attribute(target, key)
+    function, kwargs = load_attribute(target, key), resolved(kwargs, key)
     check_call(function, key, target, len(args), kwargs)
     part = Part(f"{key} = {target}", passes=(InputError, RunError), timeout=timeout, timeout_key=TIMEOUT_KEY)
     return build_part(part, lambda: taken(function(*args, **kwargs)))

@@ -23,6 +23,7 @@ from .config import Config, GuardConfig, GuardsConfig
 from .errors import InputError
 from .plugins import is_import_path
 from .recipe_values import check_values
+from .redaction import REDACTED, is_secret, redacted, redacted_kwargs
 from .user_text import cut, parse_toml, read_text, shown
 
 MAX_BYTES = 2**16
@@ -62,8 +63,8 @@ def load_recipe(recipe: str | Path) -> Config:
 
 
 def to_toml(config: Config) -> str:
-    """The resolved recipe as TOML; ``load_recipe`` reads it back to an equal Config."""
-    return tomli_w.dumps(_plain(dataclasses.asdict(config)))
+    """The resolved recipe as TOML, without secrets; but for those ``load_recipe`` reads it back to an equal Config."""
+    return tomli_w.dumps(_plain(dataclasses.asdict(redacted(config))))
 
 
 def check(config: Config) -> None:
@@ -335,7 +336,7 @@ def _check_plugins(c: Config) -> typing.Iterator[Problem]:
         if name not in names and not is_import_path(name):
             yield key, name, f"must be one of {', '.join(names)}, or package.module:attribute{_hint(name, names)}"
         if name in names and section.kwargs:
-            yield f"{key.split('.')[0]}.kwargs", section.kwargs, f"acts only when {key} is an import path"
+            yield f"{key.split('.')[0]}.kwargs", redacted_kwargs(section.kwargs), f"acts only when {key} is an import path"
 
 
 def _check_rewards(c: Config) -> typing.Iterator[Problem]:
@@ -365,7 +366,8 @@ def _build(cls: Any, data: dict[str, Any], source: str, prefix: str) -> Any:
 
 def _convert(hint: Any, value: Any, source: str, key: str) -> Any:
     def wrong(expected: str) -> InputError:
-        return InputError(f"{source}: {key} = {shown(value)}: expected {expected}")
+        named = ".kwargs." in f".{key}" and is_secret(key.rpartition(".")[2], "text")
+        return InputError(f"{source}: {key} = {REDACTED if named else shown(value)}: expected {expected}")
 
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):

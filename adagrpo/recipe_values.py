@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from .config import Config
+from .redaction import redacted
 from .user_text import character_problem
 
 # Counts; the seed has a range of its own. Arguments of parts by import path may be any 64-bit integer, as TOML has them.
@@ -19,7 +20,7 @@ MOST_IMAGES = 10**7
 
 def check_values(config: Config) -> Iterator[tuple[str, Any, str]]:
     """Key, value and remedy of whatever no key may hold, and of more work than an iteration can be meant to be."""
-    yield from value_problems(dataclasses.asdict(config))
+    yield from value_problems(dataclasses.asdict(redacted(config)))
     r, slots = config.rollout, config.train.slots * config.train.accumulation
     samples = r.group_size * (len(r.sde_steps) if r.plan == "fork" else 1)
     if (evaluations := slots * r.steps * (config.selection.candidates + samples)) > MOST_EVALUATIONS:

@@ -23,7 +23,7 @@ LAYERS = [
     {"config"},
     {"models"},
     {"algorithm"},
-    {"errors", "version", "plugins", "isolation", "torch_settings", "strict_json", "user_text"},
+    {"errors", "version", "plugins", "isolation", "torch_settings", "strict_json", "user_text", "redaction"},
 ]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from ..errors import InputError
 from ..isolation import Part, build_part
 from ..plugins import check_call, is_import_path, load_attribute
+from ..redaction import resolved
 from .base import PromptRows, Reward
 
 __all__ = ["BUILT_IN", "PromptRows", "Reward", "build_reward", "check_reward", "check_reward_files", "reward_target"]
@@ -39,6 +40,7 @@ def check_reward(name: str, kwargs: Mapping[str, Any], key: str = "rewards") -> 
     Raises:
         InputError: unknown name, import failure, or arguments it does not take.
     """
+    resolved(kwargs, key)
     factory = load_attribute(reward_target(name, key), key)
     check_call(factory, key, name, 0, kwargs)
     return factory
@@ -52,7 +54,7 @@ def check_reward_files(name: str, kwargs: Mapping[str, Any], key: str = "rewards
     """
     factory = check_reward(name, kwargs, key)
     if name in BUILT_IN and hasattr(factory, "check"):
-        arguments = inspect.signature(factory).bind(**kwargs)
+        arguments = inspect.signature(factory).bind(**resolved(kwargs, key))
         arguments.apply_defaults()
         factory.check(**arguments.arguments)
 
@@ -63,7 +65,7 @@ def build_reward(name: str, kwargs: Mapping[str, Any], key: str = "rewards") -> 
     Raises:
         InputError: unknown name, import failure, arguments it does not take, or a result that is not a reward.
     """
-    factory = check_reward(name, kwargs, key)
+    factory, kwargs = check_reward(name, kwargs, key), resolved(kwargs, key)
     part = Part(f"{key} = {name}", InputError, ": cannot be built", passes=(InputError,))
     reward: Reward = build_part(part, lambda: factory(**kwargs))
     check_call(reward, key, f"{name}(...)", 2, {})

@@ -17,6 +17,7 @@ import torch
 from ..config import Config
 from ..errors import InputError
 from ..recipe import load_recipe, to_toml
+from ..redaction import comparable, scrubbed
 from .changes import NO_CHANGES, Changes, permitted
 from .checkpoint import load_records, newest_readable, newest_sound, tidy, verify
 from .files import SEAL, is_sealed, read_json, sealed, set_aside, sweep, write_error, write_json, write_text
@@ -246,7 +247,7 @@ class RunFolder:
         Raises:
             WriteError: it cannot be written.
         """
-        self.events.append({"iteration": iteration, "kind": kind, "message": message})
+        self.events.append({"iteration": iteration, "kind": kind, "message": scrubbed(message)})
 
     def vouch(self, picture: Path) -> None:
         """Remember what a sample grid holds, for the next checkpoint."""
@@ -371,8 +372,11 @@ def prompts_digest(*lists: Sequence[str]) -> str:
 
 
 def changed_keys(before: Config, now: Config) -> dict[str, tuple[Any, Any]]:
-    """Keys in which two recipes differ, as ``section.key``, with both values; None where a key is missing."""
-    one, other = (_flat(dataclasses.asdict(config)) for config in (before, now))
+    """Keys in which two recipes differ, as ``section.key``, with both values; None where a key is missing.
+
+    Recipes that differ in secrets only are the same.
+    """
+    one, other = (_flat(dataclasses.asdict(config)) for config in (comparable(before), comparable(now)))
     return {key: (one.get(key), other.get(key)) for key in {**one, **other} if one.get(key) != other.get(key)}
 
 

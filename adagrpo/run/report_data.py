@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
+from ..redaction import redacted_text
 from ..strict_json import from_json
 from ..user_text import parse_toml
 
@@ -180,6 +181,7 @@ def _read_recipe(file: Path, notes: list[str]) -> tuple[dict[str, Any], str]:
     if text is None:
         notes.append("config.toml is missing, so the recipe is unknown.")
         return {}, ""
+    text = redacted_text(text)  # of runs by former versions
     try:
         return parse_toml(text), text
     except ValueError as error:
