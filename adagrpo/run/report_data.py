@@ -7,6 +7,7 @@ import dataclasses
 import math
 import re
 import struct
+import zlib
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from ..user_text import parse_toml
 IMAGE_BYTES = 8 * 1024 * 1024
 _LARGEST = 1e100
 _GRID_NAME = re.compile(r"step-(\d+)\.png")
-_PNG_HEAD, _PNG_TAIL = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
+_PNG_HEAD = b"\x89PNG\r\n\x1a\n"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,8 +168,8 @@ def _read_run(folder: Path, label: str) -> Run:
         result=_read_object(folder / "result.json", notes),
         iteration=iteration,
         columns=columns,
-        events=_read_events(folder / "events.jsonl"),
-        grids=_find_grids(folder / "samples"),
+        events=_read_events(folder / "events.jsonl", notes),
+        grids=_find_grids(folder / "samples", notes),
         notes=notes,
     )
 
@@ -232,6 +233,10 @@ def _read_metrics(file: Path, notes: list[str]) -> tuple[np.ndarray, dict[str, n
         count += 1
     if damaged:
         notes.append(f"{damaged} unreadable {'line' if damaged == 1 else 'lines'} of metrics.jsonl left out.")
+    if count > len(rows):
+        notes.append(f"metrics.jsonl has {count - len(rows)} repeated iterations: the last of each counts.")
+    if rows and (missing := max(rows) - min(rows) + 1 - len(rows)):
+        notes.append(f"metrics.jsonl lacks {missing} iterations between the first and the last.")
     iteration = np.array(sorted(rows), dtype=np.int64)
     position = np.full(count, -1)
     position[[rows[i] for i in iteration.tolist()]] = np.arange(iteration.size)
@@ -269,30 +274,49 @@ def _flat(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
             yield key, n
 
 
-def _read_events(file: Path) -> list[Event]:
-    records = (record for record, _ in _stream(file) if record is not None)
+def _read_events(file: Path, notes: list[str]) -> list[Event]:
+    lines = list(_stream(file))
+    if damaged := sum(bad for _, bad in lines):
+        notes.append(f"{damaged} unreadable {'line' if damaged == 1 else 'lines'} of events.jsonl left out.")
+    records = (record for record, _ in lines if record is not None)
     return [Event(r["iteration"], str(r.get("kind", "")), str(r.get("message", ""))) for r in records]
 
 
-def _find_grids(folder: Path) -> list[Grid]:
-    """Complete PNG files, by iteration."""
+def _find_grids(folder: Path, notes: list[str]) -> list[Grid]:
+    """Sound PNG files, by iteration."""
     grids = []
     for path in folder.glob("step-*.png") if folder.is_dir() else ():
         match = _GRID_NAME.fullmatch(path.name)
-        if not path.is_file():
+        if match is None or not path.is_file():
             continue
         try:
-            with path.open("rb") as file:
-                head = file.read(24)
-                size = file.seek(0, 2)
-                file.seek(max(0, size - 8))
-                tail = file.read()
-        except OSError:
-            continue
-        if match and head.startswith(_PNG_HEAD) and tail == _PNG_TAIL and len(head) == 24:
-            width, height = struct.unpack(">II", head[16:24])
-            grids.append(Grid(path, int(match[1]), width, height, size))
+            size, sides = path.stat().st_size, _sides(path)
+        except (OSError, struct.error):
+            size, sides = 0, None
+        if sides is None:
+            notes.append(f"samples/{path.name} is damaged and left out.")
+        else:
+            grids.append(Grid(path, int(match[1]), *sides, size))
     return sorted(grids, key=lambda grid: grid.iteration)
+
+
+def _sides(path: Path) -> tuple[int, int] | None:
+    """Width and height of a PNG file whose every chunk has the checksum it was written with; None of another."""
+    with path.open("rb") as file:
+        if file.read(len(_PNG_HEAD)) != _PNG_HEAD:
+            return None
+        sides: tuple[int, int] | None = None
+        while True:
+            length, kind = struct.unpack(">I4s", file.read(8))
+            if length > path.stat().st_size:
+                return None
+            data = file.read(length)
+            if struct.unpack(">I", file.read(4))[0] != zlib.crc32(kind + data):
+                return None
+            if sides is None:
+                sides = struct.unpack(">II", data[:8])
+            if kind == b"IEND":
+                return sides if not file.read(1) else None
 
 
 def embedded(runs: Sequence[Run], budget: int = IMAGE_BYTES) -> list[list[Grid]]:

@@ -249,7 +249,7 @@ def test_damaged_files_are_told_and_survived(tmp_path: Path) -> None:
     (run / "samples" / "step-x.png").write_bytes(b"")
     (read,) = read_runs([run])
     assert read.done == 31 and len(read.grids) == 2 and math.isnan(read.column("reward/train")[29])
-    assert "3 unreadable lines of metrics.jsonl left out." in read.notes and len(read.notes) == 4
+    assert "3 unreadable lines of metrics.jsonl left out." in read.notes and len(read.notes) == 6
     assert "3 unreadable lines" in Tree(build_report([run])).visible
 
 
@@ -374,3 +374,21 @@ def test_colours_differ_for_colour_blind_readers_and_stand_out() -> None:
         for matrix in SIGHT.values():
             seen = [oklab(np.asarray(matrix) @ colour) for colour in palette]
             assert min(100 * np.linalg.norm(a - b) for a, b in combinations(seen, 2)) > 8
+
+
+def test_gaps_repeats_and_damaged_pictures_are_told(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", iterations=40, grids=3)
+    metrics = (run / "metrics.jsonl").read_text("utf-8").splitlines()
+    (run / "metrics.jsonl").write_text("\n".join([*metrics[:10], *metrics[13:], metrics[20]]) + "\n", "utf-8")
+    events = (run / "events.jsonl").read_bytes() if (run / "events.jsonl").exists() else b""
+    (run / "events.jsonl").write_bytes(b"\x00\x01\n" + events)
+    picture = sorted((run / "samples").glob("*.png"))[0]
+    content = bytearray(picture.read_bytes())
+    content[len(content) // 2] ^= 1
+    picture.write_bytes(content)
+    (read,) = read_runs([run])
+    assert "metrics.jsonl lacks 3 iterations between the first and the last." in read.notes
+    assert "metrics.jsonl has 1 repeated iterations: the last of each counts." in read.notes
+    assert "1 unreadable line of events.jsonl left out." in read.notes
+    assert f"samples/{picture.name} is damaged and left out." in read.notes
+    assert picture not in [grid.path for grid in read.grids]
