@@ -183,9 +183,10 @@ def test_digests_part_recipes_and_nothing_else() -> None:
 def test_seeds_trains_every_arm_once_and_goes_on_from_its_log(tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     keys = ["--train.slots", "1", "--train.iterations", "1", "--rollout.group_size", "2", "--evaluation.final_prompts", "2",
-            "--evaluation.final_noises", "1"]  # fmt: skip
+            "--evaluation.final_noises", "1", "--model.family", "parts:model", "--model.max_text_tokens", "256",
+            "--model.guidance", "3.5", "--data.held_out", "parts:held_out", "--rewards.0.name", "parts:reward"]  # fmt: skip
     files = ["--log", str(tmp_path / "log.jsonl"), "--out", str(tmp_path / "results")]
-    command = ["bench", "seeds", "tiny", *keys, *files, "--mixes", "tiny:wide", "--probes", "full,memory"]
+    command = ["bench", "seeds", "tiny", *keys, *files, "--mixes", "parts:prompts", "--probes", "full,memory"]
     assert main([*command, "--seeds", "1"]) == 0
     assert len(read_log(tmp_path / "log.jsonl")) == 2
     assert main([*command, "--seeds", "1"]) == 0
@@ -193,7 +194,7 @@ def test_seeds_trains_every_arm_once_and_goes_on_from_its_log(tmp_path, capsys, 
     assert "2 trainings, 0 of them in" in out and "2 trainings, 2 of them in" in out
     (record,) = (tmp_path / "results").rglob("*-seeds-tiny.json")
     rows = json.loads(record.read_text())["facts"]["rows"]
-    assert [row["probe"] for row in rows] == ["full", "memory"] and all(0 < row["end"] < 1 for row in rows)
+    assert [row["probe"] for row in rows] == ["full", "memory"] and all(0 < abs(row["end"]) < 1 for row in rows)
     (tmp_path / "log.jsonl").write_text("{", "utf-8")
     assert main([*command, "--seeds", "1"]) == 2
     assert "line 1 is broken" in capsys.readouterr().err

@@ -95,7 +95,7 @@ def test_other_strategies_and_several_rewards(strategy: str) -> None:
 
 
 def test_tiny_recipe_picks_the_same_prompts() -> None:
-    """Five one-slot iterations of the shipped tiny recipe, on the interpreter and on the references.
+    """Three one-slot iterations of the shipped tiny recipe, on the interpreter and on the references.
 
     By brightness, whose picks have margins, and with an Adam whose step is smooth in the gradient.
     """
@@ -108,11 +108,11 @@ def test_tiny_recipe_picks_the_same_prompts() -> None:
         one_slot = dataclasses.replace(
             config,
             engine=dataclasses.replace(config.engine, kernels=kernels),
-            train=dataclasses.replace(config.train, slots=1, accumulation=1, iterations=5),
+            train=dataclasses.replace(config.train, slots=1, accumulation=1, iterations=3),
             rewards=(RewardConfig("brightness"),),
             optimizer=dataclasses.replace(config.optimizer, eps=1e-5),
         )
-        runs.append(trained(build_trainer(one_slot)[0], 5))
+        runs.append(trained(build_trainer(one_slot)[0], 3))
     assert_same_training(*runs)
 
 
