@@ -36,6 +36,7 @@ from .run.loggers import Dashboard, open_loggers
 from .run.origin import Origin
 from .run.report import write_report
 from .run.signals import StopRequest
+from .run.trace import export_trace
 from .train import Trainer
 
 BASELINE, MEMORY = "baseline.json", "memory.json"
@@ -267,7 +268,8 @@ class Fit:
             return self.trainer.iteration()
         with torch.profiler.profile() as profiler:
             metrics = self.trainer.iteration()
-        self._write_aside(self.run.path / "traces" / f"iteration-{number:06d}.json.gz", profiler.export_chrome_trace)
+        path = self.run.path / "traces" / f"iteration-{number:06d}.json.gz"
+        self._write_aside(path, lambda draft: export_trace(profiler, draft))
         return metrics
 
     def _record_kernels(self) -> None:
