@@ -89,15 +89,11 @@ def pairs(trial: Trial, count: int) -> None:
         wrong = []
         if sorted(codes) not in ([0, 2], [-9, 0], [-9, 2], [2, 2]) or (codes == [2, 2] and first.code != -9):
             wrong.append(f"exit codes {codes}")
-        for command in both:
+        for command, other in ((first, second), (second, first)):
             told = command.output
-            named = [
-                str(first.pid),
-                str(second.pid),
-                "holds a run",
-                "no run to resume there",
-            ]  # the last: before the first began
-            if command.code == 2 and not any(words in told for words in named):
+            # The last two are true before the other has begun, or when it was killed before its first checkpoint.
+            fair = (f"process {other.pid} ", "holds a run already", "no run to resume there", "holds no complete checkpoint")
+            if command.code == 2 and not any(words in told for words in fair):
                 wrong.append(f"refused without naming the owner: {told.strip().splitlines()[-1:]}")
             if "Traceback" in told:
                 wrong.append("a traceback")
