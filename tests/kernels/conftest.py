@@ -1,16 +1,12 @@
-"""Triton on the CPU: the interpreter has to be chosen before triton is imported, and not when a GPU is under test."""
+"""Where a kernel runs: Triton's interpreter (chosen in ``tests/conftest.py``), or a CUDA device."""
 
 from __future__ import annotations
-
-import os
 
 import pytest
 import torch
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.option.markexpr.strip() != "gpu":
-        os.environ["TRITON_INTERPRET"] = "1"
     config.addinivalue_line("filterwarnings", "ignore:(invalid value|divide by zero|overflow):RuntimeWarning")
 
 
