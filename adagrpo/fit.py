@@ -16,11 +16,11 @@ from adagrpo_kernels import implementations, telling
 from torch import Tensor
 from tqdm import tqdm
 
-from .algorithm.sde import Stream
 from .config import Config
 from .engine.memory import MemoryPlan, PeakMeter, checkpoint_bytes
 from .errors import InputError, RunError
-from .evaluation import PairedGain, decode, evaluate, paired_gain, sample_latents
+from .evaluation import PairedGain
+from .held_out import HeldOut
 from .isolation import PartHung, leaving_when
 from .planning import memory_notice
 from .prompts import prompt_category
@@ -28,7 +28,7 @@ from .recipe import to_toml
 from .redaction import redacted, scrubbed
 from .rewards import PromptRows
 from .run.checkpoint import Retention, abandon_later, load_state, require_space, save_checkpoint
-from .run.files import WriteError, read_json, replacing, told
+from .run.files import WriteError, replacing, told
 from .run.folder import RunFolder
 from .run.grid import save_grid
 from .run.guards import Guards, Trip
@@ -39,7 +39,7 @@ from .run.signals import StopRequest
 from .run.trace import export_trace
 from .train import Trainer
 
-BASELINE, MEMORY = "baseline.json", "memory.json"
+MEMORY = "memory.json"
 EXIT_GUARD = 3
 
 
@@ -73,15 +73,13 @@ class Fit:
         self.trainer, self.run, self.say = trainer, run, unfailing(say)
         self.plan, self.meter = plan, PeakMeter(trainer.model.device)
         self.config: Config = trainer.config
-        e = self.config.evaluation
-        self.held_out, self.final_prompts = list(held_out)[: e.prompts], list(held_out)[: e.final_prompts]
+        self.held_out = HeldOut(trainer, run, held_out, lambda message: self._event("warning", message))
         self.guards = Guards(self.config.guards)
         self.category = prompt_category(self.config.data.prompts)
         self.rollbacks = 0
         self._kernels_recorded: dict[str, str] = {}
         self._saved_now = False
         self.best = -math.inf
-        self.baseline: Tensor | None = None
         self._sound, self._held_out_now = False, None  # of the last finished iteration
         self._unfinished: dict[str, Any] | None = None
         base = self.config.model.path, to_toml(self.config), self.config.loss.kl_weight > 0
@@ -136,10 +134,10 @@ class Fit:
         if notice := memory_notice(self.config, len(self.trainer.stream.prompts)):
             self._event("warning", notice)
         with telling(lambda message: self._event("warning", message)):
-            self.trainer.with_memory(self._try_rewards)
+            self.trainer.with_memory(self.held_out.try_rewards)
             with contextlib.ExitStack() as closing:
                 loggers = self._open_loggers(closing)
-                before = self._before()
+                before = self.held_out.before()
                 try:
                     outcome = self._train(loggers)
                 except BaseException:
@@ -147,7 +145,7 @@ class Fit:
                     raise
                 self._compare_memory()
             if not outcome.exit_code:
-                outcome = Outcome(0, self._compare(before))
+                outcome = Outcome(0, self.held_out.compare(before))
         self._report()
         return outcome
 
@@ -244,7 +242,11 @@ class Fit:
         last = done == self.config.train.iterations
         evaluated = _due(done, self.config.evaluation.every) or (last and self.config.evaluation.every > 0)
         if evaluated:
-            record = record | self._evaluate(record)
+            record = record | self.held_out.curve()
+            self.say(
+                f"iteration {done}: reward train {record['reward/train']:.3f}, held-out {record['reward/held_out']:.3f}, "
+                f"{record['perf/seconds']:.2f} s"
+            )
         self.run.log(record)
         self._unfinished, self._held_out_now = None, record.get("reward/held_out")
         trips = self._judge(record)
@@ -298,8 +300,8 @@ class Fit:
             "guards": self.guards.state_dict(),
             "rollbacks": self.rollbacks,
             "best": self.best,
-            "held_out": self._measure,
-            "baseline": self.baseline,
+            "held_out": self.held_out.measure,
+            "baseline": self.held_out.baseline,
             "unfinished": self._unfinished,
         }
         retention = Retention(o.keep_last, o.keep_every, o.keep_best)
@@ -353,15 +355,10 @@ class Fit:
         self.guards.load_state_dict(state["guards"])
         self.rollbacks, self.best = state["rollbacks"], state["best"]
         self._unfinished = state.get("unfinished")
-        if state.get("held_out", self._measure) != self._measure:  # a best of other prompts is none of these
+        if state.get("held_out", self.held_out.measure) != self.held_out.measure:  # a best of other prompts is none of these
             self.best = -math.inf
             self.guards.forget_best()
-        self.baseline = state.get("baseline", self.baseline)
-
-    @property
-    def _measure(self) -> list[int]:
-        """What the held-out reward is a mean over: prompts and noises."""
-        return [len(self.held_out), self.config.evaluation.noises]
+        self.held_out.baseline = state.get("baseline", self.held_out.baseline)
 
     def _restore_records(self, checkpoint: Path) -> None:
         """The run folder as it was when ``checkpoint`` was written; what was damaged or lies later is told."""
@@ -395,82 +392,13 @@ class Fit:
             record["mem/peak_bytes"] = torch.cuda.max_memory_allocated(self.trainer.model.device)
         return record
 
-    def _scores(self, prompts: Sequence[str], noises: int, stream: Stream) -> Tensor:
-        with self.trainer.optimizer.averaged_weights():
-            trainer = self.trainer
-            scores = trainer.with_memory(lambda: evaluate(trainer.executor, trainer.score, prompts, noises, stream))
-        trainer.phase.read()
-        return scores
-
-    def _evaluate(self, record: dict[str, Any]) -> dict[str, float]:
-        scores = self._scores(self.held_out, self.config.evaluation.noises, Stream.HELD_OUT)
-        found = {"reward/held_out": float(scores[0].nanmean())}
-        found["reward/held_out_std"] = float(scores[0].nanmean(1).std()) if len(self.held_out) > 1 else 0.0
-        for m, reward in list(enumerate(self.config.rewards))[1:]:
-            found[f"reward/held_out_{m}_{reward.name}"] = float(scores[m].nanmean())
-        self.say(
-            f"iteration {record['iteration']}: reward train {record['reward/train']:.3f}, "
-            f"held-out {found['reward/held_out']:.3f}, {record['perf/seconds']:.2f} s"
-        )
-        return found
-
-    def _try_rewards(self) -> None:
-        """Score two pictures of noise: a broken reward ends the run here, not after the first rollout.
-
-        Noise may have no score; so a reward without one is asked again, of what the policy draws.
-        """
-        prompts = (self.held_out * 2)[:2]
-        x = self.trainer.executor.initial_noise(torch.arange(2), 0, Stream.SAMPLE)
-        scores = self.trainer.score(x, PromptRows(prompts, torch.arange(2, device=x.device)))
-        if not bool(scores.isfinite().any(1).all()):
-            scores = evaluate(self.trainer.executor, self.trainer.score, prompts, 1, Stream.SAMPLE).flatten(1)
-        self.trainer.phase.read()
-        for m, some in enumerate(scores.isfinite().any(1).tolist()):
-            if not some:
-                name = f"rewards.{m} ({self.config.rewards[m].name})"
-                raise RunError(f"{name} has no finite score, neither of noise nor of the policy's images: {scores[m].tolist()}")
-
-    def _before(self) -> Tensor | None:
-        """Scores [prompts, noises] of the initial policy on the final comparison's prompts; None if they are lost.
-
-        They are measured on untrained weights only, and kept in every checkpoint; ``baseline.json`` is a copy to look at.
-        """
-        if not self.final_prompts:
-            return None
-        shape = (len(self.final_prompts), self.config.evaluation.final_noises)
-        if self.trainer.iterations_done == 0:
-            self.baseline = self._scores(self.final_prompts, shape[1], Stream.FINAL_EVALUATION)[0].double().cpu()
-        copied = read_baseline(self.run.path / BASELINE, shape)
-        if self.baseline is None and copied is not None:
-            self.baseline = copied  # a run of a former version
-        if self.baseline is None or self.baseline.shape != shape:
-            self._event("warning", f"the initial policy's scores are lost ({BASELINE}): no final comparison with it")
-            return None
-        if copied is None or not torch.equal(copied.nan_to_num(math.inf), self.baseline.nan_to_num(math.inf)):
-            if self.trainer.iterations_done:
-                self._event("warning", f"{BASELINE} was missing or altered: written anew from the checkpoint")
-            self.run.write_json(BASELINE, self.baseline.tolist())
-        return self.baseline
-
-    def _compare(self, before: Tensor | None) -> PairedGain | None:
-        if before is None:
-            return None
-        after = self._scores(self.final_prompts, self.config.evaluation.final_noises, Stream.FINAL_EVALUATION)[0]
-        gain = paired_gain(before, after.cpu())
-        self.run.write_json("result.json", vars(gain))
-        return gain
-
     def _show(self, iteration: int) -> None:
         """A sample grid of fixed held-out prompts and noise; a failure to write it is told, and ends nothing."""
-        trainer, prompts = self.trainer, self.held_out[: self.config.output.grid_prompts]
         if not self.config.output.grid_every:
             return
-        with trainer.optimizer.averaged_weights():
-            latents, rewards = trainer.with_memory(lambda: self._samples(prompts))
-            images = decode(trainer.executor, latents)
-        trainer.phase.read()
+        images, prompts, rewards = self.held_out.draw_grid(self.config.output.grid_prompts)
         path = self.run.samples / f"step-{iteration:06d}.png"
-        if self._write_aside(path, lambda draft: save_grid(Path(draft), images, prompts, rewards.tolist())):
+        if self._write_aside(path, lambda draft: save_grid(Path(draft), images, prompts, rewards)):
             self.run.vouch(path)
 
     def _write_aside(self, path: Path, write: Callable[[str], object]) -> bool:
@@ -485,11 +413,6 @@ class Fit:
             self._event("warning", f"{path.name} could not be written: {error.reason}")
             return False
         return True
-
-    def _samples(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        latents = sample_latents(self.trainer.executor, prompts, 1, Stream.SAMPLE)
-        everyone = torch.arange(len(prompts), device=latents.device)
-        return latents, self.trainer.score(latents, PromptRows(prompts, everyone))[0]
 
     def _report(self) -> None:
         """Rewrite the live report; a failure there is told, and ends nothing."""
@@ -514,16 +437,6 @@ def read_metrics(metrics: dict[str, Any]) -> tuple[dict[str, float], list[str]]:
     numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
     texts = [picked.texts[int(i)] for i in read[len(tensors) :]]
     return dict(zip(tensors, read, strict=False)) | numbers, texts
-
-
-def read_baseline(file: Path, shape: tuple[int, int]) -> Tensor | None:
-    """Scores [prompts, noises] in fp64, null as NaN; None where the file is missing, damaged or of another shape."""
-    try:
-        rows = read_json(file)
-        scores = torch.tensor([[math.nan if s is None else float(s) for s in row] for row in rows], dtype=torch.float64)
-    except (ValueError, TypeError, RuntimeError):
-        return None
-    return scores if scores.shape == shape else None
 
 
 def unfailing(say: Callable[[str], None]) -> Callable[[str], None]:

@@ -15,7 +15,7 @@ LAYERS = [
     {"bench"},
     {"commands", "doctor"},
     {"selftest", "profile"},
-    {"fit", "build", "fidelity"},
+    {"fit", "build", "fidelity", "held_out"},
     {"planning"},
     {"train", "evaluation"},
     {"engine", "rewards", "run", "tiny", "prompts", "prompt_file"},

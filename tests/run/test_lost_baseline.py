@@ -59,7 +59,7 @@ def test_where_no_checkpoint_has_it_nothing_is_compared(tmp_path) -> None:
     assert resumed(tmp_path / "run").run.read_json("result.json") == known  # from baseline.json
     (run.path / "baseline.json").unlink()
     fit = resumed(tmp_path / "run")
-    assert not (run.path / "result.json").exists() and fit.baseline is None
+    assert not (run.path / "result.json").exists() and fit.held_out.baseline is None
     assert "the initial policy's scores are lost" in (run.path / "events.jsonl").read_text()
 
 

@@ -12,6 +12,7 @@ from toy import toy_config, toy_trainer
 from adagrpo.cli import main
 from adagrpo.config import RewardConfig
 from adagrpo.fit import Fit
+from adagrpo.held_out import HeldOut
 from adagrpo.recipe import to_toml
 from adagrpo.run.folder import RunFolder
 
@@ -72,7 +73,7 @@ def test_what_is_ignored_stays_ignored(tmp_path) -> None:
 
 
 def test_a_signal_while_saving_or_evaluating_loses_nothing(tmp_path, monkeypatch) -> None:
-    save, scores = torch.save, Fit._scores
+    save, scores = torch.save, HeldOut.scores
     for moment in ("save", "evaluate"):
         fit = start(tmp_path / moment, {})
 
@@ -87,7 +88,7 @@ def test_a_signal_while_saving_or_evaluating_loses_nothing(tmp_path, monkeypatch
             return found
 
         with monkeypatch.context() as patch:
-            patch.setattr(torch, "save", saving) if moment == "save" else patch.setattr(Fit, "_scores", evaluating)
+            patch.setattr(torch, "save", saving) if moment == "save" else patch.setattr(HeldOut, "scores", evaluating)
             assert fit().exit_code == 143
         assert fit.run.latest_checkpoint().name == {"save": "step-000005", "evaluate": "step-000002"}[moment]
         assert not [p for p in fit.run.path.rglob("*") if "partial" in p.name]
@@ -105,7 +106,7 @@ def test_a_signal_outside_the_iterations_leaves_cleanly(moment: str, number, tmp
     )
     (tmp_path / "toy.toml").write_text(to_toml(config), "utf-8")
     command = ["train", str(tmp_path / "toy.toml"), "--out", str(tmp_path / "run"), "--resume", "auto"]
-    model, scores = parts.model, Fit._scores
+    model, scores = parts.model, HeldOut.scores
 
     def signalled_model(*args, **kwargs):
         os.kill(os.getpid(), number)
@@ -120,7 +121,7 @@ def test_a_signal_outside_the_iterations_leaves_cleanly(moment: str, number, tmp
         if moment == "model":
             patch.setattr(parts, "model", signalled_model)
         else:
-            patch.setattr(Fit, "_scores", signalled_scores)
+            patch.setattr(HeldOut, "scores", signalled_scores)
         assert main(command) == 128 + number
     assert f"stopped by {number.name}" in capsys.readouterr().err
     assert not [p for p in tmp_path.rglob("*") if "partial" in p.name or p.name == ".owner.json"]
