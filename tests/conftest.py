@@ -1,9 +1,8 @@
-"""``--other-rounding SEEDS`` runs the tests as on other processors; ``--drives-model FILE`` lists those it could matter to."""
+"""``--other-rounding SEED`` runs the tests as on other processors; ``--drives-model FILE`` lists those it could matter to."""
 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,36 +14,21 @@ driving_tests: list[str] = []
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    seeds = lambda text: [int(seed) for seed in text.split(",")]  # noqa: E731
-    parser.addoption("--other-rounding", metavar="SEEDS", type=seeds, help="a relative error of 1e-6 on each velocity")
+    parser.addoption("--other-rounding", metavar="SEED", type=int, help="a relative error of 1e-6 on each velocity")
     parser.addoption("--drives-model", metavar="FILE", help="write the names of the tests that drive a model")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.option.markexpr.strip() != "gpu":  # before the first test file is read: any of them may import triton
         os.environ["TRITON_INTERPRET"] = "1"
-    if (seeds := config.getoption("--other-rounding")) is None:
+    if (seed := config.getoption("--other-rounding")) is None:
         return
-    os.environ[other_rounding.VARIABLE] = str(seeds[0])
+    os.environ[other_rounding.VARIABLE] = str(seed)
     from adagrpo.engine.fused_flux import FusedFluxForward
     from adagrpo.models.flux import FluxModel
 
     for model in (FluxModel, FusedFluxForward):
         other_rounding.rounded_elsewhere(model)
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtestloop(session: pytest.Session) -> bool | None:
-    """Several seeds: one child each, which goes on from here with what was imported and collected once."""
-    seeds = session.config.getoption("--other-rounding") or []
-    for seed in seeds if len(seeds) > 1 else ():
-        sys.stdout.flush()
-        if (child := os.fork()) == 0:
-            os.environ[other_rounding.VARIABLE] = str(seed)
-            print(f"seed {seed}", flush=True)
-            return None
-        session.testsfailed += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0
-    return True if len(seeds) > 1 else None
 
 
 @pytest.hookimpl(wrapper=True)
