@@ -271,6 +271,7 @@ def _add_sample(commands: argparse._SubParsersAction) -> None:
 
 
 def _sample(args: argparse.Namespace) -> int:
+    _one_rank("sample")
     from .commands import sample
 
     return sample(args.source, args.prompt, args.count, args.seed, args.out)
@@ -284,6 +285,7 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
 
 
 def _export(args: argparse.Namespace) -> int:
+    _one_rank("export")
     from .commands import export
 
     return export(args.source, args.out)
@@ -322,6 +324,7 @@ def _add_tiny(commands: argparse._SubParsersAction) -> None:
 
 
 def _tiny(args: argparse.Namespace) -> int:
+    _one_rank("tiny")
     from .tiny import commands
 
     try:

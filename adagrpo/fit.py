@@ -21,14 +21,14 @@ from .engine.memory import MemoryPlan, PeakMeter, checkpoint_bytes
 from .errors import InputError, RunError
 from .evaluation import PairedGain
 from .held_out import HeldOut
-from .isolation import PartHung, leaving_when
+from .isolation import PartHung, leaving_when, own
 from .planning import memory_notice
 from .prompts import prompt_category
 from .recipe import to_toml
 from .redaction import redacted, scrubbed
 from .rewards import PromptRows
 from .run.checkpoint import Retention, abandon_later, load_state, require_space, save_checkpoint
-from .run.files import WriteError, replacing, told
+from .run.files import WriteError, replacing, told, writing
 from .run.folder import RunFolder
 from .run.grid import save_grid
 from .run.guards import Guards, Trip
@@ -194,7 +194,7 @@ class Fit:
             if any(trip.action == "stop" for trip in trips):
                 return Outcome(EXIT_GUARD)
         if stop.signal:
-            saved = self.save() if self._sound and not self._saved_now else self.run.latest_checkpoint()
+            saved = self.save(self._held_out_now) if self._sound and not self._saved_now else self.run.latest_checkpoint()
             self._event("signal", f"stopped by {stop.signal.name}; last checkpoint: {saved or 'none'}")
         return Outcome(stop.exit_code)
 
@@ -294,6 +294,7 @@ class Fit:
                 self.trainer.model.save_portable(folder)
             self.origin.write(folder)
 
+        self.run.require_ownership()
         o = self.config.output
         state = {
             "trainer": self.trainer.state_dict(),
@@ -304,7 +305,8 @@ class Fit:
             "baseline": self.held_out.baseline,
             "unfinished": self._unfinished,
         }
-        retention = Retention(o.keep_last, o.keep_every, o.keep_best)
+        # An iteration that is not judged yet takes the place of none that is.
+        retention = Retention(o.keep_last, o.keep_every, o.keep_best) if self._unfinished is None else None
         done = self.trainer.iterations_done
         try:
             records, run = self.run.records(), self.run.identity()
@@ -325,16 +327,17 @@ class Fit:
         decided: list[Trip] = []
         for trip in trips:
             if trip.action == "rollback" and not any(t.action == "rollback" for t in decided):
-                trip = self._roll_back(trip)
+                trip = self._roll_back(trip, record["iteration"])
             kind = {"warn": "warning"}.get(trip.action, trip.action)
             self._event(kind, trip.message, record["iteration"])
             decided.append(trip)
         return decided
 
-    def _roll_back(self, trip: Trip) -> Trip:
-        """Restore the last checkpoint, but go on with prompts and noise not used yet."""
+    def _roll_back(self, trip: Trip, iteration: int) -> Trip:
+        """Restore the last checkpoint before ``iteration``, but go on with prompts and noise not used yet."""
         try:
-            checkpoint, reason = self.run.sound_checkpoint(), "no checkpoint yet"
+            # Not that of a judged iteration itself, which is saved where a part hung before it was judged.
+            checkpoint, reason = self.run.sound_checkpoint(before=iteration), "no checkpoint yet"
         except InputError as error:
             checkpoint, reason = None, str(error)
         if self.rollbacks >= self.config.guards.max_rollbacks:
@@ -342,9 +345,11 @@ class Fit:
         if checkpoint is None:
             return dataclasses.replace(trip, action="stop", message=f"{trip.message}; stopping: {reason}")
         draws, position, rollbacks = self.trainer.draws, self.trainer.stream.position, self.rollbacks + 1
+        limit = self.trainer.executor.batch_limit
         self._restore(checkpoint)
         self._restore_records(checkpoint)
         self.trainer.draws, self.trainer.stream.position, self.rollbacks = draws, position, rollbacks
+        self.trainer.executor.batch_limit = limit  # memory is what it is, whatever the weights
         message = f"{trip.message}; back to iteration {self.trainer.iterations_done}, with new prompts and noise"
         return dataclasses.replace(trip, message=message)
 
@@ -358,22 +363,22 @@ class Fit:
         if state.get("held_out", self.held_out.measure) != self.held_out.measure:  # a best of other prompts is none of these
             self.best = -math.inf
             self.guards.forget_best()
-        self.held_out.baseline = state.get("baseline", self.held_out.baseline)
+        self.held_out.baseline = own(state.get("baseline", self.held_out.baseline))
 
     def _restore_records(self, checkpoint: Path) -> None:
         """The run folder as it was when ``checkpoint`` was written; what was damaged or lies later is told."""
         done = self.trainer.iterations_done
+        with writing(self.run.checkpoints):  # first: metrics are cut next, and a later checkpoint must not find its own gone
+            self.run.notices += abandon_later(self.run.checkpoints, checkpoint, done, self.run.skipped)
         self.run.restore(done, checkpoint)
         self.run.notices += self.origin.mend(self.run.path, checkpoint)
-        self.run.notices += abandon_later(self.run.checkpoints, done, self.run.skipped)
         if done < self.config.train.iterations:
             self.run.retire("result.json")
         self._tell_notices()
 
     def _tell_notices(self) -> None:
         """What the run folder found on opening, to the user and the events; what was told of the trainer's making, to those."""
-        early, self.trainer.notices = self.trainer.notices, []
-        for notice in early:
+        for notice in self.trainer.told_early():
             self.run.event(self.trainer.iterations_done, "warning", notice)
         notices, self.run.notices = self.run.notices, []
         for notice in notices:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .errors import RunError, Stopped
-from .torch_settings import kept_settings
+from .torch_settings import kept_settings, read_settings, write_settings
 
 T = TypeVar("T")
 Outcome = tuple[Any, BaseException | None]
@@ -276,7 +276,7 @@ def _in_thread(part: Part, function: Callable[..., Any], args: tuple[Any, ...], 
     worker: _Worker | None = getattr(_local, "worker", None)
     if worker is None:
         worker = _local.worker = _Worker()
-    job = _Job(function, args)
+    job, settings, folder = _Job(function, args), read_settings(), os.getcwd()
     del args
     worker.put(job)
     try:
@@ -284,6 +284,9 @@ def _in_thread(part: Part, function: Callable[..., Any], args: tuple[Any, ...], 
     except BaseException:
         _local.worker = None
         _left_behind.append(part.name)
+        write_settings(settings)  # what the thread had switched when it was left stays no longer
+        with contextlib.suppress(OSError):
+            os.chdir(folder)
         raise
     result, error = job.result, job.error
     job.result = job.error = None

@@ -48,8 +48,9 @@ SETTINGS: dict[str, tuple[Read, Write]] = {
     "precision of oneDNN": _attribute(_MKLDNN, "fp32_precision"),
     "precision of oneDNN products": _attribute(_MKLDNN.matmul, "fp32_precision"),
     "precision of oneDNN convolutions": _attribute(_MKLDNN.conv, "fp32_precision"),
-    "bf16 accumulation": _attribute(_CUDA.matmul, "allow_bf16_reduced_precision_reduction"),
-    "fp16 accumulation": _attribute(_CUDA.matmul, "allow_fp16_reduced_precision_reduction"),
+    "reduced precision of bf16 sums": _attribute(_CUDA.matmul, "allow_bf16_reduced_precision_reduction"),
+    "reduced precision of fp16 sums": _attribute(_CUDA.matmul, "allow_fp16_reduced_precision_reduction"),
+    "fp16 accumulation": _attribute(_CUDA.matmul, "allow_fp16_accumulation"),
     "cuDNN": _attribute(_CUDNN, "enabled"),
     "cuDNN benchmark": _attribute(_CUDNN, "benchmark"),
     "cuDNN deterministic": _attribute(_CUDNN, "deterministic"),
@@ -72,9 +73,15 @@ def kept_settings() -> Iterator[None]:
     try:
         yield
     finally:
-        for name, (read, write) in SETTINGS.items():
-            if before[name] is not None and _read(read) != before[name]:
-                write(before[name])
+        write_settings(before)
+
+
+def write_settings(values: dict[str, Any]) -> None:
+    """Bring every switch back to what ``read_settings`` gave; one that torch refuses keeps no other from it."""
+    for name, (read, write) in SETTINGS.items():
+        if values[name] is not None and _read(read) != values[name]:
+            with contextlib.suppress(RuntimeError):
+                write(values[name])
 
 
 def _read(read: Read) -> Any:

@@ -107,7 +107,7 @@ class Trainer:
         self._select, self._fuse = select, fuse
         self.slots = config.train.slots * config.train.accumulation
         self.phase = PhaseTimer(model.device)
-        self.notices: list[str] = []
+        self.notices: list[str] | None = []
         self.executor = build_executor(config, model, self.phase, rollouts=True, say=self._tell)
         overlapping = config.engine.overlap and model.device.type == "cuda"
         self.score_stream = torch.cuda.Stream(model.device) if overlapping else None
@@ -125,14 +125,20 @@ class Trainer:
         self._begun: _Begun | None = None
 
     def _tell(self, message: str) -> None:
-        self.notices.append(message)
+        if self.notices is not None:
+            self.notices.append(message)
         self.say(message)
+
+    def told_early(self) -> list[str]:
+        """What the rollouts had to tell before anybody wrote it down; handed out once."""
+        notices, self.notices = self.notices or [], None
+        return notices
 
     def iteration(self) -> dict[str, Any]:
         """One iteration; its metrics stay on the device. ``selection/picked`` holds the picked prompts."""
         self.executor.reset_counts()
         self._begun = _Begun(self.draws, self.stream.position, self.capability, self.filter, self.executor.batch_limit)
-        with self.phase("sync"):
+        with self.phase("sync"), _named_memory("refreshing the rollout copy"):
             self.executor.refresh()
         with self._bucket():
             draw = self.draw(self.slots)
@@ -385,30 +391,22 @@ class Trainer:
         valid = draw.rewards.isfinite().all(0)
         if self.config.advantage.equal_groups != "keep":
             valid = valid & groups_with_signal(draw.rewards).unsqueeze(-1)
-        try:
-            with self.phase("update"):
-                policy = update_policy(
-                    self.executor,
-                    self.optimizer,
-                    draw.samples,
-                    advantage.flatten(),
-                    valid.flatten(),
-                    draw.conditioning,
-                    old_logp="recompute" if draw.samples.merged and loss.old_logp == "rollout" else loss.old_logp,
-                    clip_range=loss.clip_range or None,
-                    kl_weight=loss.kl_weight,
-                    kl_variance=loss.kl_variance,
-                    step_weighting=loss.step_weights,
-                    average=loss.average,
-                    skip_empty=self.config.advantage.equal_groups != "keep",
-                )
-        except RuntimeError as error:
-            if not out_of_memory(error):
-                raise
-            raise RunError(
-                "out of memory in the update: lower train.slots (raise train.accumulation instead), set engine.max_rows "
-                "or model.gradient_checkpointing = true, and go on with --resume auto; in a new run model.tuning = lora helps"
-            ) from error
+        with self.phase("update"), _named_memory("in the update"):
+            policy = update_policy(
+                self.executor,
+                self.optimizer,
+                draw.samples,
+                advantage.flatten(),
+                valid.flatten(),
+                draw.conditioning,
+                old_logp="recompute" if draw.samples.merged and loss.old_logp == "rollout" else loss.old_logp,
+                clip_range=loss.clip_range or None,
+                kl_weight=loss.kl_weight,
+                kl_variance=loss.kl_variance,
+                step_weighting=loss.step_weights,
+                average=loss.average,
+                skip_empty=self.config.advantage.equal_groups != "keep",
+            )
         return {f"policy/{name}": value for name, value in policy.items()} | {"policy/lr": lr}
 
     def selection_metrics(self, draw: Draw) -> dict[str, Any]:
@@ -473,6 +471,20 @@ class Trainer:
         generator = torch.Generator().manual_seed(self.config.train.seed * 1_000_003 + self.iterations_done)
         order = torch.randperm(len(stochastic), generator=generator)[:count].sort().values
         return tuple(stochastic[i] for i in order.tolist())
+
+
+@contextlib.contextmanager
+def _named_memory(where: str) -> Iterator[None]:
+    """Turn memory that runs out inside, where smaller batches are no help, into what to do about it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        raise RunError(
+            f"out of memory {where}: lower train.slots (raise train.accumulation instead), set engine.max_rows "
+            "or model.gradient_checkpointing = true, and go on with --resume auto; in a new run model.tuning = lora helps"
+        ) from error
 
 
 def _filter(config: Config, slots: int, prompts: int, device: torch.device) -> CheapFilter | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -10,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 
 from ..errors import RunError
-from .graphs import out_of_memory
+from .graphs import capturing, out_of_memory
 
 T = TypeVar("T")
 Say = Callable[[str], None]
@@ -58,14 +59,15 @@ class Compilation:
             with without_limits():
                 return run()
         except Exception as error:
-            if out_of_memory(error):
+            if out_of_memory(error) or capturing():  # the capture's failure; what is compiled has run before
                 raise
             self.active = False
             self.undo()
             inner = getattr(error, "inner_exception", error)  # torch names the compiler first, then what it raised
             reason = f"{type(inner).__name__}: {(str(inner).strip().splitlines() or ['no message'])[0]}"
             if self.say is None:
-                run()
+                with contextlib.suppress(torch.OutOfMemoryError):  # no news beside the first error
+                    run()
                 raise RunError(f"{self.what} cannot be compiled: {reason}; use engine.forward = eager or fused") from error
             self.say(f"{self.what} cannot be compiled and run uncompiled from now on, slower: {reason}")
             return run()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeVar
 
@@ -10,7 +11,12 @@ import torch
 from torch import Tensor
 
 T = TypeVar("T")
-OUT_OF_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "Triton Error [CUDA]: out of memory")
+OUT_OF_MEMORY = (
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "Triton Error [CUDA]: out of memory",
+)
 Layout = tuple[tuple[int, tuple[int, ...], tuple[int, ...]], ...]
 
 
@@ -76,6 +82,7 @@ class StepGraphs:
                 self.forget()
                 first = (str(error).strip() or type(error).__name__).splitlines()[0]
                 self.say(f"CUDA graphs are off: the step {key} cannot be captured: {first}")
+            if not self.enabled:  # behind the handler, whose error still holds the failed capture's tensors
                 return step()
         graph, result = self._graphs[key]
         graph.replay()
@@ -108,9 +115,9 @@ class StepGraphs:
                 graph.capture_begin(pool=self._pool)
                 result = step()
             except BaseException:
-                with contextlib.suppress(RuntimeError):  # that it cannot be ended is no news beside the first error
-                    self._end(graph)
-                    graph.reset()
+                for end in (functools.partial(self._end, graph), graph.reset):
+                    with contextlib.suppress(RuntimeError):  # that it cannot be ended is no news beside the first error
+                        end()
                 raise
             self._end(graph)
         self._graphs[key] = (graph, result)
@@ -132,6 +139,12 @@ class StepGraphs:
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that the device's memory ran out: the allocator's own, or what the driver or a library that
     allocates by itself (graph instantiation, cuBLAS handles, Triton launches) makes of it."""
-    if isinstance(error, torch.OutOfMemoryError):
+    inner = getattr(error, "inner_exception", None)  # of what torch.compile raises
+    if isinstance(error, torch.OutOfMemoryError) or isinstance(inner, torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in OUT_OF_MEMORY)
+
+
+def capturing() -> bool:
+    """Whether the current stream is being captured."""
+    return torch.cuda.is_available() and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

@@ -117,6 +117,8 @@ class PolicyOptimizer:
         """Inverse of ``state_dict``; the model's weights follow."""
         self.steps = state["steps"]
         self.adamw.load_state_dict(state["adamw"])
+        for moments in self.adamw.state.values():  # what stays on the CPU would keep the file mapped that it came from
+            moments |= {k: v.clone() for k, v in moments.items() if isinstance(v, Tensor) and v.device.type == "cpu"}
         for target, value in zip(self.masters + self.averages, state["masters"] + state["averages"], strict=True):
             target.data.copy_(value)
         self._write_back(self.masters)

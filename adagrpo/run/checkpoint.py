@@ -75,7 +75,7 @@ def save_checkpoint(
     iteration: int,
     state: dict[str, Any],
     save_portable: Callable[[Path], None],
-    retention: Retention,
+    retention: Retention | None,
     held_out: float | None = None,
     records: dict[str, Any] | None = None,
     run: str = "",
@@ -83,6 +83,7 @@ def save_checkpoint(
     """Write ``folder/step-<iteration>`` atomically, then remove what ``retention`` does not keep.
 
     Args:
+        retention: None removes nothing.
         held_out: held-out reward of these weights, if it was measured now.
         records: what ``RunFolder.records`` gives.
         run: id of the run.
@@ -113,7 +114,7 @@ def save_checkpoint(
         shutil.rmtree(draft, ignore_errors=True)
         raise
     with writing(folder):
-        for old in retention.removable(checkpoints(folder)):
+        for old in retention.removable(checkpoints(folder)) if retention else ():
             if old != target:
                 remove(old)
     return target
@@ -134,15 +135,16 @@ def tidy(folder: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def abandon_later(folder: Path, iteration: int, damaged: Collection[Path] = ()) -> list[str]:
-    """Rename checkpoints after ``iteration``, so that none is taken for this run's newest, nor written over.
+def abandon_later(folder: Path, checkpoint: Path, iteration: int, damaged: Collection[Path] = ()) -> list[str]:
+    """Rename checkpoints after ``checkpoint``, of ``iteration``, so that none is taken for this run's newest, nor written over;
+    another one of this very iteration too.
 
     Sound ones become ``abandoned-step-…``, those that cannot be read or are known as ``damaged`` become ``damaged-step-…``;
     returns a line on each.
     """
     lines = []
     for path in checkpoints(folder):
-        if _number(path) <= iteration:
+        if _number(path) < iteration or (_number(path) == iteration and path.samefile(checkpoint)):
             continue
         bad = path in damaged or _readable(path) is None
         word, why = ("damaged", "not sound") if bad else ("abandoned", "later than the checkpoint that the run goes on from")
@@ -191,13 +193,14 @@ def newest_readable(folder: Path) -> Path | None:
     return next((path for path in reversed(checkpoints(folder)) if _readable(path) is not None), None)
 
 
-def newest_sound(folder: Path, run: str = "") -> tuple[Path | None, dict[Path, str]]:
+def newest_sound(folder: Path, run: str = "", before: int | None = None) -> tuple[Path | None, dict[Path, str]]:
     """The newest checkpoint that is what was written, and why newer ones are not; every file of it is read.
 
     Args:
         run: id of the run; checkpoints of another one are skipped, unless all are.
+        before: only those of earlier iterations; None is all.
     """
-    found = list(reversed(checkpoints(folder)))
+    found = [path for path in reversed(checkpoints(folder)) if before is None or _number(path) < before]
     own = {path for path in found if (index := _readable(path)) is not None and index.run in ("", run)}
     skipped: dict[Path, str] = {}
     for path in found:

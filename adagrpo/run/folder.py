@@ -48,6 +48,7 @@ class RunFolder:
     """
 
     def __init__(self, path: Path, lock: OwnerLock | None = None) -> None:
+        path = path.absolute()  # a part may change the working directory
         self.path, self.lock, self.changes, self.continued = path, lock, NO_CHANGES, False
         self.metrics, self.events = Log(path / "metrics.jsonl"), Log(path / "events.jsonl")
         self.metrics_file = self.metrics.path
@@ -122,7 +123,7 @@ class RunFolder:
 
     def sweep(self) -> None:
         """Remove the drafts that a killed process left."""
-        for folder in (self.path, self.samples, self.path / "traces"):
+        for folder in (self.path, self.samples, self.path / "traces", self.checkpoints):
             sweep(folder)
 
     def record_changes(self, config: Config, iteration: int) -> str:
@@ -237,9 +238,17 @@ class RunFolder:
         Raises:
             WriteError: it cannot be written.
         """
+        self.require_ownership()
+        self.metrics.append(record)
+
+    def require_ownership(self) -> None:
+        """Go on only if nobody took the folder over.
+
+        Raises:
+            RunError: somebody did.
+        """
         if self.lock is not None:
             self.lock.require()
-        self.metrics.append(record)
 
     def event(self, iteration: int, kind: str, message: str) -> None:
         """Append one line to ``events.jsonl``.
@@ -332,13 +341,16 @@ class RunFolder:
         if theirs and ours and theirs != ours:
             raise InputError(f"{checkpoint}: of another run ({theirs}; {self.path} is {ours}); name a checkpoint of this one")
 
-    def sound_checkpoint(self) -> Path | None:
+    def sound_checkpoint(self, before: int | None = None) -> Path | None:
         """The newest sound checkpoint, every file of it read; why newer ones are skipped is told in ``notices``.
+
+        Args:
+            before: only those of earlier iterations; None is all.
 
         Raises:
             InputError: there are checkpoints, and none is sound.
         """
-        found, skipped = newest_sound(self.checkpoints, self.identity())
+        found, skipped = newest_sound(self.checkpoints, self.identity(), before)
         if found is None and skipped:
             remedy = "restore one from a copy, or start anew in another --out"
             raise InputError(f"{self.checkpoints}: no sound checkpoint: {'; '.join(skipped.values())}; {remedy}")

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import socket
 import threading
 import time
 import uuid
@@ -37,7 +38,8 @@ class OwnerLock:
         command: what this process does, for others to read.
         shown: how messages name it, such as ``--out runs/first``.
         file: name of the one file; none is the whole folder.
-        take_over: also from an owner on another host that gave no sign of life for ``STALE_SECONDS``.
+        take_over: also from an owner on another host that gave no sign of life for ``STALE_SECONDS``; None where the command
+            has no such option.
         made: folders that the caller just made for this.
     """
 
@@ -47,11 +49,12 @@ class OwnerLock:
         command: str,
         shown: str,
         file: str = "",
-        take_over: bool = False,
+        take_over: bool | None = None,
         made: Sequence[Path] = (),
     ) -> None:
         self.folder, self.command, self.shown, self.take_over = folder, command, shown, take_over
-        self.file, self.record, self._taking = (folder / (f".{file}{name}" if file else name) for name in NAMES)
+        place = folder.absolute()  # a part may change the working directory
+        self.file, self.record, self._taking = (place / (f".{file}{name}" if file else name) for name in NAMES)
         self.owner: Owner | None = None
         self._handle = -1
         self._made = list(made)
@@ -150,6 +153,8 @@ class OwnerLock:
         before = read_owner(self.record)
         if before is not None and not before.locked:
             self._may_replace(before)
+        elif before is not None and before.host != socket.gethostname() and self._beats():
+            raise self._refusal(before)
         owner = this_process(self.command, locked=True)
         self._draft(owner).replace(self.record)
         self.owner = owner
@@ -190,9 +195,10 @@ class OwnerLock:
         if life == "alive" or silent < STALE_SECONDS:
             raise self._refusal(before or "another process, which is just taking it")
         if not self.take_over:
+            remedy = f"remove {self.record}" if self.take_over is None else "go on with --take-over"
             raise InputError(
                 f"{self.shown}: in use by {before or 'an unnamed process'}, which gave no sign of life for {silent / 60:.0f} "
-                "minutes; if it runs no more, go on with --take-over"
+                f"minutes; if it runs no more, {remedy}"
             )
 
     def _who(self) -> Owner | str:
@@ -224,6 +230,19 @@ class OwnerLock:
             return probe.stat().st_mtime - path.stat().st_mtime
         finally:
             probe.unlink()
+
+    def _beats(self) -> bool:
+        """Whether the record shows a sign of life within the time of a heartbeat: some network file systems grant a lock on
+        every host, so that ours says nothing of an owner on another one. Where it has been silent for two, at once."""
+        before, end = self.record.stat().st_mtime, time.monotonic() + 1.2 * BEAT_SECONDS
+        if self._age(self.record) > 2 * BEAT_SECONDS:
+            return False
+        while time.monotonic() < end:
+            time.sleep(BEAT_SECONDS / 20)
+            with contextlib.suppress(FileNotFoundError):
+                if self.record.stat().st_mtime != before:
+                    return True
+        return False
 
     def _beat(self) -> None:
         """Show signs of life until ``release``."""

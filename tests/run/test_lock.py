@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import signal
+import threading
 import time
 
 import pytest
@@ -200,6 +201,8 @@ def test_an_owner_elsewhere_counts_by_its_heartbeat(elsewhere: dict, locks: bool
     long_ago = time.time() - 301
     os.utime(record, (long_ago, long_ago))
     with pytest.raises(InputError, match=r"no sign of life for 5 minutes.*--take-over"):
+        own(tmp_path, take_over=False).acquire()
+    with pytest.raises(InputError, match=r"no sign of life for 5 minutes.*remove .*\.owner\.json"):  # of other commands
         own(tmp_path).acquire()
     assert contents(tmp_path) == before
     former = own(tmp_path)
@@ -213,12 +216,20 @@ def test_an_owner_elsewhere_counts_by_its_heartbeat(elsewhere: dict, locks: bool
         assert mine.owned()
 
 
-def test_a_lock_that_was_granted_overrules_the_record_of_a_locked_owner(tmp_path) -> None:
-    """Killed on another host, it left its record; the lock says that it is gone, at once."""
+def test_a_lock_that_was_granted_overrules_the_record_of_a_locked_owner(tmp_path, monkeypatch) -> None:
+    """Killed on another host, it left its record; the lock says that it is gone, unless it shows a sign of life."""
+    monkeypatch.setattr(lock_module, "BEAT_SECONDS", 0.5)
     other = dataclasses.replace(this_process("train", locked=True), host="far", boot="x")
-    (tmp_path / ".owner.json").write_text(other.to_json())
+    record = tmp_path / ".owner.json"
+    record.write_text(other.to_json())
     with holding(own(tmp_path)):
         pass
+    record.write_text(other.to_json())
+    beating = threading.Timer(0.2, os.utime, (record, (time.time() + 5, time.time() + 5)))
+    beating.start()
+    with pytest.raises(InputError, match=r"in use by process .* on far"):
+        own(tmp_path).acquire()
+    beating.join()
 
 
 def test_the_heartbeat_beats(tmp_path, no_locks, monkeypatch) -> None:
