@@ -222,12 +222,15 @@ def test_without_out_each_start_gets_a_folder_of_its_own(recipe, tmp_path, monke
         ["bench", "seeds"],
         ["bench", "kernels"],
         ["bench", "gpu"],
+        ["sample", "--prompt", "a"],
+        ["export", "out"],
+        ["tiny", "build", "out"],
     ],
 )
 def test_several_ranks_are_refused_by_name(command: list[str], size: str, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", size)
-    named = [] if command[-1] in ("kernels", "gpu") else ["tiny"]
+    named = [] if command[-1] in ("kernels", "gpu") or command[0] == "tiny" else ["tiny"]
     split = 2 if command[0] == "bench" else 1
     assert main([*command[:split], *named, *command[split:]]) == 2
     assert f"WORLD_SIZE = {size}" in capsys.readouterr().err

@@ -11,6 +11,7 @@ from toy import PROMPTS, ToyModel, toy_config, toy_trainer
 from adagrpo.engine import backends
 from adagrpo.engine.forwards import CopyForward, Forward, PolicyForward
 from adagrpo.engine.fused_flux import FusedFluxForward
+from adagrpo.engine.graphs import out_of_memory
 
 OFFICIAL = (4, 10, 12, 24, 36, 48)
 SIZES = ((16, 16), (16, 32), (16, 48), (32, 32), (16, 80), (32, 48), (16, 112))
@@ -173,6 +174,13 @@ def test_out_of_memory_and_errors_of_the_computation_are_not_taken_for_the_compi
     before = compiler.ran
     velocity(forward, model)
     assert not told and compiler.ran == before + 2
+
+
+def test_memory_that_runs_out_is_known_by_every_name() -> None:
+    compiling = RuntimeError("backend='inductor' raised")
+    compiling.inner_exception = torch.OutOfMemoryError("CUDA out of memory")
+    assert out_of_memory(compiling) and out_of_memory(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"))
+    assert not out_of_memory(RuntimeError("shape mismatch")) and not out_of_memory(ValueError("CUDA out of memory"))
 
 
 def test_a_forward_that_is_not_compiled_says_why(monkeypatch) -> None:

@@ -9,7 +9,9 @@ import torch
 from toy import toy_config, toy_trainer
 
 from adagrpo.config import GuardConfig, GuardsConfig
+from adagrpo.errors import RunError
 from adagrpo.fit import Fit
+from adagrpo.isolation import PartHung
 from adagrpo.run.folder import RunFolder
 from adagrpo.run.guards import Guards
 
@@ -117,6 +119,30 @@ def test_rollback_goes_on_from_the_last_checkpoint_with_new_prompts_and_noise(tm
     assert fit.trainer.draws == 7 and fit.trainer.stream.position == 7 * 3
     iterations = [json.loads(line)["iteration"] for line in fit.run.metrics_file.read_text().splitlines()]
     assert iterations == [1, 2, 3, 4, 5, 6]
+
+
+def test_an_iteration_that_is_judged_on_resume_only_is_rolled_back_to_the_one_before(tmp_path) -> None:
+    """Its evaluation hung, so its state was saved unjudged: going "back" to that state would trip the guard for ever."""
+    fit = start(tmp_path / "run", limited("rollback"), {4: 1e6})
+    curve = fit.held_out.curve
+
+    def hangs() -> dict[str, float]:
+        if fit.trainer.iterations_done == 4:
+            raise PartHung("rewards.0 hangs")
+        return curve()
+
+    fit.held_out.curve = hangs
+    with pytest.raises(RunError, match="hangs"):
+        fit()
+    saved = fit.run.latest_checkpoint()
+    assert saved.name == "step-000004" and (fit.run.checkpoints / "step-000002").is_dir()
+    config = fit.trainer.config
+    resumed = Fit(toy_trainer(config), RunFolder.existing(tmp_path / "run", config), ["a", "b"], say=lambda line: None)
+    resumed.resume(saved)
+    assert resumed().exit_code == 0
+    assert [kind for _, kind in events(resumed)].count("rollback") == 1
+    told = (resumed.run.path / "events.jsonl").read_text()
+    assert "back to iteration 2" in told and resumed.trainer.iterations_done == 6
 
 
 def test_rollbacks_are_limited(tmp_path) -> None:

@@ -1,6 +1,7 @@
 """A resumed run is the uninterrupted run, bit for bit; a damaged checkpoint is refused."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -61,6 +62,23 @@ def test_resume_is_exact(plan: str, tmp_path) -> None:
     assert records(resumed) == records(whole)
     assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(resumed), strict=True))
     assert again == gain
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of mapped files")
+def test_a_resumed_run_keeps_no_removed_checkpoint_on_disk(tmp_path) -> None:
+    """States are mapped, not read: a tensor that stayed one would hold the whole file after its removal."""
+    config = toy_config(train={"iterations": 6, "slots": 2}, output={"keep_last": 1}, selection={"probe": "memory"})
+    begun = start(config, tmp_path / "run")
+    begun.trainer.update, update = (
+        lambda *args: 1 / 0 if begun.trainer.iterations_done == 3 else update(*args),
+        begun.trainer.update,
+    )
+    with pytest.raises(ZeroDivisionError):
+        begun()
+    resumed = Fit(toy_trainer(config), RunFolder.existing(tmp_path / "run", config), HELD_OUT, say=lambda line: None)
+    resumed.resume(resumed.run.latest_checkpoint())
+    resumed()
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
 
 
 def test_portable_part_holds_the_weight_average(tmp_path) -> None:
