@@ -11,6 +11,7 @@ import torch
 
 from ..config import Config
 from ..errors import InputError
+from .changes import NO_CHANGES
 from .folder import EARLIER, RunFolder
 from .lock import OwnerLock, holding, is_claimed, require_free
 
@@ -72,7 +73,7 @@ def begin(run: RunFolder, config: Config, device: torch.device, extra: dict[str,
     Raises:
         InputError: the folder cannot be written.
     """
-    moved = _set_aside(run.path)
+    moved, run.changes = _set_aside(run.path), NO_CHANGES  # a new run, whatever the earlier start's recipe was
     run.write_start(config, device, extra)
     return f"an earlier start that came to no checkpoint was moved to {moved}" if moved else ""
 
