@@ -9,7 +9,7 @@ from adagrpo.config import Config
 from adagrpo.errors import InputError
 from adagrpo.planning import planned_evaluations
 from adagrpo.recipe import check, load_recipe, recipe_names, to_toml
-from adagrpo.run.folder import changed_keys
+from adagrpo.run.changes import changed_keys
 
 
 @pytest.mark.parametrize("name", recipe_names())

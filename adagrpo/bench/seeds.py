@@ -23,8 +23,9 @@ from ..errors import InputError, RunError
 from ..evaluation import evaluate
 from ..fit import read_metrics
 from ..prompts import load_prompts
+from ..run.changes import changed_keys
 from ..run.files import writing
-from ..run.folder import changed_keys, prompts_digest
+from ..run.folder import prompts_digest
 from ..run.lock import OwnerLock, holding
 from ..run.machine import describe_machine
 from ..strict_json import from_json, to_json

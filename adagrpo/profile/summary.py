@@ -17,9 +17,9 @@ from ..config import Config
 from ..engine.memory import size_text
 from ..engine.roofline import H100, H200, Device
 from ..planning import planned_calls
+from ..run.changes import changed_keys
 from ..run.charts import number
 from ..run.files import write_json, write_text
-from ..run.folder import changed_keys
 from ..run.machine import describe_machine, processor, slug
 from ..train import Trainer
 from .figures import memory_curve, phase_bars, roofline

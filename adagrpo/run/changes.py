@@ -8,10 +8,13 @@ from typing import Any
 
 from ..config import Config, GuardConfig, GuardsConfig
 from ..errors import InputError
+from ..redaction import comparable
 
 Reason = Callable[[Config, Config], str]
 ROUNDING = "equal to rounding from iteration {} on, not bitwise"
 BITWISE = "the result is bitwise that of the unchanged run"
+GROWN = "weights and training metrics are bitwise those of a run of that length from its start"
+EXTRA_POINT = "the held-out curve has one more point, at the former end, iteration {}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,14 +37,19 @@ class Changes:
     Attributes:
         keys: ``section.key`` → value before and now.
         bitwise: whether the result stays the same bit for bit.
+        extra_point: former last iteration, where only a run that ends there is evaluated; 0 is none.
     """
 
     keys: Mapping[str, tuple[Any, Any]]
     bitwise: bool
+    extra_point: int = 0
 
     def entry(self, iteration: int) -> dict[str, Any]:
         """For the manifest: what changed after which iteration, and what that means."""
-        meaning = BITWISE if self.bitwise else ROUNDING.format(iteration + 1)
+        evaluated = 0 < self.extra_point <= iteration
+        meaning = (GROWN if evaluated else BITWISE) if self.bitwise else ROUNDING.format(iteration + 1)
+        if evaluated:
+            meaning = f"{meaning}; {EXTRA_POINT.format(self.extra_point)}"
         return {"after_iteration": iteration, "keys": {k: list(pair) for k, pair in self.keys.items()}, "meaning": meaning}
 
     def notice(self, iteration: int) -> str:
@@ -106,7 +114,26 @@ def _longer(before: Config, now: Config) -> str:
         return "a run can only grow"
     if before.optimizer.schedule != "constant":
         return f"optimizer.schedule = {before.optimizer.schedule}: every learning rate depends on the length"
+    end = before.train.iterations
+    if _extra_point(before) and (judge := _judge_of_held_out(before, now)):
+        return f"iteration {end} is evaluated only as the last one, and {judge} judges by that"
+    every = before.output.checkpoint_every
+    if (every <= 0 or end % every) and (why := _rolls_back(before, now)):
+        return f"iteration {end} has a checkpoint only as the last one: {why}"
     return ""
+
+
+def _extra_point(config: Config) -> int:
+    """The last iteration, where it is evaluated only because it is the last; else 0."""
+    end, every = config.train.iterations, config.evaluation.every
+    return end if every > 0 and end % every else 0
+
+
+def _judge_of_held_out(before: Config, now: Config) -> str:
+    """The key that lets held-out values of single iterations decide something; empty if none does."""
+    if acts(before.guards.reward_hacking) or acts(now.guards.reward_hacking):
+        return "guards.reward_hacking"
+    return "output.keep_best" if before.output.keep_best or now.output.keep_best else ""
 
 
 def _same_batch(before: Config, now: Config) -> str:
@@ -198,17 +225,43 @@ def permitted(before: Config, now: Config, changed: Mapping[str, tuple[Any, Any]
     Raises:
         InputError: a change that could change the result; the message shows it and says why.
     """
-    refused: dict[str, str] = {key: why for key in changed if (why := rule_of(key).refusal(before, now))}
-    if refused:
-        shown = differences({key: changed[key] for key in refused})
-        why = "; ".join(dict.fromkeys(refused.values()))
+    if refused := refusals(before, now, changed):
+        shown, why = refused
         raise InputError(
             f"{place}: holds a run of another recipe: {shown}; drop the change or name another --out ({why}; config.toml there "
             "is the run's own recipe)"
         )
-    return Changes(dict(changed), all(rule_of(key).bitwise for key in changed))
+    extra_point = _extra_point(before) if "train.iterations" in changed else 0
+    return Changes(dict(changed), all(rule_of(key).bitwise for key in changed), extra_point)
+
+
+def refusals(before: Config, now: Config, changed: Mapping[str, tuple[Any, Any]]) -> tuple[str, str] | None:
+    """The changes that may not be, with both values, and why; None if all of them may."""
+    refused: dict[str, str] = {key: why for key in changed if (why := rule_of(key).refusal(before, now))}
+    if not refused:
+        return None
+    return differences({key: changed[key] for key in refused}), "; ".join(dict.fromkeys(refused.values()))
 
 
 def differences(changed: Mapping[str, tuple[Any, Any]]) -> str:
     """Keys with both values."""
     return "; ".join(f"{key} = {before} there, {now} here" for key, (before, now) in changed.items())
+
+
+def changed_keys(before: Config, now: Config) -> dict[str, tuple[Any, Any]]:
+    """Keys in which two recipes differ, as ``section.key``, with both values; None where a key is missing.
+
+    Recipes that differ in secrets only are the same.
+    """
+    one, other = (_flat(dataclasses.asdict(config)) for config in (comparable(before), comparable(now)))
+    return {key: (one.get(key), other.get(key)) for key in {**one, **other} if one.get(key) != other.get(key)}
+
+
+def _flat(table: Any, prefix: str = "") -> dict[str, Any]:
+    """``{"section.key": value}`` of nested tables and lists of tables."""
+    items = table.items() if isinstance(table, dict) else enumerate(table)
+    flat: dict[str, Any] = {}
+    for key, value in items:
+        nested = isinstance(value, dict) or (isinstance(value, list | tuple) and any(isinstance(v, dict) for v in value))
+        flat |= _flat(value, f"{prefix}{key}.") if nested and value else {f"{prefix}{key}": value}
+    return flat

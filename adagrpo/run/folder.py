@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -17,9 +16,10 @@ import torch
 from ..config import Config
 from ..errors import InputError
 from ..recipe import load_recipe, to_toml
-from ..redaction import comparable, scrubbed
-from .changes import NO_CHANGES, Changes, permitted
-from .checkpoint import load_records, newest_readable, newest_sound, tidy, verify
+from ..redaction import scrubbed
+from .belonging import require_own
+from .changes import NO_CHANGES, Changes, changed_keys, permitted
+from .checkpoint import load_records, newest_readable, newest_sound, tidy
 from .files import SEAL, is_sealed, read_json, sealed, set_aside, sweep, write_error, write_json, write_text
 from .lock import OwnerLock, is_unused
 from .machine import describe_machine
@@ -332,14 +332,14 @@ class RunFolder:
         return newest_readable(self.checkpoints)
 
     def require_own(self, checkpoint: Path) -> None:
-        """Refuse a checkpoint that is damaged, or that another run wrote.
+        """Refuse a checkpoint that is damaged, or that is not known to be this run's; see ``belonging``.
 
         Raises:
             InputError: it is.
         """
-        theirs, ours = verify(checkpoint).run, self.identity()
-        if theirs and ours and theirs != ours:
-            raise InputError(f"{checkpoint}: of another run ({theirs}; {self.path} is {ours}); name a checkpoint of this one")
+        manifest, _ = self._sound_manifest(None)
+        recorded = {key for entry in (manifest or {}).get("changes", []) for key in entry["keys"]}
+        require_own(checkpoint, self.path, self.identity(), recorded)
 
     def sound_checkpoint(self, before: int | None = None) -> Path | None:
         """The newest sound checkpoint, every file of it read; why newer ones are skipped is told in ``notices``.
@@ -381,22 +381,3 @@ def _vouched(checkpoint: Path | None) -> dict[str, Any]:
 def prompts_digest(*lists: Sequence[str]) -> str:
     """SHA-256 of prompt lists, for the manifest."""
     return hashlib.sha256(json.dumps(lists, ensure_ascii=False).encode()).hexdigest()
-
-
-def changed_keys(before: Config, now: Config) -> dict[str, tuple[Any, Any]]:
-    """Keys in which two recipes differ, as ``section.key``, with both values; None where a key is missing.
-
-    Recipes that differ in secrets only are the same.
-    """
-    one, other = (_flat(dataclasses.asdict(config)) for config in (comparable(before), comparable(now)))
-    return {key: (one.get(key), other.get(key)) for key in {**one, **other} if one.get(key) != other.get(key)}
-
-
-def _flat(table: Any, prefix: str = "") -> dict[str, Any]:
-    """``{"section.key": value}`` of nested tables and lists of tables."""
-    items = table.items() if isinstance(table, dict) else enumerate(table)
-    flat: dict[str, Any] = {}
-    for key, value in items:
-        nested = isinstance(value, dict) or (isinstance(value, list | tuple) and any(isinstance(v, dict) for v in value))
-        flat |= _flat(value, f"{prefix}{key}.") if nested and value else {f"{prefix}{key}": value}
-    return flat

@@ -16,8 +16,8 @@ from adagrpo.config import Config, GuardConfig, GuardsConfig, RewardConfig
 from adagrpo.errors import InputError
 from adagrpo.fit import Fit
 from adagrpo.recipe import load_recipe, to_toml
-from adagrpo.run.changes import RULES, permitted, rule_of
-from adagrpo.run.folder import RunFolder, changed_keys
+from adagrpo.run.changes import RULES, changed_keys, permitted, rule_of
+from adagrpo.run.folder import RunFolder
 
 HELD_OUT = ["a", "b", "c", "d"]
 
@@ -212,6 +212,43 @@ def test_a_finished_run_grows_into_the_longer_one(tmp_path) -> None:
     assert trained(longer) == trained(whole)
     assert all(torch.equal(a, b) for a, b in zip(weights(longer), weights(whole), strict=True))
     assert longer.run.read_json("result.json") == whole.run.read_json("result.json")
+
+
+@pytest.mark.parametrize(
+    ("before", "why"),
+    [
+        (BASE, "bitwise"),
+        (HACKING, "iteration 4 is evaluated only as the last one, and guards.reward_hacking judges by that"),
+        (changed(BASE, "output.keep_best", True), "evaluated only as the last one, and output.keep_best judges by that"),
+        (changed(ROLLBACK, "output.checkpoint_every", 3), "has a checkpoint only as the last one: guards.kl rolls back"),
+        (changed(ROLLBACK, "output.checkpoint_every", 0), "iteration 4 has a checkpoint only as the last one"),
+        (ROLLBACK, "bitwise"),
+    ],
+)  # fmt: skip
+def test_a_former_end_that_decides_something_does_not_grow(before: Config, why: str) -> None:
+    odd = changed(before, "evaluation.every", 3)
+    assert why in verdict(odd, changed(odd, "train.iterations", 6))
+    if before.output.checkpoint_every == 2:  # iteration 4 is due in any run
+        even = changed(before, "evaluation.every", 2)
+        assert verdict(even, changed(even, "train.iterations", 6)) == "bitwise"
+
+
+def test_the_point_at_the_former_end_is_told(tmp_path) -> None:
+    long = changed(LONG, "evaluation.every", 3)
+    whole = start(long, tmp_path / "whole")
+    whole()
+    start(changed(long, "train.iterations", 4), tmp_path / "run")()
+    longer = resume(long, tmp_path / "run")
+    longer()
+    points = [
+        {line["iteration"] for text in fit.run.metrics_file.open() if "reward/held_out" in (line := json.loads(text))}
+        for fit in (whole, longer)
+    ]
+    assert points == [{3, 6}, {3, 4, 6}]
+    assert trained(longer) == trained(whole)
+    (entry,) = longer.run.read_json("manifest.json")["changes"]
+    assert "one more point, at the former end, iteration 4" in entry["meaning"] and "result is bitwise" not in entry["meaning"]
+    assert "one more point, at the former end, iteration 4" in (tmp_path / "run" / "events.jsonl").read_text()
 
 
 def test_a_lower_limit_of_rows_wins_over_the_halved_one(tmp_path) -> None:
