@@ -49,7 +49,8 @@ def record(case: str, found: dict) -> None:
     """Add a case."""
     stamp = {"commit": describe_machine(torch.device("cpu"))["commit"], "processor": processor(), "torch": torch.__version__}
     RECORD.parent.mkdir(parents=True, exist_ok=True)
-    RECORD.write_text(json.dumps(recorded() | {case: found | stamp}, indent=1) + "\n", "utf-8")
+    whole = {"case": "the suite under other instructions and other roundings"} | recorded() | {case: found | stamp}
+    RECORD.write_text(json.dumps(whole, indent=1) + "\n", "utf-8")
 
 
 @pytest.mark.proof
