@@ -10,7 +10,7 @@ from adagrpo_kernels._dispatch import device_problem
 from torch import Tensor
 
 from .algorithm.selection import CapabilityState
-from .config import Config, ModelConfig, bucket_size
+from .config import BUILT_IN_MODEL, BUILT_IN_MODELS, Config, ModelConfig, bucket_size
 from .engine.backends import require_backends
 from .engine.memory import MemoryPlan, free_bytes
 from .errors import InputError, RunError
@@ -28,9 +28,6 @@ from .train import DTYPES, Fuse, Select, Trainer
 
 if TYPE_CHECKING:
     from .models.flux import FluxModel
-
-BUILT_IN_MODEL = "tiny-flux"
-BUILT_IN_MODELS = (BUILT_IN_MODEL, "random:flux1-dev")
 
 
 def choose_device(name: str) -> torch.device:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 KwargValue = bool | int | float | str
+BUILT_IN_MODEL = "tiny-flux"
+BUILT_IN_MODELS = (BUILT_IN_MODEL, "random:flux1-dev")  # of model.path; all else is a folder or Hub id
 Probe = Literal["full", "short", "racing", "pool", "memory", "short+pool", "racing+pool", "memory+pool"]
 
 

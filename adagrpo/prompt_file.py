@@ -21,7 +21,8 @@ _DOCUMENTS = {".json": "JSON", ".jsonl": "JSON lines", ".ndjson": "JSON lines", 
 _CONFIGURATION = {".toml": "TOML", ".yaml": "YAML", ".yml": "YAML", ".xml": "XML", ".html": "HTML"}
 _PACKED = dict.fromkeys((".gz", ".zip", ".zst", ".xz", ".bz2"), "compressed data")
 _SUFFIXES = {**_TABLES, **_DOCUMENTS, **_CONFIGURATION, **_PACKED}
-_COLUMNS = {"prompt", "prompts", "caption", "captions", "text"}
+_COLUMNS = {"prompt", "prompts", "caption", "captions", "text", "texts", "description", "descriptions"}
+_OTHER_COLUMNS = {"id", "idx", "index", "path", "file", "filename", "url", "split", "category"}
 _SAMPLE = 200  # lines that tell the structure of a file
 
 
@@ -81,29 +82,38 @@ def structure_of(lines: Sequence[str]) -> str | None:
     bracketed = lines[0][0] in "[{" and lines[-1][-1] in "]}"
     if lines[0] in ("[", "{") or (bracketed and _is_json("\n".join(lines))):
         return "it holds JSON"
-    if lines[0].strip("\"'").lower() in _COLUMNS:
+    if _names(lines[0].strip("\"'"), _COLUMNS):
         return f"its first line is {lines[0]}, as a table's is"
     for mark, name in (("\t", "tab"), (",", "comma"), (";", "semicolon")):
         if _is_table(head, mark):
             return f"it is a table whose columns are parted by a {name}"
     if len(head) > 1 and len({line.count("\t") for line in head}) == 1 and "\t" in head[0]:
         return "every line has columns parted by a tab"
-    if len(head) > 1 and all(re.match(r"\d+[,;|]", line) for line in head):
+    rows = head[1:] if re.fullmatch(r'"?\w+"?([,;|]"?\w+"?)+', head[0]) and len(head) > 2 else head
+    if len(head) > 1 and all(re.match(r"\d+[,;|]", line) for line in rows):
         return "every line begins with a number and a comma"
+    if len(head) > 1 and all(line.startswith("- ") for line in head):
+        return "every line is an item of a list (- )"
     if len(head) > 1 and all(re.fullmatch(r'"[^"]*",?', line) for line in head):
         return "every line is a string in quotes"
     return None
 
 
 def _is_table(lines: Sequence[str], mark: str) -> bool:
-    """Whether the first line names columns, a prompt's among them: by single words without a blank, or the others have as
-    many columns."""
+    """Whether the first line names columns: a prompt's among them, by single words without a blank or above as many columns;
+    or by single words above as many columns where a name is usual in tables or a field is quoted."""
     raw = lines[0].split(mark)
     names = [name.strip().strip('"').lower() for name in raw]
-    if len(names) < 2 or len(lines) < 2 or not _COLUMNS & set(names):
+    if len(names) < 2 or len(lines) < 2:
         return False
-    if all(re.fullmatch(r'"?\w+"?', name) for name in raw):
-        return True
+    bare = all(re.fullmatch(r'"?\w+"?', name) for name in raw)
+    if any(_names(name, _COLUMNS) for name in names):
+        if bare:
+            return True
+    elif not bare or not (
+        any(_names(name, _OTHER_COLUMNS) for name in names) or any(re.search(rf'(^|{mark})"', line) for line in lines[1:])
+    ):
+        return False
     if not all(re.fullmatch(r"[\w .-]{1,40}", name) for name in names):
         return False
     try:
@@ -111,6 +121,11 @@ def _is_table(lines: Sequence[str], mark: str) -> bool:
     except csv.Error:
         return False
     return all(len(row) == len(names) for row in rows)
+
+
+def _names(name: str, columns: set[str]) -> bool:
+    """Whether a single word is one of ``columns``, or has it as a part: prompt_en."""
+    return re.fullmatch(r"\w+", name) is not None and not columns.isdisjoint(name.lower().split("_"))
 
 
 def _is_json(text: str) -> bool:

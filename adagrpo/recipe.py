@@ -19,7 +19,7 @@ from typing import Any, Literal
 import tomli_w
 
 from .algorithm.selection import STRATEGIES
-from .config import Config, GuardConfig, GuardsConfig
+from .config import BUILT_IN_MODELS, Config, GuardConfig, GuardsConfig
 from .errors import InputError
 from .plugins import is_import_path
 from .recipe_values import check_values
@@ -197,7 +197,7 @@ def _check_dead_keys(c: Config) -> typing.Iterator[Problem]:
         (c.model.tuning != "lora", "model.tuning = lora", ["model.lora_rank", "model.lora_alpha", "model.lora_targets"]),
         (plugin, "model.family = flux", ["model.tuning", "model.gradient_checkpointing", "model.max_text_tokens"]),
         (plugin, "model.family = flux", ["model.guidance", "model.timestep", "model.prompt_cache"]),
-        (plugin or "/" not in c.model.path, "a pipeline folder or Hub id", ["model.variant", "model.revision"]),
+        (plugin or c.model.path in BUILT_IN_MODELS, "a pipeline folder or Hub id", ["model.variant", "model.revision"]),
         (r.plan != "window", "rollout.plan = window", [f"rollout.window_{k}" for k in ("size", "stride", "every")]),
         (c.loss.kl_weight == 0, "loss.kl_weight above 0", ["loss.kl_variance"]),
         (c.train.steps_per_iteration == 1, "train.steps_per_iteration above 1", ["loss.average"]),

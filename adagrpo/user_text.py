@@ -89,6 +89,12 @@ def parse_toml(text: str) -> dict[str, Any]:
         return tomllib.loads(text)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+    except tomllib.TOMLDecodeError:
+        raise
+    except ValueError as error:  # Python reads no integer of more than 4,300 digits
+        found = re.search(r"[=,\[]\s*[+-]?(\d[\d_]{4300,})", text)
+        number = f"{cut(found[1], 20)} in line {text.count(chr(10), 0, found.start(1)) + 1}" if found else "an integer"
+        raise ValueError(f"{number} has more than 4300 digits; write a smaller number") from error
 
 
 def character_problem(text: str, spaces: str = "\t\n") -> str | None:

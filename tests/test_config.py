@@ -1,5 +1,6 @@
 """Recipes: strict keys, readable errors, exact round trips."""
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -125,3 +126,14 @@ def test_impossible_values_are_refused_by_key(section: str, changes: dict, key: 
 def test_no_reward_is_refused() -> None:
     with pytest.raises(InputError, match="rewards"):
         check(dataclasses.replace(load_recipe("tiny"), rewards=()))
+
+
+@pytest.mark.parametrize("path", ["flux", "./flux", "owner/flux", "tiny-flux", "random:flux1-dev"])
+def test_a_variant_is_refused_only_of_built_in_models(path: str) -> None:
+    config = load_recipe("tiny")
+    changed = dataclasses.replace(config, model=dataclasses.replace(config.model, path=path, variant="fp16"))
+    refused = (
+        contextlib.nullcontext() if path.rpartition("/")[2] == "flux" else pytest.raises(InputError, match="no effect here")
+    )
+    with refused:
+        check(changed)

@@ -5,6 +5,7 @@ import dataclasses
 import os
 import random
 import signal
+import types
 
 import numpy
 import pytest
@@ -16,6 +17,7 @@ from vandals import trained, weights
 from adagrpo.build import build_model
 from adagrpo.errors import InputError, RunError
 from adagrpo.fit import Fit
+from adagrpo.models.isolated import isolated_model
 from adagrpo.recipe import load_recipe
 from adagrpo.rewards import build_reward
 from adagrpo.run.folder import RunFolder
@@ -231,3 +233,50 @@ def test_an_adapter_that_is_none_is_refused() -> None:
     config = dataclasses.replace(load_recipe("tiny").model, family="vandals:honest_prompts")
     with pytest.raises(InputError, match=r"model\.family"):
         build_model(config)
+
+
+class Slotted:
+    """An adapter without a ``__dict__``."""
+
+    __slots__ = ("transformer",)
+    encode = decode = resize = around = trainable = save_portable = lambda self, *_: None
+
+    def velocity(self, *_: object) -> None:
+        random.seed(1)
+
+
+class Wrapper:
+    """An adapter that hands every question on."""
+
+    def __init__(self) -> None:
+        self.model = ToyModel()
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.__dict__["model"], name)
+
+
+def namespace() -> object:
+    model = ToyModel()
+    return types.SimpleNamespace(**{name: getattr(model, name) for name in dir(model) if not name.startswith("__")})
+
+
+def patched() -> object:
+    model = ToyModel()
+    model.velocity = lambda *_: None
+    return model
+
+
+@pytest.mark.parametrize("make", [namespace, Wrapper, patched])
+def test_adapters_whose_methods_are_not_of_their_class_are_refused(make) -> None:
+    with pytest.raises(
+        InputError, match=r"model\.family = x:y: the \w+ it made has .*velocity.*methods of the adapter's class"
+    ):
+        isolated_model(make(), "model.family = x:y")
+
+
+def test_an_adapter_with_slots_is_isolated() -> None:
+    model = Slotted()
+    guarded = isolated_model(model, "x:y")
+    before = random.getstate()
+    guarded.velocity()
+    assert guarded is model and random.getstate() == before

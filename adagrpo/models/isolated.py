@@ -35,9 +35,22 @@ def isolated_model(model: Any, name: str) -> FlowModel:
             f"{name}: made a {type(model).__name__} without {', '.join(missing)}; see adagrpo.models.base.FlowModel"
         )
     kind = type(model)
+    held = getattr(model, "__dict__", {})
+    unguarded = [m for m in (*COMPUTES, *HANDLES_FILES) if hasattr(model, m) and (m in held or not hasattr(kind, m))]
+    if unguarded:
+        raise InputError(
+            f"{name}: the {kind.__name__} it made has {', '.join(unguarded)} from elsewhere than its class; "
+            "define them as methods of the adapter's class (adagrpo.models.base.FlowModel)"
+        )
     guarded = {method: _guarded(getattr(kind, method), method, name) for method in COMPUTES if hasattr(kind, method)}
     guarded |= {m: _guarded(getattr(kind, m), m, name, (Exception,)) for m in HANDLES_FILES if hasattr(kind, m)}
-    model.__class__ = type(kind.__name__, (kind,), guarded)
+    try:
+        model.__class__ = type(kind.__name__, (kind,), {"__slots__": (), **guarded})
+    except TypeError as error:
+        raise InputError(
+            f"{name}: the {kind.__name__} it made cannot be guarded ({error}); make it an instance of an ordinary class "
+            "with the methods of adagrpo.models.base.FlowModel"
+        ) from error
     found: FlowModel = model
     return found
 
