@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ..engine.graphs import out_of_memory
 from ..engine.memory import resident_set
 from ..run.files import replacing
 
@@ -85,10 +86,10 @@ class MemoryTimeline:
         return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else resident_set()
 
 
-def out_of_memory(error: BaseException | None) -> bool:
+def from_out_of_memory(error: BaseException | None) -> bool:
     """Whether ``error`` or what it was raised from is a lack of device memory."""
     while error is not None:
-        if isinstance(error, torch.OutOfMemoryError):
+        if out_of_memory(error):
             return True
         error = error.__cause__
     return False

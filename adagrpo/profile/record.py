@@ -17,7 +17,7 @@ from ..engine.executor import Count
 from ..errors import RunError
 from ..fit import read_metrics
 from ..train import Trainer
-from .memory import AllocatorHistory, MemoryTimeline, Sample, out_of_memory
+from .memory import AllocatorHistory, MemoryTimeline, Sample, from_out_of_memory
 from .points import KernelMeter, Point
 from .power import Energy, PowerMeter
 
@@ -105,8 +105,8 @@ def record(trainer: Trainer, iterations: int, folder: Path, snapshot: Path, say:
     history.start()
     try:
         return _record(trainer, iterations, folder / TRACE, snapshot, history, timeline, say)
-    except (RunError, torch.OutOfMemoryError) as error:
-        if not out_of_memory(error):
+    except (RunError, RuntimeError) as error:
+        if not from_out_of_memory(error):
             raise
         phase = timeline.samples[-1].phase if timeline.samples else "begin"
         kept = history.dump(snapshot)
