@@ -10,18 +10,18 @@ from adagrpo_kernels._dispatch import device_problem
 from torch import Tensor
 
 from .algorithm.selection import CapabilityState
-from .config import BUILT_IN_MODEL, BUILT_IN_MODELS, Config, ModelConfig, bucket_size
-from .engine.backends import require_backends
-from .engine.memory import MemoryPlan, free_bytes
 from .errors import InputError, RunError
+from .estimate.memory import MemoryPlan, free_bytes
+from .estimate.planning import memory_plan, rehearse, require_memory
+from .forward.backends import require_backends
 from .models.base import FlowModel
 from .models.fingerprint import base_components
 from .models.isolated import isolated_model
 from .models.loading import check_finite
-from .planning import memory_plan, rehearse, require_memory
-from .plugins import checked, is_import_path, load_callable, make_part
+from .parts.plugins import checked, is_import_path, load_callable, make_part
 from .prompts import load_prompts, require_disjoint
-from .recipe import check
+from .recipe.keys import BUILT_IN_MODEL, BUILT_IN_MODELS, Config, ModelConfig, bucket_size
+from .recipe.load import check
 from .rewards import build_reward
 from .tiny import tiny_flux_path
 from .train import DTYPES, Fuse, Select, Trainer

@@ -10,14 +10,14 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .config import Config
+from .disk.files import remedy_for
 from .errors import InputError, RunError, Stopped
-from .isolation import leave_if_hanging
-from .recipe import MOST_SEED, check, load_recipe, recipe_names, to_toml
-from .redaction import redacted, redacted_arguments, restored, scrubbed
-from .run.files import remedy_for
+from .parts.isolation import leave_if_hanging
+from .recipe.keys import Config
+from .recipe.load import MOST_SEED, check, load_recipe, recipe_names, to_toml
 from .run.signals import leaving
-from .user_text import character_problem, require_within, shown
+from .text.redaction import redacted, redacted_arguments, restored, scrubbed
+from .text.user_text import character_problem, require_within, shown
 
 EXIT_FAILED, EXIT_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -434,9 +434,9 @@ def _add_record_options(parser: argparse.ArgumentParser) -> None:
 
 def _bench_recipe(args: argparse.Namespace, rest: list[str]) -> int:
     from .bench.budget import budget_command
-    from .bench.hosts import default_recipe
     from .bench.iteration import Options, iteration_command
     from .bench.versus import baseline_command
+    from .study.hosts import default_recipe
 
     require_within("--iterations", args.rounds, 1, 10**6)
     if not 0 <= getattr(args, "peak", 0.0) < float("inf"):
@@ -465,9 +465,9 @@ def _at_least(args: argparse.Namespace, **least: int) -> None:
 
 
 def _bench_probes(args: argparse.Namespace, rest: list[str]) -> int:
-    from .bench.hosts import PROBES
     from .bench.iteration import Options
-    from .bench.probes import probes_command
+    from .study.hosts import PROBES
+    from .study.probes import probes_command
 
     _at_least(args, draws=3, noises=2, rounds=1)
     config = _named_recipe("tiny", rest, "bench probes")
@@ -476,7 +476,7 @@ def _bench_probes(args: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _bench_seeds(args: argparse.Namespace, rest: list[str]) -> int:
-    from .bench.seeds import Study, seeds_command
+    from .study.seeds import Study, seeds_command
 
     _at_least(args, seeds=1, jobs=1)
     config = _named_recipe("tiny", rest, "bench seeds")
@@ -513,6 +513,6 @@ def _bench_readme(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from .doctor import doctor
+    from .doctor.command import doctor
 
     return doctor(args.self_test, args.all)

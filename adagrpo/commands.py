@@ -20,32 +20,32 @@ from .build import (
     load_data,
     load_plugins,
 )
-from .config import Config
-from .engine.backends import resolve_forward
-from .engine.memory import MemoryPlan, size_text
-from .engine.roofline import H100
+from .disk.files import replacing, write_json
+from .disk.lock import OwnerLock, holding, holding_new
+from .disk.whole import written_whole
 from .errors import InputError
-from .evaluation import sample_images
-from .fidelity import changed_levers, compare
-from .fit import Fit
+from .estimate.memory import MemoryPlan, size_text
+from .estimate.planning import iteration_prediction, memory_notice, memory_plan, planned_evaluations, rehearse
+from .estimate.roofline import H100
+from .evaluate.fidelity import changed_levers, compare
+from .evaluate.held_out import sample_images
+from .forward.backends import resolve_forward
 from .models.base import FlowModel
-from .planning import iteration_prediction, memory_notice, memory_plan, planned_evaluations, rehearse
 from .prompt_file import prompt_problem
 from .prompts import load_prompts
-from .recipe import MOST_SEED, check, load_recipe, to_toml
+from .recipe.keys import Config
+from .recipe.load import MOST_SEED, check, load_recipe, to_toml
+from .report.page import write_report
 from .rewards import build_reward, check_reward_files
 from .run.checkpoint import INDEX, verify
-from .run.files import replacing, write_json
+from .run.fit import Fit
 from .run.folder import RunFolder, prompts_digest
 from .run.grid import to_pil
-from .run.lock import OwnerLock, holding, holding_new
 from .run.loggers import check_loggers
 from .run.opening import begin, check_opening, opened
 from .run.origin import Origin, recipe_file
-from .run.report import write_report
-from .run.whole import written_whole
+from .text.user_text import require_within, shown
 from .train import build_executor
-from .user_text import require_within, shown
 
 # What the driver leaves of 80 and 141 GB, about.
 GPU_BYTES = {"H100 80 GB": int(78.5 * 2**30), "H200 141 GB": 139 * 2**30}
@@ -180,7 +180,7 @@ PROFILES = Path("profiles")
 
 def profile(config: Config, recipe: Config, iterations: int, out: Path | None) -> int:
     """Record whole iterations of a checked recipe into a folder of profiles; ``recipe`` is what its file says."""
-    from .profile.summary import device_slug, write_profile
+    from .profiling.summary import device_slug, write_profile
 
     require_within("--iterations", iterations, 1, 10**5)
     folder = out or PROFILES / device_slug(choose_device(config.model.device)) / config.name

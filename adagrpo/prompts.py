@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from .errors import InputError
-from .plugins import is_import_path, make_part
+from .parts.plugins import is_import_path, make_part
 from .prompt_file import MAX_BYTES, MAX_PROMPTS, prompt_problem, read_prompt_file, same
-from .user_text import shown
+from .text.user_text import shown
 
 
 def load_prompts(

@@ -19,24 +19,25 @@ from .algorithm.advantages import advantage_statistics, groups_with_signal, rewa
 from .algorithm.sde import Draw as NoiseDraw
 from .algorithm.sde import Stream, philox_uniform, sigma_schedule
 from .algorithm.selection import STRATEGIES, CapabilityState, capability_step, closest_distance
-from .config import Config, bucket_size
-from .engine.backends import build_forward
+from .algorithm.tables import RolloutTable, rollout_table
+from .curriculum.cheap import Candidates, CheapProbe, nearest_picks, rows_of
+from .curriculum.evidence import CheapFilter
 from .engine.executor import Rollout, RolloutExecutor
-from .engine.filter import CheapFilter
-from .engine.graphs import StepGraphs, out_of_memory
+from .engine.graphs import StepGraphs
 from .engine.optimizer import PolicyOptimizer
 from .engine.overlap import Overlap
 from .engine.plans import host_integers, probe_plan, window_steps
-from .engine.probes import Candidates, CheapProbe, nearest_picks, rows_of
 from .engine.sampling import Samples, merge_slots, sample_forks, sample_trajectories
 from .engine.scoring import Scorer
-from .engine.tables import RolloutTable, rollout_table
+from .engine.timing import PhaseTimer
 from .engine.update import update_policy
 from .errors import RunError
+from .forward.backends import build_forward
+from .forward.device import out_of_memory
 from .models.base import Conditioning, FlowModel
 from .prompts import PromptStream
+from .recipe.keys import Config, bucket_size
 from .rewards import PromptRows, Reward
-from .run.timing import PhaseTimer
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 PRECISION: dict[str, torch.dtype | str | None] = {"auto": None, "bf16": torch.bfloat16, "fp8": "fp8"}

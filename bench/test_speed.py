@@ -25,12 +25,12 @@ from adagrpo_kernels import (
     step_table,
 )
 
-from adagrpo.bench.hosts import with_probe, without_adagrpo
 from adagrpo.bench.measure import bench_trainer, forget_prompts
-from adagrpo.config import Config
-from adagrpo.fit import read_metrics
-from adagrpo.recipe import load_recipe
+from adagrpo.recipe.keys import Config
+from adagrpo.recipe.load import load_recipe
 from adagrpo.rewards import PromptRows
+from adagrpo.run.fit import read_metrics
+from adagrpo.study.hosts import with_probe, without_adagrpo
 from adagrpo.train import Trainer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -24,8 +24,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if (seed := config.getoption("--other-rounding")) is None:
         return
     os.environ[other_rounding.VARIABLE] = str(seed)
-    from adagrpo.engine.fused_flux import FusedFluxForward
     from adagrpo.models.flux import FluxModel
+    from adagrpo.models.fused_flux import FusedFluxForward
 
     for model in (FluxModel, FusedFluxForward):
         other_rounding.rounded_elsewhere(model)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from adagrpo.algorithm.sde import sigma_schedule
-from adagrpo.engine.forwards import Forward
-from adagrpo.engine.tables import RolloutTable, rollout_table
+from adagrpo.algorithm.tables import RolloutTable, rollout_table
+from adagrpo.forward.forwards import Forward
 from adagrpo.models.flux import FluxModel, add_lora
 from adagrpo.models.random_flux import RandomEncoder
 

@@ -4,8 +4,8 @@ import tomllib
 
 import pytest
 
-from adagrpo.bench.hosts import PROBES
 from adagrpo.cli import main
+from adagrpo.study.hosts import PROBES
 
 
 def run(capsys, *args: str) -> tuple[int, str, str]:

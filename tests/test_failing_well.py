@@ -8,9 +8,9 @@ import pytest
 import torch
 from toy import ToyModel, half_bright, toy_config, toy_trainer
 
-from adagrpo.config import EngineConfig
 from adagrpo.errors import InputError, RunError
-from adagrpo.fit import Fit, read_metrics
+from adagrpo.recipe.keys import EngineConfig
+from adagrpo.run.fit import Fit, read_metrics
 from adagrpo.run.folder import RunFolder
 
 

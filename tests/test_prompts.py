@@ -13,9 +13,9 @@ import pytest
 from adagrpo import prompt_file, prompts
 from adagrpo.build import load_data
 from adagrpo.cli import main
-from adagrpo.config import Config, DataConfig
 from adagrpo.errors import InputError, RunError
 from adagrpo.prompts import PromptStream, load_prompts
+from adagrpo.recipe.keys import Config, DataConfig
 from adagrpo.tiny.prompts import held_out_prompts, training_prompts
 
 PROMPTS = [str(i) for i in range(10)]

@@ -13,9 +13,9 @@ import torch
 from toy import toy_config
 
 from adagrpo.cli import main
-from adagrpo.config import RewardConfig
 from adagrpo.errors import InputError
-from adagrpo.recipe import check, to_toml
+from adagrpo.recipe.keys import RewardConfig
+from adagrpo.recipe.load import check, to_toml
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ import torch
 from other_rounding import rounded_elsewhere
 from torch import Tensor, nn
 
-from adagrpo.config import (
+from adagrpo.models.base import Conditioning
+from adagrpo.recipe.keys import (
     AdvantageConfig,
     Config,
     DataConfig,
@@ -23,7 +24,6 @@ from adagrpo.config import (
     SelectionConfig,
     TrainConfig,
 )
-from adagrpo.models.base import Conditioning
 from adagrpo.train import Trainer
 
 LENGTH, CHANNELS = 6, 8

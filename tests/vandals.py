@@ -11,7 +11,7 @@ import torch
 from toy import PROMPTS, ToyModel, half_bright, toy_config
 
 from adagrpo.build import build_model, load_data, load_plugins
-from adagrpo.config import RewardConfig
+from adagrpo.recipe.keys import RewardConfig
 from adagrpo.rewards import build_reward
 from adagrpo.train import Trainer
 

@@ -26,14 +26,14 @@ from PIL import Image
 from torch import Tensor
 
 from ..algorithm.losses import clipped_surrogate
-from ..config import Config
+from ..engine.timing import PhaseTimer
 from ..errors import InputError
 from ..models.base import Conditioning, FlowModel
-from ..plugins import is_import_path
+from ..parts.plugins import is_import_path
 from ..prompts import PromptStream
+from ..recipe.keys import Config
 from ..rewards import Reward
 from ..run.grid import to_pil
-from ..run.timing import PhaseTimer
 from ..train import DTYPES, build_optimizer, recipe_table
 
 

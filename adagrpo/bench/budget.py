@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from ..config import Config
 from ..models.base import FlowModel
+from ..recipe.keys import Config
 from ..run.folder import prompts_digest
-from .hosts import hosts, with_probe, without_adagrpo
+from ..study.hosts import hosts, with_probe, without_adagrpo
 from .iteration import Options
 from .measure import PHASES, HostRead, Iteration, bench_trainer, host_read, interleaved, measure, phase_series, rows_seen
 from .records import Record, new_record

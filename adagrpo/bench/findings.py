@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from ..config import Config
-from ..strict_json import to_json
+from ..recipe.keys import Config
+from ..text.strict_json import to_json
 from .records import new_record
 from .statistics import Series
 from .timers import Deadline

@@ -87,7 +87,7 @@ def forward_part(findings: Findings) -> None:
 
 def iteration_part(findings: Findings) -> None:
     """See the module docstring."""
-    from ..recipe import load_recipe
+    from ..recipe.load import load_recipe
     from .gpu_forward import time_iterations
     from .kernels import driver
 

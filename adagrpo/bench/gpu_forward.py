@@ -13,13 +13,13 @@ import torch
 from adagrpo_kernels import sigma_schedule
 from torch import Tensor
 
-from ..config import Config
-from ..engine.backends import build_forward
-from ..engine.forwards import Forward, PolicyForward
-from ..engine.tables import RolloutTable, rollout_table
+from ..algorithm.tables import RolloutTable, rollout_table
+from ..forward.backends import build_forward
+from ..forward.forwards import Forward, PolicyForward
 from ..models.base import Conditioning, FlowModel
 from ..models.flux import FluxModel
 from ..models.random_flux import TRANSFORMER, random_flux
+from ..recipe.keys import Config
 from .ceilings import too_far
 from .findings import Findings, Row
 from .measure import PHASES, EnergyMeter, Iteration, bench_trainer, measure, peak_bytes

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from adagrpo_kernels import implementations
 
-from ..config import Config
-from ..engine.backends import resolve_forward
+from ..forward.backends import resolve_forward
+from ..recipe.keys import Config
 from ..run.folder import prompts_digest
 from .flops import ForwardFlops, count_flops, stated_peak
 from .measure import PHASES, EnergyMeter, Iteration, bench_trainer, host_syncs, measure, overlapping, peak_bytes, phase_series

@@ -36,7 +36,7 @@ from adagrpo_kernels import (
 )
 
 from ..errors import InputError
-from ..strict_json import to_json
+from ..text.strict_json import to_json
 from .records import new_record
 from .statistics import Series
 from .timers import GraphTimer, Timer

@@ -17,12 +17,12 @@ from adagrpo_kernels import launch_counts, reset_counts
 from torch import Tensor
 
 from ..build import build_trainer
-from ..config import Config, EngineConfig, RewardConfig
-from ..engine.forwards import PolicyForward
 from ..errors import InputError, RunError
-from ..fit import read_metrics
+from ..forward.forwards import PolicyForward
 from ..models.base import FlowModel
-from ..profile.power import gpu_uuid
+from ..profiling.power import gpu_uuid
+from ..recipe.keys import Config, EngineConfig, RewardConfig
+from ..run.fit import read_metrics
 from ..train import Trainer
 from .statistics import Series
 

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
-from ..run.charts import escape, number
+from ..report.charts import escape, number
 from .measure import PHASES
 
 COLOURS = dict(

@@ -7,15 +7,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from ..disk.files import write_text
 from ..errors import InputError
-from ..run.charts import number
-from ..run.files import write_text
-from ..strict_json import from_json
-from ..user_text import read_text
+from ..report.charts import number
+from ..study.seeds import interval
+from ..text.strict_json import from_json
+from ..text.user_text import read_text
 from .measure import PHASES
 from .picture import Bars, Point, draw, scatter
 from .records import LARGEST, Record, read_record
-from .seeds import interval
 from .statistics import Series
 
 PICTURE = "phases.svg"

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from ..config import Config
+from ..disk.files import WriteError, write_json, writing
 from ..errors import InputError
-from ..recipe import to_toml
-from ..run.files import WriteError, write_json, writing
+from ..recipe.keys import Config
+from ..recipe.load import to_toml
 from ..run.machine import describe_machine, processor, slug
-from ..strict_json import from_json
-from ..user_text import read_text
+from ..text.strict_json import from_json
+from ..text.user_text import read_text
 from .statistics import Series
 
 SCHEMA = 1

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import torch
 
-from ..config import Config
+from ..recipe.keys import Config
 from ..run.folder import prompts_digest
 from ..train import Trainer
 from .baseline import PublishedLoop

@@ -14,13 +14,13 @@ from adagrpo_kernels._dispatch import device_word
 from torch import Tensor
 
 from ..algorithm.sde import Draw, Stream, affine_mean, group_log_prob, philox_normal, sde_step
+from ..algorithm.tables import RolloutTable
 from ..errors import RunError
+from ..forward.forwards import Forward, PolicyForward
 from ..models.base import Conditioning, FlowModel
-from ..run.timing import PhaseTimer
-from .forwards import Forward, PolicyForward
 from .graphs import StepGraphs
 from .plans import KEPT_PLANS, Plan, chunk_slices, device_integers, entered
-from .tables import RolloutTable
+from .timing import PhaseTimer
 
 Finished = Callable[[Tensor, Tensor], None]
 MAX_LANES = 16

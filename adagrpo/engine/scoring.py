@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..isolation import Part, call_part
-from ..plugins import checked
+from ..parts.isolation import Part, call_part
+from ..parts.plugins import checked
 from ..rewards import PromptRows, Reward
 from .executor import RolloutExecutor
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..errors import InputError
-from ..isolation import Part, call_part
+from ..parts.isolation import Part, call_part
 from .base import FlowModel
 
 # What only computes; a wrong file or a full disk (the rest of the protocol) has handlers of its own.

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..errors import InputError
-from ..isolation import Part, build_part
-from ..plugins import check_call, is_import_path, load_attribute
-from ..redaction import resolved
+from ..parts.isolation import Part, build_part
+from ..parts.plugins import check_call, is_import_path, load_attribute
+from ..text.redaction import resolved
 from .base import PromptRows, Reward
 
 __all__ = ["BUILT_IN", "PromptRows", "Reward", "build_reward", "check_reward", "check_reward_files", "reward_target"]

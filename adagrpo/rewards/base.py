@@ -60,7 +60,7 @@ class Reward(Protocol):
     """Scores images against prompts.
 
     It is called without gradients, on images of its own, with random states, default dtype and torch's other global switches
-    restored afterwards (``adagrpo.isolation``), and in a thread of its own where ``rewards.N.timeout`` limits its time.
+    restored afterwards (``adagrpo.parts.isolation``), and in a thread of its own where ``rewards.N.timeout`` limits its time.
     """
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:

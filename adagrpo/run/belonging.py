@@ -7,7 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from ..errors import InputError
-from ..recipe import load_recipe
+from ..recipe.load import load_recipe
 from .changes import changed_keys, refusals
 from .checkpoint import checkpoints, read_index, verify
 

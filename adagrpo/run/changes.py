@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..config import Config, GuardConfig, GuardsConfig
 from ..errors import InputError
-from ..redaction import comparable
+from ..recipe.keys import Config, GuardConfig, GuardsConfig
+from ..text.redaction import comparable
 
 Reason = Callable[[Config, Config], str]
 ROUNDING = "equal to rounding from iteration {} on, not bitwise"

@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
+from ..disk.files import SEAL, flush, is_sealed, read_json, sealed, settle, writing
 from ..errors import InputError
-from ..strict_json import to_json
-from .files import SEAL, flush, is_sealed, read_json, sealed, settle, writing
+from ..text.strict_json import to_json
 
 INDEX = "checkpoint.json"
 STATE = Path("state") / "state.pt"

@@ -13,15 +13,15 @@ from typing import Any
 
 import torch
 
-from ..config import Config
+from ..disk.files import SEAL, is_sealed, read_json, sealed, set_aside, sweep, write_error, write_json, write_text
+from ..disk.lock import OwnerLock, is_unused
 from ..errors import InputError
-from ..recipe import load_recipe, to_toml
-from ..redaction import scrubbed
+from ..recipe.keys import Config
+from ..recipe.load import load_recipe, to_toml
+from ..text.redaction import scrubbed
 from .belonging import require_own
 from .changes import NO_CHANGES, Changes, changed_keys, permitted
 from .checkpoint import load_records, newest_readable, newest_sound, tidy
-from .files import SEAL, is_sealed, read_json, sealed, set_aside, sweep, write_error, write_json, write_text
-from .lock import OwnerLock, is_unused
 from .machine import describe_machine
 from .records import Log
 

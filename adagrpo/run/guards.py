@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from ..config import GuardConfig, GuardsConfig
+from ..recipe.keys import GuardConfig, GuardsConfig
 
 METRICS = {
     "kl": "policy/kl",

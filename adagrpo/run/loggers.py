@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..disk.files import told, write_error
 from ..errors import InputError
-from .files import told, write_error
 
 
 class Logger(Protocol):

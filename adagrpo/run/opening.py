@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from ..config import Config
+from ..disk.lock import OwnerLock, holding, is_claimed, require_free
 from ..errors import InputError
+from ..recipe.keys import Config
 from .changes import NO_CHANGES
 from .folder import EARLIER, RunFolder
-from .lock import OwnerLock, holding, is_claimed, require_free
 
 
 @contextlib.contextmanager

@@ -7,10 +7,10 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from ..disk.files import set_aside, write_json
 from ..errors import InputError
 from ..models.base import FlowModel
 from ..models.fingerprint import Fingerprint, base_components, difference, fingerprint, trained_names
-from .files import set_aside, write_json
 
 RECIPE, BASE = "config.toml", "base.json"
 

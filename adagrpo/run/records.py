@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..strict_json import from_json, to_json
-from .files import flush, replacing, set_aside, write_bytes, writing
+from ..disk.files import flush, replacing, set_aside, write_bytes, writing
+from ..text.strict_json import from_json, to_json
 
 LONGEST_LINE = 2**24
 

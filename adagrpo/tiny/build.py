@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from adagrpo.run.files import write_json
-from adagrpo.run.whole import written_whole
-from adagrpo.strict_json import from_json, to_json
+from adagrpo.disk.files import write_json
+from adagrpo.disk.whole import written_whole
+from adagrpo.text.strict_json import from_json, to_json
 from adagrpo.tiny import architecture
 from adagrpo.tiny.evaluate import evaluate, quiet
 from adagrpo.tiny.reward import inspect

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from adagrpo.run.lock import holding_new
+from adagrpo.disk.lock import holding_new
 from adagrpo.tiny.prompts import category, held_out_prompts, training_prompts
 from adagrpo.tiny.render import IMAGE_SIZE
 from adagrpo.tiny.reward import Verdict, inspect

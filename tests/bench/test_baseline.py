@@ -11,10 +11,10 @@ from adagrpo.bench.baseline import PublishedLoop
 from adagrpo.bench.iteration import Options
 from adagrpo.bench.versus import different_work, measure_versus, plain_loop, versus_report
 from adagrpo.build import build_trainer
-from adagrpo.config import RewardConfig
-from adagrpo.engine.probes import rows_of
+from adagrpo.curriculum.cheap import rows_of
 from adagrpo.errors import InputError
-from adagrpo.recipe import load_recipe
+from adagrpo.recipe.keys import RewardConfig
+from adagrpo.recipe.load import load_recipe
 
 PROBE = {"rollout": {"steps": 6, "sde_steps": (0, 2), "group_size": 4, "eta": 0.7, "fork_velocity": "probe"},
          "loss": {"old_logp": "detached"}, "train": {"slots": 2, "steps_per_iteration": 2}}  # fmt: skip

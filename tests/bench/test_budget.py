@@ -9,14 +9,14 @@ from toy import ToyModel, toy_config
 
 import adagrpo.train
 from adagrpo.bench.budget import exceeded, limits, off_schedule, overhead_of, schedule_evaluations, scheduled_probes
-from adagrpo.bench.hosts import hosts, with_probe, without_adagrpo
 from adagrpo.bench.measure import Iteration, host_read
 from adagrpo.cli import main
-from adagrpo.config import BudgetConfig, Config, RewardConfig
 from adagrpo.engine.executor import RolloutExecutor
-from adagrpo.engine.forwards import PolicyForward
-from adagrpo.planning import planned_evaluations
-from adagrpo.recipe import check, load_recipe, to_toml
+from adagrpo.estimate.planning import planned_evaluations
+from adagrpo.forward.forwards import PolicyForward
+from adagrpo.recipe.keys import BudgetConfig, Config, RewardConfig
+from adagrpo.recipe.load import check, load_recipe, to_toml
+from adagrpo.study.hosts import hosts, with_probe, without_adagrpo
 
 
 def toy(**sections) -> Config:

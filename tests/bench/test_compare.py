@@ -12,9 +12,9 @@ from adagrpo.bench.compare import compare
 from adagrpo.bench.records import Record, device_slug, new_record, read_record
 from adagrpo.bench.statistics import Series, change
 from adagrpo.cli import main
-from adagrpo.config import Config
 from adagrpo.errors import InputError
-from adagrpo.recipe import load_recipe
+from adagrpo.recipe.keys import Config
+from adagrpo.recipe.load import load_recipe
 
 
 def record(case: str = "iteration-tiny", **series: Series) -> Record:

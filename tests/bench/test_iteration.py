@@ -12,7 +12,7 @@ from adagrpo.bench.iteration import Options, iteration_report, measure_iteration
 from adagrpo.bench.measure import PHASES, EnergyMeter, Iteration, host_syncs, interleaved, measure, phase_series, rows_seen
 from adagrpo.build import build_trainer
 from adagrpo.cli import main
-from adagrpo.recipe import load_recipe
+from adagrpo.recipe.load import load_recipe
 
 
 def test_phases_add_up_and_work_is_counted() -> None:

@@ -4,8 +4,8 @@ import pytest
 from toy import ToyModel, toy_config, toy_trainer
 
 from adagrpo.commands import planned_evaluations
-from adagrpo.config import Config
 from adagrpo.engine.plans import update_batches, window_steps
+from adagrpo.recipe.keys import Config
 
 OFFICIAL = {"steps": 16, "sde_steps": (0, 2, 4, 6), "group_size": 12}
 
@@ -50,7 +50,7 @@ def test_without_curriculum_the_probe_is_the_anchor() -> None:
 def test_a_call_never_exceeds_max_rows() -> None:
     import dataclasses
 
-    from adagrpo.config import EngineConfig
+    from adagrpo.recipe.keys import EngineConfig
 
     config = dataclasses.replace(official(), engine=EngineConfig(max_rows=7))
     counts, calls = executed(config)

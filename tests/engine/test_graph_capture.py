@@ -6,8 +6,8 @@ import pytest
 import torch
 from toy import ToyModel, toy_config, toy_trainer
 
-from adagrpo.config import EngineConfig
 from adagrpo.engine.graphs import StepGraphs
+from adagrpo.recipe.keys import EngineConfig
 
 OFF = "CUDA graphs are off: the step {} cannot be captured: {}"
 BROKEN = "operation failed due to a previous error during capture"

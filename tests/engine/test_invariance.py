@@ -6,7 +6,7 @@ import pytest
 import torch
 from toy import ToyModel, recorded, toy_config, toy_trainer
 
-from adagrpo.config import Config, EngineConfig
+from adagrpo.recipe.keys import Config, EngineConfig
 
 
 def run(config: Config, iterations: int = 10) -> tuple[list, list, list]:

@@ -7,10 +7,10 @@ import torch
 from toy import ToyModel, toy_config, toy_trainer
 
 from adagrpo.algorithm import sde
-from adagrpo.config import Config, EngineConfig
 from adagrpo.engine import executor as executor_module
 from adagrpo.engine import update as update_module
-from adagrpo.fit import read_metrics
+from adagrpo.recipe.keys import Config, EngineConfig
+from adagrpo.run.fit import read_metrics
 
 ETA = {"flow": 0.7, "dance": 0.3, "cps": 0.8}
 PLANS = {"fork": "rollout", "trajectory": "recompute", "window": "recompute"}

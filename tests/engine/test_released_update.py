@@ -19,16 +19,16 @@ from toy import CHANNELS, ToyModel, toy_config, toy_trainer
 from adagrpo.algorithm.advantages import reward_advantage
 from adagrpo.algorithm.sde import group_log_prob, sde_step, sigma_schedule, step_table
 from adagrpo.algorithm.selection import CapabilityState, capability_step
-from adagrpo.config import Config
+from adagrpo.algorithm.tables import rollout_table
 from adagrpo.engine.executor import RolloutExecutor, Transitions
 from adagrpo.engine.optimizer import PolicyOptimizer
 from adagrpo.engine.plans import update_batches
 from adagrpo.engine.sampling import Samples
-from adagrpo.engine.tables import rollout_table
 from adagrpo.engine.update import update_policy
-from adagrpo.fit import read_metrics
 from adagrpo.models.base import Conditioning
-from adagrpo.recipe import check, load_recipe
+from adagrpo.recipe.keys import Config
+from adagrpo.recipe.load import check, load_recipe
+from adagrpo.run.fit import read_metrics
 
 RELEASED = load_file(Path(__file__).resolve().parents[1] / "assets" / "released_adagrpo.safetensors")
 STEPS, ETA, FORKS, GROUP, PROMPT = 8, 0.8, 4, 4, 1

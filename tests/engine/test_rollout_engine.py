@@ -8,19 +8,19 @@ from torch import Tensor
 from toy import ToyModel, recorded, toy_config, toy_trainer
 
 from adagrpo.algorithm.sde import sigma_schedule
+from adagrpo.algorithm.tables import multistep_table, rollout_table
 from adagrpo.build import build_model
 from adagrpo.commands import planned_evaluations
-from adagrpo.config import Config, EngineConfig, ModelConfig
-from adagrpo.engine.counting import OpCounter
 from adagrpo.engine.graphs import StepGraphs
 from adagrpo.engine.overlap import Overlap
 from adagrpo.engine.plans import branch_plan, probe_plan, trajectory_plan
-from adagrpo.engine.tables import multistep_table, rollout_table
 from adagrpo.errors import InputError
-from adagrpo.fit import read_metrics
+from adagrpo.estimate.counting import OpCounter
 from adagrpo.models.random_flux import TRANSFORMER, random_flux
-from adagrpo.recipe import check
+from adagrpo.recipe.keys import Config, EngineConfig, ModelConfig
+from adagrpo.recipe.load import check
 from adagrpo.rewards import PromptRows, build_reward
+from adagrpo.run.fit import read_metrics
 from adagrpo.train import Trainer
 
 WORDS = [f"a {colour} {shape}" for colour in ("red", "blue", "green") for shape in ("circle", "square", "cross", "ring")]
@@ -245,7 +245,7 @@ def test_a_size_in_another_form_is_refused(bucket: str) -> None:
 
 def test_a_size_the_model_cannot_take_is_refused_before_training() -> None:
     from adagrpo.build import build_trainer
-    from adagrpo.recipe import load_recipe
+    from adagrpo.recipe.load import load_recipe
 
     config = load_recipe("tiny")
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, buckets=("32x36",)))

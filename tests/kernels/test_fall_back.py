@@ -18,8 +18,8 @@ from adagrpo_kernels import KernelError, _dispatch, reset_counts, telling
 from toy import toy_config, toy_trainer
 
 from adagrpo import cli
-from adagrpo.config import EngineConfig
-from adagrpo.fit import Fit
+from adagrpo.recipe.keys import EngineConfig
+from adagrpo.run.fit import Fit
 from adagrpo.run.folder import RunFolder
 
 NO_IMAGE, BAD_LAUNCH = "no kernel image is available", "invalid argument"
@@ -179,7 +179,7 @@ def test_explicit_triton_ends_the_run_with_one_line(unlaunchable, tmp_path: Path
 
 def test_explicit_triton_without_a_driver_is_refused_before_any_work(unlaunchable, monkeypatch) -> None:
     from adagrpo.build import check_engine
-    from adagrpo.doctor import automatic, backends
+    from adagrpo.doctor.command import automatic, backends
     from adagrpo.errors import InputError
 
     monkeypatch.setattr(_dispatch, "driver_problem", lambda: "no driver was found")

@@ -9,8 +9,8 @@ import torch
 from adagrpo_kernels import implementations, launch_counts, reset_counts
 from toy import ToyModel, recorded, toy_config, toy_trainer
 
-from adagrpo.config import Config, EngineConfig, RewardConfig
-from adagrpo.fit import read_metrics
+from adagrpo.recipe.keys import Config, EngineConfig, RewardConfig
+from adagrpo.run.fit import read_metrics
 from adagrpo.train import Trainer
 
 OPERATORS = {"philox_normal", "sde_step", "group_log_prob", "fused_advantage", "capability_step"}
@@ -100,7 +100,7 @@ def test_tiny_recipe_picks_the_same_prompts() -> None:
     By brightness, whose picks have margins, and with an Adam whose step is smooth in the gradient.
     """
     from adagrpo.build import build_trainer
-    from adagrpo.recipe import load_recipe
+    from adagrpo.recipe.load import load_recipe
 
     config = load_recipe("tiny")
     runs = []

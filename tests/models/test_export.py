@@ -17,9 +17,9 @@ from adagrpo.algorithm.sde import Stream, sigma_schedule
 from adagrpo.build import build_model, build_trainer
 from adagrpo.cli import main
 from adagrpo.errors import InputError, RunError
-from adagrpo.fit import Fit
 from adagrpo.models.flux import FluxModel
-from adagrpo.recipe import load_recipe
+from adagrpo.recipe.load import load_recipe
+from adagrpo.run.fit import Fit
 from adagrpo.run.folder import RunFolder
 from adagrpo.tiny import tiny_flux_path
 
@@ -131,7 +131,7 @@ def test_stock_diffusers_draws_our_pictures_by_the_printed_program(case: str, tm
 def test_a_rounding_that_diffusers_does_not_know_is_told(tmp_path, capsys) -> None:
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(
-        (tiny_flux_path().parents[1] / "recipes" / "tiny.toml").read_text().replace("[model]", "[model]\ntimestep = 'bf16'")
+        (tiny_flux_path().parents[1] / "recipe" / "tiny.toml").read_text().replace("[model]", "[model]\ntimestep = 'bf16'")
     )
     assert main(["export", str(recipe), str(tmp_path / "out")]) == 0
     text = capsys.readouterr().out
@@ -226,7 +226,7 @@ def test_an_export_that_fails_leaves_nothing_and_says_why(tmp_path, monkeypatch,
 
 
 def test_a_folder_appears_whole_and_its_index_last(tmp_path, monkeypatch) -> None:
-    from adagrpo.run.whole import written_whole
+    from adagrpo.disk.whole import written_whole
 
     renamed, rename = [], Path.rename
     monkeypatch.setattr(Path, "rename", lambda self, target: renamed.append(self.name) or rename(self, target))

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from adagrpo.algorithm.sde import Stream, sigma_schedule
+from adagrpo.algorithm.tables import rollout_table
 from adagrpo.build import build_model, build_trainer
-from adagrpo.engine.forwards import PolicyForward
-from adagrpo.engine.fused_flux import FusedFluxForward
 from adagrpo.engine.plans import probe_plan
-from adagrpo.engine.tables import rollout_table
 from adagrpo.errors import InputError
+from adagrpo.forward.forwards import PolicyForward
 from adagrpo.models.flux import add_lora, load_flux
-from adagrpo.recipe import load_recipe
+from adagrpo.models.fused_flux import FusedFluxForward
+from adagrpo.recipe.load import load_recipe
 from adagrpo.tiny import tiny_flux_path
 
 PROMPTS = ["a red circle", "two blue squares"]

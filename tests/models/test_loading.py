@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from adagrpo.build import build_model
 from adagrpo.cli import main
 from adagrpo.errors import InputError
-from adagrpo.recipe import load_recipe
+from adagrpo.recipe.load import load_recipe
 from adagrpo.tiny import tiny_flux_path
 
 TRANSFORMER = "diffusion_pytorch_model"

@@ -14,17 +14,17 @@ import torch
 from adagrpo_kernels import launch_counts, reset_counts
 from torch.utils.flop_counter import FlopCounterMode
 
-from adagrpo.bench.hosts import with_probe, without_adagrpo
 from adagrpo.build import build_architecture, build_model
-from adagrpo.engine.backends import make_copy
-from adagrpo.engine.counting import OpCounter
-from adagrpo.engine.forwards import CopyForward, PolicyForward
-from adagrpo.engine.rehearsal import fused_attention
-from adagrpo.engine.roofline import H100, H200, TIERS
+from adagrpo.estimate.counting import OpCounter
+from adagrpo.estimate.planning import iteration_prediction, memory_plan, rehearse
+from adagrpo.estimate.rehearsal import fused_attention
+from adagrpo.estimate.roofline import H100, H200, TIERS
+from adagrpo.forward.backends import make_copy
+from adagrpo.forward.forwards import CopyForward, PolicyForward
 from adagrpo.models.flux import FluxModel
-from adagrpo.planning import iteration_prediction, memory_plan, rehearse
-from adagrpo.recipe import load_recipe
+from adagrpo.recipe.load import load_recipe
 from adagrpo.rewards import build_reward
+from adagrpo.study.hosts import with_probe, without_adagrpo
 from adagrpo.train import Trainer, recipe_table
 
 RECORD = Path(__file__).resolve().parents[2] / "bench" / "results" / "meta" / "flux1-dev-iteration.json"

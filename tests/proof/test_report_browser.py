@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from reporting import write_run
 
-from adagrpo.run.report import write_report
+from adagrpo.report.page import write_report
 
 FLAGS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",

@@ -14,7 +14,7 @@ from scipy.stats import spearmanr
 
 from adagrpo.build import build_trainer
 from adagrpo.cli import main
-from adagrpo.recipe import load_recipe
+from adagrpo.recipe.load import load_recipe
 from adagrpo.run.machine import describe_machine
 from adagrpo.train import Draw, Trainer
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from adagrpo.build import build_trainer
-from adagrpo.recipe import load_recipe
+from adagrpo.recipe.load import load_recipe
 from adagrpo.run.machine import describe_machine
 
 RECORD = Path(__file__).resolve().parents[2] / "bench" / "results" / "cpu" / "tiny-invariance.json"

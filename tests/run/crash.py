@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from toy import toy_trainer
 
-from adagrpo.config import Config
 from adagrpo.engine.executor import RolloutExecutor
 from adagrpo.engine.optimizer import PolicyOptimizer
-from adagrpo.fit import Fit
-from adagrpo.recipe import load_recipe
+from adagrpo.recipe.keys import Config
+from adagrpo.recipe.load import load_recipe
+from adagrpo.run.fit import Fit
 from adagrpo.run.folder import RunFolder
 
 MOMENTS = ("probe", "rollout", "update", "write", "rename")

@@ -9,7 +9,7 @@ import pytest
 from toy import toy_config, toy_trainer
 
 from adagrpo.errors import InputError
-from adagrpo.fit import Fit
+from adagrpo.run.fit import Fit
 from adagrpo.run.folder import RunFolder
 from adagrpo.run.opening import opened
 

@@ -12,11 +12,11 @@ from toy import toy_config, toy_trainer
 
 import adagrpo
 from adagrpo.cli import main
-from adagrpo.config import Config, GuardConfig, GuardsConfig, RewardConfig
 from adagrpo.errors import InputError
-from adagrpo.fit import Fit
-from adagrpo.recipe import load_recipe, to_toml
+from adagrpo.recipe.keys import Config, GuardConfig, GuardsConfig, RewardConfig
+from adagrpo.recipe.load import load_recipe, to_toml
 from adagrpo.run.changes import RULES, changed_keys, permitted, rule_of
+from adagrpo.run.fit import Fit
 from adagrpo.run.folder import RunFolder
 
 HELD_OUT = ["a", "b", "c", "d"]

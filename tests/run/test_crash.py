@@ -10,8 +10,8 @@ import pytest
 import torch
 from toy import toy_config, toy_trainer
 
-from adagrpo.fit import Fit
-from adagrpo.recipe import to_toml
+from adagrpo.recipe.load import to_toml
+from adagrpo.run.fit import Fit
 from adagrpo.run.folder import RunFolder
 
 HERE = Path(__file__).parent

@@ -10,8 +10,8 @@ from damage import DAMAGES, Damage, delete, flip, folder, swap
 from toy import toy_config
 
 from adagrpo.cli import main
-from adagrpo.config import GuardConfig, GuardsConfig, RewardConfig
-from adagrpo.recipe import to_toml
+from adagrpo.recipe.keys import GuardConfig, GuardsConfig, RewardConfig
+from adagrpo.recipe.load import to_toml
 
 CHECKPOINT = "checkpoints/step-000004"
 IN_CHECKPOINT = ("state/state.pt", "state/records.json", "checkpoint.json", "toy.pt")

@@ -27,7 +27,7 @@ import sys
 import torch
 torch.set_num_threads(1)
 from adagrpo.cli import main
-from adagrpo.fit import Fit
+from adagrpo.run.fit import Fit
 
 recipe, out, last = sys.argv[1:]
 one = Fit._one_iteration

@@ -13,8 +13,8 @@ from full_disk import full_after
 from toy import toy_config
 
 from adagrpo.cli import main
-from adagrpo.config import GuardConfig, GuardsConfig, RewardConfig
-from adagrpo.recipe import to_toml
+from adagrpo.recipe.keys import GuardConfig, GuardsConfig, RewardConfig
+from adagrpo.recipe.load import to_toml
 
 # Opened by the owner's lock, not by the run; and files that only grow.
 APPENDED = ("metrics.jsonl", "events.jsonl")
@@ -105,7 +105,7 @@ def test_other_disks_that_take_no_more(number: int, recipe, whole, tmp_path, cap
     ],
 )
 def test_whatever_a_library_raises_is_one_error(error: Exception, tmp_path) -> None:
-    from adagrpo.run.files import write_error
+    from adagrpo.disk.files import write_error
 
     found = write_error(tmp_path / "file", error)
     assert found.disk and found.remedy == "free disk space" and "No space left on device" in found.reason

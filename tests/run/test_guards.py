@@ -8,10 +8,10 @@ import pytest
 import torch
 from toy import toy_config, toy_trainer
 
-from adagrpo.config import GuardConfig, GuardsConfig
 from adagrpo.errors import RunError
-from adagrpo.fit import Fit
-from adagrpo.isolation import PartHung
+from adagrpo.parts.isolation import PartHung
+from adagrpo.recipe.keys import GuardConfig, GuardsConfig
+from adagrpo.run.fit import Fit
 from adagrpo.run.folder import RunFolder
 from adagrpo.run.guards import Guards
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from toy import toy_config, toy_trainer
 
-from adagrpo.fit import Fit
+from adagrpo.run.fit import Fit
 from adagrpo.run.folder import RunFolder
 
 CONFIG = toy_config(train={"iterations": 4, "slots": 1})

@@ -13,8 +13,8 @@ from toy import ToyModel, toy_config, toy_trainer
 
 from adagrpo.cli import main
 from adagrpo.errors import InputError
-from adagrpo.fit import Fit
-from adagrpo.recipe import load_recipe, to_toml
+from adagrpo.recipe.load import load_recipe, to_toml
+from adagrpo.run.fit import Fit
 from adagrpo.run.folder import RunFolder
 from adagrpo.tiny import tiny_flux_path
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from toy import ToyModel, toy_config, toy_trainer
 
-from adagrpo.config import Config
 from adagrpo.errors import InputError, RunError
-from adagrpo.fit import Fit
+from adagrpo.recipe.keys import Config
 from adagrpo.run.checkpoint import checkpoints, verify
+from adagrpo.run.fit import Fit
 from adagrpo.run.folder import RunFolder
 
 HELD_OUT = ["a", "b", "c", "d"]

@@ -10,11 +10,11 @@ import torch
 from toy import toy_config, toy_trainer
 
 from adagrpo.cli import main
-from adagrpo.config import RewardConfig
-from adagrpo.fit import Fit
-from adagrpo.held_out import HeldOut
-from adagrpo.recipe import to_toml
+from adagrpo.recipe.keys import RewardConfig
+from adagrpo.recipe.load import to_toml
+from adagrpo.run.fit import Fit
 from adagrpo.run.folder import RunFolder
+from adagrpo.run.held_out import HeldOut
 
 
 def start(path, send: dict[int, list[signal.Signals]]) -> Fit:

@@ -12,8 +12,8 @@ import pytest
 from toy import toy_config
 
 from adagrpo.cli import main
-from adagrpo.config import RewardConfig
-from adagrpo.recipe import to_toml
+from adagrpo.recipe.keys import RewardConfig
+from adagrpo.recipe.load import to_toml
 
 HERE = Path(__file__).parent
 WAITING = """
@@ -121,7 +121,7 @@ def test_a_second_writer_is_refused_and_leaves_no_trace(live, tmp_path, capsys, 
 
 @pytest.mark.parametrize("resume", ["", "latest", "auto", "checkpoints/step-000002"])
 def test_an_owner_that_has_written_nothing_yet_is_named(resume: str, tmp_path, capsys) -> None:
-    from adagrpo.run.lock import OwnerLock, holding
+    from adagrpo.disk.lock import OwnerLock, holding
 
     config = dataclasses.replace(toy_config(), name="toy")
     (tmp_path / "toy.toml").write_text(to_toml(config))

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from toy import ToyModel, toy_config, toy_trainer
 
-from adagrpo.fit import Fit
+from adagrpo.run.fit import Fit
 from adagrpo.run.folder import RunFolder
 
 

@@ -1,0 +1,118 @@
+"""The table of a recipe's steps: deterministic rows, stochastic rows, and the longer steps of shortened tails."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .sde import StepTable, step_table
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutTable:
+    """Every step a rollout can take.
+
+    Attributes:
+        steps: rows 0 … T-1 deterministic, T … 2T-1 stochastic, then those of the tails and of short probes.
+        position: int64 [rows], the noise level's place in ``sigmas``.
+        num_steps: T.
+        sigmas: noise levels at which velocities are evaluated: the grid's T, then those of short probes.
+        history: [rows], weight of the preview of the step before (``sde_step``'s second-order term); None without tails.
+        tails: for each fork step with a tail of its own, the table rows that lead from the step after it to the image.
+        probe: table rows of a short probe.
+    """
+
+    steps: StepTable
+    position: Tensor
+    num_steps: int
+    sigmas: Tensor
+    history: Tensor | None = None
+    tails: dict[int, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    probe: tuple[int, ...] = ()
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> RolloutTable:
+        """The same table on another device, its coefficients in another dtype."""
+        history = None if self.history is None else self.history.to(device, dtype)
+        return dataclasses.replace(
+            self,
+            steps=self.steps.to(device, dtype),
+            position=self.position.to(device),
+            sigmas=self.sigmas.to(device, dtype),
+            history=history,
+        )
+
+
+def rollout_table(
+    sigmas: Tensor,
+    scheme: str,
+    eta: float,
+    forks: Sequence[int] = (),
+    tail_steps: int = 0,
+    tail_solver: str = "dpmpp2m",
+    probe_sigmas: Tensor | None = None,
+) -> RolloutTable:
+    """The table of a recipe.
+
+    Args:
+        sigmas: float64 [T + 1], falling.
+        scheme, eta: of the stochastic rows.
+        forks: fork steps k whose tails are shortened.
+        tail_steps: evaluations after a fork, at most; 0 keeps every step of the grid.
+        tail_solver: ``dpmpp2m`` (DPM-Solver++ 2M, Lu et al. 2022) or ``euler``.
+        probe_sigmas: float64 [m + 1], falling: the grid of short probes.
+
+    Returns:
+        A float64 table on the CPU.
+    """
+    num_steps = len(sigmas) - 1
+    parts = [step_table("ode", sigmas), step_table(scheme, sigmas, eta)]
+    positions = [torch.arange(num_steps).repeat(2)]
+    weights, tails, rows = [torch.zeros(2 * num_steps, dtype=torch.float64)], {}, 2 * num_steps
+    for k in forks if tail_steps else ():
+        left = num_steps - k - 1
+        count = min(left, tail_steps)
+        points = torch.tensor([k + 1 + round(i * left / count) for i in range(count + 1)])
+        steps, weight = multistep_table(sigmas[points], 2 if tail_solver == "dpmpp2m" else 1)
+        tails[k] = tuple(range(rows, rows + count))
+        parts.append(steps)
+        positions.append(points[:-1])
+        weights.append(weight)
+        rows += count
+    levels = sigmas[:-1].double()
+    probe: tuple[int, ...] = ()
+    if probe_sigmas is not None:
+        short = step_table("ode", probe_sigmas)
+        probe = tuple(range(rows, rows + len(short)))
+        parts.append(short)
+        positions.append(torch.arange(len(levels), len(levels) + len(short)))
+        weights.append(torch.zeros_like(short.a))
+        levels = torch.cat([levels, short.sigma])
+    history = torch.cat(weights) if tails else None
+    return RolloutTable(StepTable.concat(parts), torch.cat(positions), num_steps, levels, history, tails, probe)
+
+
+def multistep_table(sigmas: Tensor, order: int) -> tuple[StepTable, Tensor]:
+    """Rows of DPM-Solver++ in the data prediction ``D = x - sigma*v`` on a falling grid [m + 1], and their history weights.
+
+    With ``lambda = log((1 - sigma)/sigma)``, ``h_i = lambda_{i+1} - lambda_i``: the first-order step is Euler's; the second
+    order adds ``c*(D_i - D_{i-1})``, ``c = (1 - sigma_{i+1} - (1 - sigma_i)*sigma_{i+1}/sigma_i) * h_i/(2*h_{i-1})`` (Lu et
+    al. 2022, algorithm 2). The first step has no past, and the last one, to noise 0, stays first order.
+    """
+    table = step_table("ode", sigmas)
+    weight = torch.zeros_like(table.a)
+    if order == 1 or len(sigmas) < 3:
+        return table, weight
+    s = sigmas.double()
+    level = torch.log((1 - s[:-1]) / s[:-1])
+    h = level[1:] - level[:-1]
+    now, after = s[1:-2], s[2:-1]
+    c = (1 - after - (1 - now) * after / now) * h[1:] / (2 * h[:-1])
+    inner = slice(1, len(table) - 1)
+    a, b = table.a.clone(), table.b.clone()
+    a[inner] += c
+    b[inner] -= c * now
+    weight[inner] = -c
+    return dataclasses.replace(table, a=a, b=b), weight

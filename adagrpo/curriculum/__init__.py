@@ -1,0 +1,1 @@
+"""The online curriculum filter: ways to judge candidate prompts, and what they remember."""

@@ -1,0 +1,1 @@
+"""Measuring a policy: held-out reward, and how faithful fast rollouts are to it."""

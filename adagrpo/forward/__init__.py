@@ -1,0 +1,1 @@
+"""How rollouts compute a velocity: the rollout copy, its forwards and precisions."""

@@ -1,0 +1,1 @@
+"""Users' own parts, named by import path and called where they can do no harm."""

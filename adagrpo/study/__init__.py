@@ -1,0 +1,1 @@
+"""Studies: the same training in many variants."""

@@ -1,0 +1,1 @@
+"""Text from and for people: reading, cutting, hiding secrets, strict JSON."""

@@ -1,0 +1,525 @@
+"""Probes that do not sample every candidate to the end: what they cost, what feeds the EMA, what a resumed run repeats."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from toy import PROMPTS, ToyModel, half_bright, recorded, toy_config, toy_trainer
+
+from adagrpo.algorithm.sde import Stream
+from adagrpo.algorithm.selection import CapabilityState, closest_distance, select_prompt
+from adagrpo.cli import main
+from adagrpo.curriculum.cheap import Candidates, nearest_picks, nearest_rows
+from adagrpo.engine.plans import probe_plan
+from adagrpo.errors import InputError
+from adagrpo.estimate.counting import OpCounter
+from adagrpo.estimate.planning import memory_notice, planned_calls, planned_evaluations, require_memory
+from adagrpo.models.base import Conditioning
+from adagrpo.prompts import PromptStream
+from adagrpo.recipe.keys import Config, EngineConfig
+from adagrpo.recipe.load import check
+from adagrpo.run.fit import read_metrics
+from adagrpo.train import Trainer
+
+OFFICIAL = {"steps": 16, "sde_steps": (0, 2, 4, 6), "group_size": 12}
+
+
+def recipe(probe: str, slots: int = 2, **selection) -> Config:
+    if probe.startswith("racing"):
+        selection = {"race_steps": (1, 3)} | selection
+    config = toy_config(train={"slots": slots}, selection={"candidates": 3, "probe": probe} | selection)
+    check(config)
+    return config
+
+
+def official(probe: str, **selection) -> Config:
+    config = toy_config(rollout=OFFICIAL, train={"slots": 1}, selection={"candidates": 10, "probe": probe} | selection)
+    check(config)
+    return config
+
+
+# Without a filter an iteration of the official schedule is 16 + 4 + 576 + 4 = 600 evaluations.
+@pytest.mark.parametrize(("probe", "selection", "probing", "overhead"), [
+    ("full", {}, [10] * 16, 0.24), ("memory", {}, [2] * 16, 16 / 600),
+    ("short", {"probe_steps": 4}, [10] * 4 + [2] * 16, 56 / 600), ("short", {"probe_steps": 1}, [10] + [2] * 16, 26 / 600),
+    ("memory", {"finalists": 2}, [3] * 16, 32 / 600), ("memory+pool", {}, [2] * 16, 16 / 600),
+    ("pool", {"candidates": 2}, [2] * 16, 16 / 600), ("short+pool", {"probe_steps": 1}, [10] + [2] * 16, 26 / 600),
+    # 10 candidates to step 10, 5 and the uniform one to 12, 3 and it to 14, the pick and it to 16: 120 + 4 - 16 more
+    ("racing", {}, [10] * 10 + [6] * 2 + [4] * 2 + [2] * 2, 108 / 600),
+    ("racing+pool", {"race_steps": (12,)}, [10] * 12 + [2] * 4, 112 / 600),
+])  # fmt: skip
+def test_overhead_of_the_official_schedule(probe: str, selection: dict, probing: list[int], overhead: float) -> None:
+    config, model = official(probe, **selection), ToyModel()
+    trainer = toy_trainer(config, model)
+    for _ in range(2):
+        model.calls.clear()
+        assert read_metrics(trainer.iteration())[0]["policy/ratio_deviation"] <= 1e-6
+    assert model.calls[: len(probing)] == probing == planned_calls(config)["probe"]
+    counts = {phase: count.evaluations for phase, count in trainer.executor.counts.items()}
+    assert counts == planned_evaluations(config)
+    assert sum(counts.values()) / 600 - 1 == pytest.approx(overhead)
+
+
+def scored_prompts(trainer: Trainer) -> list[tuple[int, Tensor]]:
+    """Receives (images, prompts' places among the draw's candidates) of every call of the reward."""
+    seen: list[tuple[int, Tensor]] = []
+    score = trainer.score.rewards[0]
+
+    def watched(images, prompts):
+        seen.append((len(images), prompts.text_index.clone()))
+        return score(images, prompts)
+
+    trainer.score.rewards[0] = watched
+    return seen
+
+
+@pytest.mark.parametrize("probe", ["short", "memory"])
+def test_one_uniform_candidate_of_each_slot_is_scored_and_feeds_the_ema(probe: str) -> None:
+    trainer = toy_trainer(recipe(probe))
+    seen, finals = scored_prompts(trainer), []
+    for draw in range(6):
+        seen.clear()
+        trainer.iteration()
+        images, places = seen[1 if probe == "short" else 0]
+        assert images == 2 and [int(p) // 3 for p in places] == [0, 1]
+        finals.append(trainer.filter.recent[-1, 0, draw % 3 * 2 : draw % 3 * 2 + 2])
+    recent = torch.cat(finals[3:])
+    assert torch.equal(trainer.filter.recent[-1, 0].sort().values, recent.sort().values)
+
+
+@pytest.mark.parametrize("probe", ["short", "memory", "racing", "pool", "memory+pool", "racing+pool"])
+def test_the_ema_is_fed_by_the_images_of_the_uniform_candidates(probe: str) -> None:
+    """Their scores are those that the full probe gives the same candidates: full length, same noise, and not the picks'."""
+    cheap, full = toy_trainer(recipe(probe), reward=half_bright), toy_trainer(recipe("full"), reward=half_bright)
+    if probe == "pool":
+        cheap.draw(2), full.draw(2)
+        torch.testing.assert_close(cheap.capability.mean, full.capability.mean)
+        return
+    probes, uniform, apart = cheap.cheap, [], 0
+    cheap.cheap = lambda candidates, *state: uniform.append(probes.uniform(candidates, step=1)) or probes(candidates, *state)
+    for number in range(4):
+        picks, truth = cheap.draw(2).picks, full.draw(2).scores
+        first = number % 3 * 2
+        rows = uniform[-1]
+        torch.testing.assert_close(
+            cheap.filter.recent[-1, 0, first : first + 2], truth[0].flatten()[rows], rtol=1e-5, atol=1e-6
+        )
+        apart += int((picks != rows).sum())
+    assert apart >= 2
+
+
+@pytest.mark.parametrize("probe", ["short", "memory", "racing", "memory+pool"])
+def test_the_ema_is_that_of_full_length_uniform_scores(probe: str) -> None:
+    """alpha .8 over the mean of the last three draws' scores, worked out from what the reward returned."""
+    trainer = toy_trainer(recipe(probe))
+    window, mean, var = [], None, None
+    for draw in range(5):
+        trainer.iteration()
+        window.append(trainer.filter.recent[-1, 0, draw % 3 * 2 : draw % 3 * 2 + 2].clone())
+        scores = torch.cat(window[-3:])
+        batch = (scores.mean(), scores.var(correction=0))
+        mean, var = batch if mean is None else (0.8 * mean + 0.2 * batch[0], 0.8 * var + 0.2 * batch[1])
+        torch.testing.assert_close(trainer.capability.mean[0], mean)
+        torch.testing.assert_close(trainer.capability.var[0], var)
+
+
+def test_a_memory_without_evidence_draws_its_picks_anew() -> None:
+    """Nothing is known at the first draw: by other noise than the uniform candidates'."""
+    apart = 0
+    for draw in range(8):
+        trainer = toy_trainer(recipe("memory"))
+        trainer.draws = draw
+        probe, drawn = trainer.cheap, []
+        trainer.cheap = lambda c, *state, p=probe, d=drawn: d.append([p.uniform(c, step) for step in (1, 2)]) or p(c, *state)
+        picks = trainer.draw(2).picks
+        assert torch.equal(picks, drawn[0][1])
+        apart += int((picks != drawn[0][0]).sum())
+    assert apart >= 5  # of 16, two thirds expected
+
+
+def test_uniform_candidates_are_uniform() -> None:
+    trainer = toy_trainer(recipe("memory", slots=1))
+    counts = torch.zeros(3)
+    for draw in range(600):
+        counts[int(trainer.cheap.uniform(Candidates(Conditioning({}), [], torch.zeros(1, 3), draw), step=1))] += 1
+    assert ((counts - 200).abs() < 45).all()  # 4 standard deviations of a binomial
+
+
+@pytest.mark.parametrize("keys", [
+    {"probe": "memory"}, {"probe": "memory", "finalists": 2}, {"probe": "memory+pool"}, {"probe": "short", "probe_steps": 1},
+    {"probe": "racing", "race_steps": (1, 3)}, {"probe": "racing", "race_steps": (2,)},
+    {"probe": "racing+pool", "race_steps": (1, 2)},
+])  # fmt: skip
+def test_forks_start_from_the_picks_own_trajectory(keys: dict) -> None:
+    """Only the pick's latents may be forked: its noise and prompt are those the full probe would have used."""
+    cheap, full = toy_trainer(recipe(**keys)), toy_trainer(recipe("full"))
+    for _ in range(3):
+        picks: list[Tensor] = []
+        probe, found = cheap.cheap, {}
+        cheap.cheap = lambda *args, probe=probe, picks=picks: picks.append((p := probe(*args)).picks) or p
+        full.select = lambda scores, slots, picks=picks: picks[0]
+        for name, one in (("cheap", cheap), ("full", full)):
+            found[name] = one.draw(one.slots)
+        cheap.cheap = probe
+        a, b = (found[name].samples for name in ("cheap", "full"))
+        torch.testing.assert_close(a.transitions.latent, b.transitions.latent)
+        torch.testing.assert_close(a.final, b.final)
+
+
+def toy_race(pooled: bool = False, slots: int = 2) -> tuple[Trainer, list[list[float]]]:
+    """A race of 8 candidates per slot whose previews are worth what their prompts are; the worths of each scored batch."""
+    keys = {"probe": "racing+pool" if pooled else "racing", "race_steps": (1, 2, 3), "candidates": 8}
+    seen: list[list[float]] = []
+
+    def number(images: Tensor, prompts) -> Tensor:
+        seen.append([worth(p) for p in prompts])
+        return own_number(images, prompts)
+
+    return toy_trainer(recipe(slots=slots, **keys), reward=number), seen
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_a_race_halves_the_field_by_distance_to_the_level_of_each_preview(pooled: bool) -> None:
+    """First draw, by hand: the first level is the mean of all 16, the later ones that of the two uniform candidates."""
+    trainer, seen = toy_race(pooled)
+    draw = trainer.draw(2)
+    everyone, level = seen[0], sum(seen[0]) / 16
+    assert [len(batch) for batch in seen[:4]] == [16, 8 + 2, 4 + 2, 2]  # the last scores the uniform candidates' images
+
+    def halves(numbers: list[float], level: float) -> list[float]:
+        lanes = [numbers] if pooled else [numbers[: len(numbers) // 2], numbers[len(numbers) // 2 :]]
+        return [n for lane in lanes for n in sorted(lane, key=lambda n: abs(n - level))[: len(lane) // 2]]
+
+    racing, uniform = everyone, seen[1][-2:]
+    for number, batch in enumerate((*seen[1:3], [everyone[int(p)] for p in draw.picks])):
+        racing = halves(racing, level if number == 0 else sum(uniform) / 2)
+        assert batch[: len(racing)] == racing and batch[len(racing) :] in ([], uniform)
+    assert seen[3] == uniform
+    assert [worth(draw.prompts.texts[int(p)]) for p in draw.picks] == racing
+
+
+def test_later_levels_of_a_race_are_of_the_last_draws_uniform_candidates() -> None:
+    """alpha .8 over the window of the last 8 draws, worked out from what was scored beside the survivors."""
+    trainer, seen = toy_race()
+    window, mean = [], None
+    for _ in range(10):
+        seen.clear()
+        trainer.draw(2)
+        window.append(seen[1][-2:])
+        recent = [n for pair in window[-8:] for n in pair]
+        batch = sum(recent) / len(recent)
+        mean = batch if mean is None else 0.8 * mean + 0.2 * batch
+        assert float(trainer.filter.levels[1].mean[0]) == pytest.approx(mean)
+
+
+def test_a_races_previews_are_the_images_expected_from_the_full_trajectory() -> None:
+    """x - sigma*v of step 2 on the trajectories of the full probe, decoded."""
+    trainer, full = toy_trainer(recipe("racing", race_steps=(3,))), toy_trainer(recipe("full"))
+    images: list[Tensor] = []
+    trainer.score.rewards[0] = lambda pictures, prompts: images.append(pictures) or pictures.mean((1, 2, 3))
+    trainer.draw(2)
+    rows, model = torch.arange(6), full.model
+    x = full.executor.initial_noise(rows, 0, Stream.PROBE_INIT)
+    kept = full.executor.run(
+        probe_plan(range(6), 4, keep=(2,)), x, model.encode([full.stream.prompts[i] for i in next_numbers(full, 6)]), 0, "probe"
+    )
+    sigma = full.executor.rollout_table.sigmas[2]
+    torch.testing.assert_close(images[0], model.decode(kept.latents[2] - sigma * kept.velocities[2]))
+
+
+def next_numbers(trainer: Trainer, count: int) -> list[int]:
+    """Of the prompts that the next draw will take."""
+    return PromptStream(trainer.stream.prompts, trainer.config.train.seed, trainer.stream.position).take_numbers(count)
+
+
+def test_slots_whose_previews_all_fail_are_not_trained() -> None:
+    trainer = toy_trainer(recipe("racing", race_steps=(1, 2)))
+    fails = lambda images, prompts: torch.where(prompts.text_index < 3, torch.nan, images.mean((1, 2, 3)))  # noqa: E731
+    trainer.score.rewards[0] = fails
+    draw = trainer.draw(2)
+    assert int(draw.picks[0]) == -1 and int(draw.picks[1]) >= 3
+    assert draw.rewards[0, :2].isnan().all() and draw.rewards[0, 2:].isfinite().all()
+
+
+def test_the_pool_takes_the_nearest_of_all_slots() -> None:
+    trainer = toy_trainer(recipe("pool", slots=4, candidates=2), reward=own_number)
+    for _ in range(3):
+        draw = trainer.draw(4)
+        level = float(trainer.capability.mean[0])
+        numbers = torch.tensor([worth(p) for p in draw.prompts.texts], dtype=torch.float64)
+        expected = sorted(range(8), key=lambda row: (abs(float(numbers[row]) - level), row))[:4]
+        assert draw.picks.tolist() == expected
+        torch.testing.assert_close(draw.rewards.mean((0, 2)).reshape(4, -1).mean(1), numbers[draw.picks])
+
+
+@pytest.mark.parametrize("probe", ["memory", "memory+pool"])
+def test_finalists_are_looked_at_and_remembered(probe: str) -> None:
+    """Two of three candidates are scored in full length, and the posterior decides anew, by the conjugate formula.
+
+    No prompt of the second draw was seen before: prior N(mu, .44 var), one look of noise .56 var.
+    """
+    trainer = toy_trainer(recipe(probe, finalists=2), reward=own_number)
+    trainer.draw(2)
+    before, level = trainer.filter.posterior.count.clone(), trainer.capability
+    seen = scored_prompts(trainer)
+    draw = trainer.draw(2)
+    (looked, finalists), (_, uniform) = seen[:2]
+    assert looked == 4 and len(uniform) == 2
+    number = lambda row: worth(draw.prompts.texts[int(row)])  # noqa: E731
+    mu, var = float(level.mean[0]), float(level.var[0])
+
+    def distance(row: int) -> float:
+        if row in uniform.tolist():  # its image is looked at later, once
+            return 0.44 * var
+        precision = 1 / (0.56 * var) + 1 / (0.44 * var)
+        return (number(row) / (0.56 * var) / precision + mu / (0.44 * var) / precision - mu) ** 2 + 1 / precision
+
+    if probe == "memory":
+        assert [int(row) // 3 for row in finalists] == [0, 0, 1, 1]
+        assert draw.picks.tolist() == [min(pair, key=distance) for pair in finalists.reshape(2, 2).tolist()]
+    else:
+        assert draw.picks.tolist() == sorted(finalists.tolist(), key=distance)[:2]
+    again = sum(row in uniform.tolist() for row in finalists.tolist())
+    gained = float(trainer.filter.posterior.count.sum() - before.sum())
+    assert gained == pytest.approx(4 - again + 2 + 2 * 2)  # looks, a uniform image per slot, groups worth two
+    posterior, known = trainer.filter.posterior, trainer.filter.posterior.count > 0
+    estimate = posterior.total[0, known] / posterior.count[known]
+    torch.testing.assert_close(estimate, torch.tensor([worth(p) for p in PROMPTS], dtype=torch.float64)[known])
+
+
+def test_finalists_decide_in_several_draws() -> None:
+    """The first of two is not always taken."""
+    trainer, later = toy_trainer(recipe("memory", finalists=2), reward=own_number), 0
+    seen = scored_prompts(trainer)
+    for _ in range(8):
+        seen.clear()
+        draw = trainer.draw(2)
+        later += sum(pick != first for pick, first in zip(draw.picks.tolist(), seen[0][1].tolist()[::2], strict=True))
+    assert 3 <= later <= 13
+
+
+def test_pooled_judges_pick_the_nearest_of_all_slots() -> None:
+    short = toy_trainer(recipe("short+pool", slots=4), reward=own_number)
+    memory = toy_trainer(recipe("memory+pool", slots=4), reward=own_number)
+    doubled = 0
+    for _ in range(12):  # the posterior must come to tell prompts apart
+        draw = short.draw(4)
+        away = (draw.scores[0].flatten() - short.filter.levels[0].mean[0]).abs()
+        assert draw.picks.tolist() == away.sort(stable=True).indices[:4].tolist()
+        doubled += len({int(row) // 3 for row in draw.picks}) < 4
+        before, level = memory.filter, memory.capability
+        places = torch.tensor(next_numbers(memory, 12))
+        draw = memory.draw(4)
+        if before.posterior.count.any():
+            _, distance = before.judged(places.reshape(4, 3), level, memory.reward_weights, memory.draws - 1)
+            assert distance.flatten()[draw.picks].max() <= distance.flatten().sort().values[3] + 1e-8
+    assert doubled  # a slot that gave two picks, as only a pool allows
+
+
+def test_distance_of_several_rewards_by_hand() -> None:
+    """Weights 1 and 3, EMAs 0 and 1, stds 1 and 2; the same pick as the per-slot rule's."""
+    words = lambda *values: torch.tensor(values, dtype=torch.float64)  # noqa: E731
+    state = CapabilityState(words(0.0, 1.0), words(1.0, 4.0), torch.tensor([1, 1]))
+    scores = torch.tensor([[[0.5, -2.0, torch.nan]], [[1.0, 2.0, 1.0]]], dtype=torch.float64)
+    weights = words(1.0, 3.0)
+    assert closest_distance(scores, state, weights).tolist() == [[0.5, 2.0 + 3 * 0.5, torch.inf]]
+    assert select_prompt(scores, state, "closest", weights).tolist() == [0]
+    assert nearest_picks(closest_distance(scores, state, weights), pooled=True).tolist() == [0]
+    failed = torch.tensor([[torch.inf, 1.0], [torch.inf, torch.inf]])
+    assert nearest_picks(failed, pooled=True).tolist() == [1, -1] == nearest_picks(failed, pooled=False).tolist()
+
+
+@pytest.mark.parametrize("race_steps", [(1, 2), (3,)])
+def test_a_race_without_forks_trains_on_its_winner(race_steps: tuple[int, ...]) -> None:
+    """Plan trajectory: nobody finishes the pick's own trajectory, and the pick is still the race's."""
+    config = toy_config(rollout={"plan": "trajectory"}, loss={"old_logp": "recompute"}, train={"slots": 2},
+                        selection={"candidates": 4, "probe": "racing", "race_steps": race_steps})  # fmt: skip
+    check(config)
+    racing, forks = toy_trainer(config, reward=own_number), toy_trainer(
+        recipe("racing", candidates=4, race_steps=race_steps), reward=own_number
+    )  # fmt: skip
+    for _ in range(4):
+        assert torch.equal(racing.draw(2).picks, forks.draw(2).picks)
+        assert torch.equal(racing.filter.levels[-1].mean, forks.filter.levels[-1].mean)
+
+
+def test_the_logged_distance_leaves_failed_slots_out() -> None:
+    trainer = toy_trainer(recipe("full"), reward=own_number)
+    trainer.score.rewards[0] = lambda images, prompts: own_number(images, prompts).masked_fill(
+        prompts.text_index >= 3, torch.nan
+    )
+    draw = trainer.draw(2)
+    assert int(draw.picks[1]) == -1
+    away = abs(float(draw.scores[0, 0, int(draw.picks[0])]) - float(trainer.capability.mean[0]))
+    assert float(trainer.selection_metrics(draw)["selection/distance"]) == pytest.approx(away)
+
+
+@pytest.mark.parametrize("keys", [
+    {"probe": "full"}, {"probe": "pool"}, {"probe": "short", "probe_steps": 2}, {"probe": "short+pool", "probe_steps": 2},
+    {"probe": "racing", "race_steps": (1, 3)}, {"probe": "racing", "race_steps": (3,), "candidates": 2}, {"probe": "memory"},
+    {"probe": "memory", "finalists": 2},
+])  # fmt: skip
+@pytest.mark.parametrize("plan", ["fork", "trajectory"])
+def test_images_and_evaluations_are_the_planned_ones(keys: dict, plan: str) -> None:
+    other = {"rollout": {"plan": "trajectory"}, "loss": {"old_logp": "recompute"}} if plan == "trajectory" else {}
+    config = toy_config(train={"slots": 2}, selection={"candidates": 3} | keys, **other)
+    check(config)
+    trainer, images = toy_trainer(config), []
+    decode = trainer.model.decode
+    trainer.model.decode = lambda x: images.append(len(x)) or decode(x)
+    assert read_metrics(trainer.iteration())[0]["policy/ratio_deviation"] <= 1e-6
+    planned = planned_calls(config)
+    assert sum(images) == sum(planned["decode"])
+    assert {phase: c.evaluations for phase, c in trainer.executor.counts.items()} == planned_evaluations(config)
+
+
+def test_memory_learns_which_prompts_are_near() -> None:
+    """A reward that is the prompt's own number: what was trained on is known, and the nearest of the known is picked."""
+    trainer = toy_trainer(recipe("memory", slots=1), reward=own_number)
+    for _ in range(40):
+        trainer.iteration()
+    posterior, level = trainer.filter.posterior, trainer.capability.mean[0]
+    known = posterior.count > 0
+    assert known.sum() > 20
+    estimate = posterior.total[0, known] / posterior.count[known]
+    torch.testing.assert_close(estimate, torch.tensor([worth(p) for p in PROMPTS], dtype=torch.float64)[known])
+    late = [worth(read_metrics(trainer.iteration())[1][0]) for _ in range(10)]
+    assert sum(abs(p - float(level)) for p in late) / 10 < 0.2  # a random pick is .25 away
+
+
+def worth(prompt: str) -> float:
+    """In (0, 1]: roots, of which no two are equally far from a mean of others, as whole numbers often are."""
+    return math.sqrt((int(prompt.split()[1]) + 1) / 40)
+
+
+def own_number(images: Tensor, prompts) -> Tensor:
+    """What the prompt is worth, whatever the image."""
+    return torch.tensor([worth(p) for p in prompts], dtype=torch.float64) + 0 * images.mean((1, 2, 3))
+
+
+@pytest.mark.parametrize("probe", ["short", "memory", "racing", "pool", "racing+pool", "short+pool", "memory+pool"])
+def test_a_resumed_run_picks_what_the_uninterrupted_one_does(probe: str) -> None:
+    whole, first = toy_trainer(recipe(probe)), toy_trainer(recipe(probe))
+    _, rewards = recorded(whole)
+    for _ in range(5):
+        whole.iteration()
+    for _ in range(3):
+        first.iteration()
+    second = toy_trainer(recipe(probe))
+    second.load_state_dict(first.state_dict())
+    for (_, p), (_, q) in zip(first.model.trainable(), second.model.trainable(), strict=True):
+        q.data.copy_(p)
+    _, again = recorded(second)
+    for _ in range(2):
+        second.iteration()
+    assert all(map(torch.equal, rewards[3:], again))
+
+
+def test_a_draw_that_ran_out_of_memory_is_repeated_from_the_same_state() -> None:
+    trainer = toy_trainer(recipe("memory"))
+    rollout, failed = trainer.rollout, []
+
+    def once(*args):
+        if not failed:
+            failed.append(1)
+            raise torch.OutOfMemoryError
+        return rollout(*args)
+
+    trainer.rollout, trainer.say = once, lambda message: None
+    trainer.iteration()
+    halved = EngineConfig(max_rows=trainer.executor.max_rows)  # the same batches round alike on every processor
+    calm = toy_trainer(dataclasses.replace(recipe("memory"), engine=halved))
+    calm.iteration()
+    assert torch.equal(trainer.filter.posterior.count, calm.filter.posterior.count)
+    torch.testing.assert_close(trainer.filter.recent, calm.filter.recent, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(trainer.capability.mean, calm.capability.mean)
+
+
+@pytest.mark.parametrize("probe", ["short", "memory", "racing", "pool", "racing+pool", "short+pool", "memory+pool"])
+def test_nothing_is_read_on_the_host(probe: str) -> None:
+    """On meta tensors every read raises; what is sent to the device are the toy's embeddings and, where remembered, numbers."""
+    trainer = toy_trainer(recipe(probe), ToyModel(device="meta"), lambda images, prompts: images.mean((1, 2, 3)))
+    trainer.iteration()
+    with OpCounter() as counter:
+        trainer.iteration()
+    assert counter.transfers.total() == (1 if probe == "pool" else 2)
+
+
+@pytest.mark.parametrize(("selection", "other", "message"), [
+    ({"probe": "memory", "candidates": 1}, {}, "it needs selection.candidates above 1"),
+    ({"probe": "memory", "strategy": "hardest"}, {}, "selection.probe = memory knows closest only"),
+    ({"probe": "short"}, {"advantage": {"equal_groups": "refill"}}, "equal_groups = refill: needs selection.probe = full"),
+    ({"probe": "short", "half_life": 3.0}, {}, "selection.half_life = 3.0: has no effect here"),
+    ({"probe_steps": 3}, {}, "selection.probe_steps = 3: has no effect here"),
+    ({"probe": "racing", "race_steps": (2, 1)}, {}, "race_steps = .2, 1.: must rise within 1 … 5"),
+    ({"probe": "racing"}, {}, "race_steps = .10, 12, 14.: must rise within 1 … 5"),
+    ({"probe": "racing", "race_steps": (1, 2, 3)}, {}, "race_steps = .1, 2, 3.: 3 candidates can be halved 2 times"),
+    ({"probe": "memory", "finalists": 4}, {}, "selection.finalists = 4: must be at most selection.candidates = 3"),
+    ({"probe": "pool", "strategy": "medium"}, {}, "selection.probe = pool knows closest only"),
+    ({"finalists": 2}, {}, "selection.finalists = 2: has no effect here"),
+    ({"probe": "memory", "noise_share": 1.0}, {}, "selection.noise_share = 1.0: must lie in"),
+])  # fmt: skip
+def test_what_cannot_work_together_is_refused(selection: dict, other: dict, message: str) -> None:
+    config = toy_config(selection={"candidates": 3} | selection, **other)
+    with pytest.raises(InputError, match=message):
+        check(config)
+
+
+def test_trajectories_take_cheap_probes_too() -> None:
+    config = toy_config(
+        rollout={"plan": "trajectory"}, loss={"old_logp": "recompute"}, selection={"candidates": 3, "probe": "memory"}
+    )
+    check(config)
+    assert read_metrics(toy_trainer(dataclasses.replace(config)).iteration())[0]["policy/ratio_deviation"] <= 1e-6
+
+
+def test_phases_that_nest_are_refused_and_no_probe_nests_them() -> None:
+    for probe in ("full", "short", "racing", "memory"):
+        trainer = toy_trainer(recipe(probe))
+        trainer.iteration()
+        with (
+            pytest.raises(RuntimeError, match="phase reward inside phase select"),
+            trainer.phase("select"),
+            trainer.phase("reward"),
+        ):
+            pass
+        trainer.iteration()
+
+
+def test_nearest_rows_by_hand() -> None:
+    distance = torch.tensor([[3.0, 1.0, 1.0, torch.inf], [0.5, 4.0, 2.0, 5.0]])
+    assert nearest_rows(distance, 2, pooled=False).tolist() == [1, 2, 4, 6]
+    assert nearest_rows(distance, 1, pooled=True).tolist() == [4, 1]
+    assert nearest_rows(distance, 2, pooled=True).tolist() == [4, 1, 2, 6]
+
+
+def test_a_memory_that_will_hardly_see_a_prompt_twice_says_so() -> None:
+    """2 slots, 10 iterations: 40 observations, the pick's groups and a uniform image each; 3 with two finalists."""
+    config = toy_config(train={"slots": 2, "iterations": 10}, selection={"candidates": 3, "probe": "memory"})
+    assert memory_notice(config, 20) is None
+    notice = memory_notice(config, 21)
+    assert notice is not None and "observe 40 rewards of 21 prompts" in notice and "shorten data.prompts to 20" in notice
+    assert memory_notice(dataclasses.replace(config, selection=recipe("memory", finalists=2).selection), 30) is None
+    assert memory_notice(toy_config(), 10**6) is None
+
+
+def test_a_memory_of_prompts_that_hardly_repeat_is_refused_unless_it_looks_or_is_accepted() -> None:
+    config = toy_config(train={"slots": 2, "iterations": 10}, selection={"candidates": 3, "probe": "memory"})
+    require_memory(config, 20)
+    remedies = r"selection\.probe = full, selection\.finalists = 2 .*, or selection\.allow_unseen = true"
+    with pytest.raises(InputError, match=f"observe 40 rewards of 21 prompts.*{remedies}"):
+        require_memory(config, 21)
+    for selection in ({"finalists": 2}, {"allow_unseen": True}, {"probe": "full"}, {"probe": "racing"}):
+        require_memory(dataclasses.replace(config, selection=dataclasses.replace(config.selection, **selection)), 10**6)
+
+
+def test_recipe_fast_starts_with_prompts_that_repeat_and_says_what_others_need(tmp_path, capsys) -> None:
+    (tmp_path / "held.txt").write_text("unseen\n")
+    files = ["--data.prompts", str(tmp_path / "p.txt"), "--data.held-out", str(tmp_path / "held.txt")]
+    command = ["train", "flux1-dev-fast", "--dry-run", "--model.device", "cpu", *files]
+    for prompts, options, code in ((300, [], 0), (301, [], 2), (5000, ["--selection.finalists", "2"], 0)):
+        (tmp_path / "p.txt").write_text("".join(f"prompt {i}\n" for i in range(prompts)))
+        assert main([*command, *options]) == code
+    assert "selection.finalists = 2" in capsys.readouterr().err
