@@ -21,7 +21,7 @@ from .models.loading import check_finite
 from .parts.plugins import checked, is_import_path, load_callable, make_part
 from .prompts import load_prompts, require_disjoint
 from .recipe.keys import BUILT_IN_MODEL, BUILT_IN_MODELS, Config, ModelConfig, bucket_size
-from .recipe.load import check
+from .recipe.rules import check
 from .rewards import build_reward
 from .tiny import tiny_flux_path
 from .train import DTYPES, Fuse, Select, Trainer

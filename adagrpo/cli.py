@@ -14,7 +14,8 @@ from .disk.files import remedy_for
 from .errors import InputError, RunError, Stopped
 from .parts.isolation import leave_if_hanging
 from .recipe.keys import Config
-from .recipe.load import MOST_SEED, check, load_recipe, recipe_names, to_toml
+from .recipe.load import load_recipe, recipe_names, to_toml
+from .recipe.rules import MOST_SEED, check
 from .run.signals import leaving
 from .text.redaction import redacted, redacted_arguments, restored, scrubbed
 from .text.user_text import character_problem, require_within, shown

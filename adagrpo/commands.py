@@ -34,7 +34,8 @@ from .models.base import FlowModel
 from .prompt_file import prompt_problem
 from .prompts import load_prompts
 from .recipe.keys import Config
-from .recipe.load import MOST_SEED, check, load_recipe, to_toml
+from .recipe.load import load_recipe, to_toml
+from .recipe.rules import MOST_SEED, check
 from .report.page import write_report
 from .rewards import build_reward, check_reward_files
 from .run.checkpoint import INDEX, verify

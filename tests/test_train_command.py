@@ -15,7 +15,8 @@ from toy import toy_config
 from adagrpo.cli import main
 from adagrpo.errors import InputError
 from adagrpo.recipe.keys import RewardConfig
-from adagrpo.recipe.load import check, to_toml
+from adagrpo.recipe.load import to_toml
+from adagrpo.recipe.rules import check
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from ..forward.backends import (
     forward_problem,
     precision_problem,
 )
-from ..recipe.load import FP8_ATTENTION, TENSORWISE_FUSED
+from ..recipe.rules import FP8_ATTENTION, TENSORWISE_FUSED
 from ..run.machine import PACKAGES, describe_machine
 from ..text.strict_json import from_json
 from ..text.user_text import read_text

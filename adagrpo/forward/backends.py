@@ -12,7 +12,7 @@ from ..errors import InputError
 from ..models.base import FlowModel
 from ..models.flux import FluxModel
 from ..models.fused_flux import Attend, FusedFluxForward
-from ..recipe.load import TENSORWISE_FUSED
+from ..recipe.rules import TENSORWISE_FUSED
 from .compiling import Say, disabled
 from .forwards import CopyForward, Forward
 

@@ -1,4 +1,4 @@
-"""The keys of a recipe and their defaults, as frozen dataclasses; ``adagrpo.recipe.load`` reads and checks them."""
+"""The keys of a recipe and their defaults, as frozen dataclasses: ``recipe.load`` reads and ``recipe.rules`` checks them."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import torch
 
 from ..errors import InputError
 from ..recipe.keys import Config, RolloutConfig, SelectionConfig
-from ..recipe.load import check
+from ..recipe.rules import check
 
 PROBES: dict[str, dict[str, Any]] = {
     "full": {"probe": "full"},

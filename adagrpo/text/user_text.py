@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import stat
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,3 +134,9 @@ def shown(value: object, most: int = 80) -> str:
 def cut(text: str, most: int = 80) -> str:
     """A text of at most ``most`` characters, the middle left out."""
     return text if len(text) <= most else f"{text[: most - most // 4 - 1]}…{text[-(most // 4) :]}"
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """A question for a message: the known word that was meant, where one is close."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f" (did you mean {close[0]}?)" if close else ""

@@ -15,7 +15,8 @@ from adagrpo.engine.executor import RolloutExecutor
 from adagrpo.estimate.planning import planned_evaluations
 from adagrpo.forward.forwards import PolicyForward
 from adagrpo.recipe.keys import BudgetConfig, Config, RewardConfig
-from adagrpo.recipe.load import check, load_recipe, to_toml
+from adagrpo.recipe.load import load_recipe, to_toml
+from adagrpo.recipe.rules import check
 from adagrpo.study.hosts import hosts, with_probe, without_adagrpo
 
 

@@ -19,7 +19,7 @@ from adagrpo.estimate.planning import memory_notice, planned_calls, planned_eval
 from adagrpo.models.base import Conditioning
 from adagrpo.prompts import PromptStream
 from adagrpo.recipe.keys import Config, EngineConfig
-from adagrpo.recipe.load import check
+from adagrpo.recipe.rules import check
 from adagrpo.run.fit import read_metrics
 from adagrpo.train import Trainer
 

@@ -27,7 +27,8 @@ from adagrpo.engine.sampling import Samples
 from adagrpo.engine.update import update_policy
 from adagrpo.models.base import Conditioning
 from adagrpo.recipe.keys import Config
-from adagrpo.recipe.load import check, load_recipe
+from adagrpo.recipe.load import load_recipe
+from adagrpo.recipe.rules import check
 from adagrpo.run.fit import read_metrics
 
 RELEASED = load_file(Path(__file__).resolve().parents[1] / "assets" / "released_adagrpo.safetensors")

@@ -18,7 +18,7 @@ from adagrpo.errors import InputError
 from adagrpo.estimate.counting import OpCounter
 from adagrpo.models.random_flux import TRANSFORMER, random_flux
 from adagrpo.recipe.keys import Config, EngineConfig, ModelConfig
-from adagrpo.recipe.load import check
+from adagrpo.recipe.rules import check
 from adagrpo.rewards import PromptRows, build_reward
 from adagrpo.run.fit import read_metrics
 from adagrpo.train import Trainer

@@ -222,7 +222,8 @@ def test_what_would_be_slower_than_without_it_is_refused_by_name(tmp_path) -> No
     from adagrpo.commands import load_trained
     from adagrpo.errors import InputError
     from adagrpo.recipe.keys import Config, EngineConfig
-    from adagrpo.recipe.load import check, to_toml
+    from adagrpo.recipe.load import to_toml
+    from adagrpo.recipe.rules import check
 
     for keys, match in (
         ({"forward": "fused", "fp8_attention": True}, r"engine.fp8_attention = true: Q, K and V .*passes of their own"),

@@ -11,7 +11,8 @@ from adagrpo.build import build_model, build_trainer, check_model, load_data, lo
 from adagrpo.cli import main
 from adagrpo.errors import InputError, RunError
 from adagrpo.recipe.keys import DataConfig, RewardConfig
-from adagrpo.recipe.load import check, load_recipe
+from adagrpo.recipe.load import load_recipe
+from adagrpo.recipe.rules import check
 
 MODULE = """
     import torch

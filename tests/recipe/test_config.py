@@ -8,7 +8,8 @@ import pytest
 from adagrpo.errors import InputError
 from adagrpo.estimate.planning import planned_evaluations
 from adagrpo.recipe.keys import Config
-from adagrpo.recipe.load import check, load_recipe, recipe_names, to_toml
+from adagrpo.recipe.load import load_recipe, recipe_names, to_toml
+from adagrpo.recipe.rules import check
 from adagrpo.run.changes import changed_keys
 from adagrpo.study.hosts import without_adagrpo
 

@@ -20,7 +20,8 @@ from reporting import write_run
 from adagrpo.cli import main
 from adagrpo.errors import InputError
 from adagrpo.recipe.keys import Config, RewardConfig
-from adagrpo.recipe.load import check, load_recipe, to_toml
+from adagrpo.recipe.load import load_recipe, to_toml
+from adagrpo.recipe.rules import check
 from adagrpo.report.page import build_report
 
 

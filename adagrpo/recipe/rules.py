@@ -1,0 +1,307 @@
+"""What a recipe may hold: values within their ranges that work together, and no key that nothing reads.
+
+Every key acts or is an error. ``check`` refuses before any long work starts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from ..algorithm.selection import STRATEGIES
+from ..errors import InputError
+from ..parts.plugins import is_import_path
+from ..text.redaction import redacted_kwargs
+from ..text.user_text import cut, nearest, shown
+from .keys import BUILT_IN_MODELS, Config, GuardConfig, GuardsConfig
+from .values import check_values
+
+MOST_SEED = 2**42
+Problem = tuple[str, Any, str]
+LONGEST_TIMEOUT = 1e6
+FP8_ATTENTION = (
+    "Q, K and V would be quantised in passes of their own, which cost more than FP8 attention saves; refused until the kernel "
+    "that writes them quantises them"
+)
+TENSORWISE_FUSED = (
+    "with engine.forward = fused each input would be quantised in passes of its own, which cost more than one scale per tensor "
+    "saves; refused until the kernel that writes it quantises it: use rowwise, or engine.forward = compile"
+)
+
+
+def check(config: Config) -> None:
+    """Refuse values that are out of range or cannot work together.
+
+    Raises:
+        InputError: naming the key, the value and what is allowed.
+    """
+    rules = (
+        check_values,
+        _check_name,
+        _check_unfused,
+        _check_ranges,
+        _check_plugins,
+        _check_dead_keys,
+        _check_sizes,
+        _check_rollout,
+        _check_training,
+        _check_rewards,
+    )
+    for rule in rules:
+        for key, value, remedy in rule(config):
+            raise InputError(f"{key} = {cut(value) if isinstance(value, str) else shown(value)}: {remedy}")
+
+
+def _check_unfused(c: Config) -> Iterator[Problem]:
+    """Keys that would slow a run down, by how they are computed today."""
+    e = c.engine
+    if e.fp8_attention:
+        yield "engine.fp8_attention", "true", FP8_ATTENTION
+    if e.forward == "fused" and e.precision == "fp8" and e.fp8_scaling == "tensorwise":
+        yield "engine.fp8_scaling", e.fp8_scaling, TENSORWISE_FUSED
+
+
+def _check_name(c: Config) -> Iterator[Problem]:
+    """It becomes the name of a folder, with a number behind it."""
+    name = c.name
+    if name in ("", ".", "..") or name != name.strip() or "/" in name or "\\" in name or not name.isprintable():
+        yield (
+            "name",
+            repr(name),
+            "must be the name of a folder: no separators, control characters or outer spaces (--out takes a path)",
+        )
+    elif len(name.encode()) > 200:
+        yield "name", repr(name[:20] + "…"), "must be at most 200 bytes long"
+
+
+def _check_ranges(c: Config) -> Iterator[Problem]:
+    at_least: dict[str, float] = {
+        "model.guidance": 0, "advantage.weight": 0, "model.height": 8, "model.width": 8,
+        "model.max_text_tokens": 1, "model.lora_rank": 1, "model.prompt_cache": 1,
+        "rollout.steps": 1, "rollout.eta": 0, "rollout.group_size": 2, "rollout.window_size": 1,
+        "rollout.window_stride": 0, "rollout.window_every": 1, "selection.candidates": 1, "loss.clip_range": 0,
+        "loss.kl_weight": 0, "train.iterations": 1, "train.seed": 0, "train.slots": 1, "train.accumulation": 1,
+        "train.steps_per_iteration": 1, "optimizer.lr": 0, "optimizer.eps": 0, "optimizer.weight_decay": 0,
+        "optimizer.warmup_steps": 0, "engine.max_rows": 0, "engine.decode_rows": 0, "evaluation.every": 0,
+        "evaluation.prompts": 1, "train.part_timeout": 0,
+        "evaluation.noises": 1, "evaluation.final_prompts": 0, "evaluation.final_noises": 1, "output.grid_every": 0,
+        "output.grid_prompts": 1, "output.checkpoint_every": 0, "output.keep_last": 1, "output.keep_every": 0,
+        "output.trace_at": 0, "rollout.tail_steps": 0, "guards.max_rollbacks": 0,
+        "selection.probe_steps": 1, "selection.finalists": 1, "selection.group_evidence": 0,
+        "budget.evaluations": 0, "budget.time": 0, "budget.cheap_evaluations": 0, "budget.cheap_time": 0,
+    }  # fmt: skip
+    at_most = {
+        "rollout.steps": 4096, "rollout.group_size": 4096, "train.slots": 4096, "train.accumulation": 4096,
+        "selection.candidates": 4096, "train.seed": MOST_SEED, "evaluation.noises": 4096, "evaluation.final_noises": 4096,
+        "train.iterations": 2**31, "model.height": 2**14, "model.width": 2**14, "model.max_text_tokens": 4096,
+        "model.lora_rank": 4096, "selection.probe_steps": 4096, "rollout.tail_steps": 4096, "output.grid_prompts": 1024,
+        "train.part_timeout": LONGEST_TIMEOUT,
+    }  # fmt: skip
+    above_zero = (
+        "selection.half_life", "selection.noise_share", "rollout.shift", "advantage.clip", "optimizer.max_grad_norm",
+        "model.lora_alpha",
+    )  # fmt: skip
+    below_one = (
+        "selection.noise_share", "selection.alpha", "optimizer.ema_decay", "optimizer.betas.0", "optimizer.betas.1",
+    )  # fmt: skip
+    for key, low in at_least.items():
+        if not low <= (value := _lookup(c, key)) < float("inf"):
+            yield key, value, f"must be at least {low}"
+    for key, high in at_most.items():
+        if (value := _lookup(c, key)) > high:
+            yield key, value, f"must be at most {high}"
+    for key in above_zero:
+        if not 0 < (value := _lookup(c, key)) < float("inf"):
+            yield key, value, "must be above 0"
+    for key in below_one:
+        if not 0 <= (value := _lookup(c, key)) < 1:
+            yield key, value, "must lie in [0, 1)"
+    for guard in dataclasses.fields(GuardsConfig):
+        if isinstance(value := getattr(c.guards, guard.name), GuardConfig):
+            if not 0 <= value.limit < float("inf"):
+                yield f"guards.{guard.name}.limit", value.limit, "must be at least 0 (0 is off)"
+            if value.patience < 1:
+                yield f"guards.{guard.name}.patience", value.patience, "must be at least 1"
+    if not 0 <= c.optimizer.final_share <= 1:
+        yield "optimizer.final_share", c.optimizer.final_share, "must lie in [0, 1]"
+    if not 0 < c.rollout.trained_share <= 1:
+        yield "rollout.trained_share", c.rollout.trained_share, "must lie in (0, 1]"
+
+
+def _check_dead_keys(c: Config) -> Iterator[Problem]:
+    """Keys changed from their defaults where nothing reads them."""
+    r, plugin = c.rollout, is_import_path(c.model.family)
+    fp8 = c.engine.precision == "fp8"
+    rules = [
+        (plugin, "model.family = flux", [f"engine.{k}" for k in ("forward", "precision", "attention")]),
+        (not fp8, "engine.precision = fp8", ["engine.fp8_scaling"]),
+        (r.plan != "fork", "rollout.plan = fork", ["rollout.tail_steps"]),
+        (c.selection.judge != "short", "selection.probe = short", ["selection.probe_steps"]),
+        (c.selection.judge != "racing", "selection.probe = racing", ["selection.race_steps"]),
+        (
+            c.selection.judge != "memory",
+            "selection.probe = memory",
+            [f"selection.{k}" for k in ("finalists", "allow_unseen", "half_life", "noise_share", "group_evidence")],
+        ),
+        (r.tail_steps == 0, "rollout.tail_steps above 0", ["rollout.tail_solver"]),
+        (c.model.tuning != "lora", "model.tuning = lora", ["model.lora_rank", "model.lora_alpha", "model.lora_targets"]),
+        (plugin, "model.family = flux", ["model.tuning", "model.gradient_checkpointing", "model.max_text_tokens"]),
+        (plugin, "model.family = flux", ["model.guidance", "model.timestep", "model.prompt_cache"]),
+        (plugin or c.model.path in BUILT_IN_MODELS, "a pipeline folder or Hub id", ["model.variant", "model.revision"]),
+        (r.plan != "window", "rollout.plan = window", [f"rollout.window_{k}" for k in ("size", "stride", "every")]),
+        (c.loss.kl_weight == 0, "loss.kl_weight above 0", ["loss.kl_variance"]),
+        (c.train.steps_per_iteration == 1, "train.steps_per_iteration above 1", ["loss.average"]),
+        (c.optimizer.schedule == "constant", "another optimizer.schedule", ["optimizer.final_share"]),
+        (
+            not is_import_path(c.data.prompts) and not is_import_path(c.data.held_out),
+            "a prompt source named by import path",
+            ["data.kwargs"],
+        ),
+        (
+            not any(map(is_import_path, (c.selection.strategy, c.advantage.function, c.data.prompts, c.data.held_out))),
+            "a selection, advantage or prompt source named by import path",
+            ["train.part_timeout"],
+        ),
+    ]
+    default = Config()
+    for dead, needed, keys in rules:
+        for key in keys:
+            if dead and (value := _lookup(c, key)) != _lookup(default, key):
+                yield key, value, f"has no effect here: it needs {needed}"
+
+
+def _check_rollout(c: Config) -> Iterator[Problem]:
+    r = c.rollout
+    if r.scheme == "cps" and r.eta > 1:
+        yield "rollout.eta", r.eta, "must lie in [0, 1] for scheme cps"
+    if r.eta == 0:
+        yield "rollout.eta", r.eta, "must be above 0: without noise there is nothing to reinforce"
+    if r.plan == "window":
+        if r.window_size > r.steps - 1:
+            yield "rollout.window_size", r.window_size, f"must be at most rollout.steps - 1 = {r.steps - 1}"
+    else:
+        if not r.sde_steps or list(r.sde_steps) != sorted(set(r.sde_steps)):
+            yield "rollout.sde_steps", list(r.sde_steps), "must name at least one step, rising, without repeats"
+        if r.sde_steps and not 0 <= min(r.sde_steps) <= max(r.sde_steps) < r.steps - 1:
+            yield (
+                "rollout.sde_steps",
+                list(r.sde_steps),
+                f"must lie in 0 … {r.steps - 2} (rollout.steps = {r.steps}; the last step has no useful noise)",
+            )
+    if r.fork_velocity == "probe" and r.plan != "fork":
+        yield "rollout.fork_velocity", r.fork_velocity, "needs rollout.plan = fork"
+    if r.fork_velocity == "probe" and _is_lossy(c):
+        yield (
+            "rollout.fork_velocity",
+            r.fork_velocity,
+            "the probe runs in another precision than the update, and its velocity would enter a log-probability: use fresh",
+        )
+    if r.shared_noise and r.plan == "fork":
+        yield (
+            "rollout.shared_noise",
+            r.shared_noise,
+            "acts on plans trajectory and window; forks share their anchor anyway",
+        )
+    if (c.model.dtype == "fp64") != (r.storage == "fp64"):
+        yield "rollout.storage", r.storage, "fp64 latents go with model.dtype = fp64, and only with it"
+
+
+def _is_lossy(c: Config) -> bool:
+    """Whether rollouts compute something else than the policy does."""
+    e = c.engine
+    return e.precision == "fp8" or (e.precision == "bf16" and c.model.dtype != "bf16")
+
+
+def _check_sizes(c: Config) -> Iterator[Problem]:
+    for i, bucket in enumerate(c.model.buckets):
+        if not re.fullmatch(r"[1-9]\d{0,4}x[1-9]\d{0,4}", bucket):
+            yield f"model.buckets.{i}", bucket, "must be HEIGHTxWIDTH in pixels, such as 512x768"
+    if len(set(c.model.buckets)) < len(c.model.buckets):
+        yield "model.buckets", list(c.model.buckets), "names a size twice"
+
+
+def _check_training(c: Config) -> Iterator[Problem]:
+    trained = c.rollout.window_size if c.rollout.plan == "window" else len(c.rollout.sde_steps)
+    trained = max(1, round(trained * c.rollout.trained_share))
+    if trained % c.train.steps_per_iteration:
+        yield (
+            "train.steps_per_iteration",
+            c.train.steps_per_iteration,
+            f"must divide the {trained} trained steps of an iteration",
+        )
+    if c.loss.old_logp == "rollout" and (c.rollout.plan != "fork" or c.rollout.fork_velocity != "fresh"):
+        yield (
+            "loss.old_logp",
+            c.loss.old_logp,
+            "log-probabilities stored by this plan come from another batch geometry than the update's, so the ratio would "
+            "not start at 1: use recompute (or rollout.plan = fork with fork_velocity = fresh)",
+        )
+    if c.guards.kl.limit and not c.loss.kl_weight:
+        yield "guards.kl.limit", c.guards.kl.limit, "needs loss.kl_weight above 0: without it the divergence is not computed"
+    if c.output.keep_best and not c.evaluation.every:
+        yield "output.keep_best", True, "needs evaluation.every above 0"
+    yield from _check_probe(c)
+    if c.selection.candidates == 1 and c.selection.strategy not in ("closest", "random"):
+        yield "selection.candidates", 1, f"strategy {c.selection.strategy} needs at least two candidates"
+
+
+def _check_probe(c: Config) -> Iterator[Problem]:
+    s, steps = c.selection, c.rollout.steps
+    if s.probe == "full":
+        return
+    if s.candidates == 1 or s.strategy == "random":
+        yield "selection.probe", s.probe, "judges candidates: it needs selection.candidates above 1 and no random strategy"
+    if s.probe != "short" and s.strategy != "closest":
+        yield "selection.strategy", s.strategy, f"selection.probe = {s.probe} knows closest only"
+    if is_import_path(s.strategy):
+        yield "selection.strategy", s.strategy, "a strategy named by import path needs selection.probe = full"
+    rising = list(s.race_steps) == sorted(set(s.race_steps)) and s.race_steps
+    if s.judge == "racing" and not (rising and s.race_steps[0] >= 1 and s.race_steps[-1] < steps):
+        yield (
+            "selection.race_steps",
+            list(s.race_steps),
+            f"must rise within 1 … {steps - 1} (rollout.steps = {steps})",
+        )
+    if s.judge == "racing" and len(s.race_steps) > (halvings := (s.candidates - 1).bit_length()):
+        yield (
+            "selection.race_steps",
+            list(s.race_steps),
+            f"{s.candidates} candidates can be halved {halvings} times",
+        )
+    if s.finalists > s.candidates:
+        yield "selection.finalists", s.finalists, f"must be at most selection.candidates = {s.candidates}"
+    if s.judge != "full" and c.rollout.fork_velocity == "probe":
+        yield "rollout.fork_velocity", "probe", f"with selection.probe = {s.probe} it must be fresh"
+    if c.advantage.equal_groups == "refill":
+        yield "advantage.equal_groups", "refill", "needs selection.probe = full"
+
+
+def _check_plugins(c: Config) -> Iterator[Problem]:
+    for key, names, section in (
+        ("model.family", ("flux",), c.model),
+        ("selection.strategy", STRATEGIES, c.selection),
+        ("advantage.function", ("fused",), c.advantage),
+    ):
+        name = _lookup(c, key)
+        if name not in names and not is_import_path(name):
+            yield key, name, f"must be one of {', '.join(names)}, or package.module:attribute{nearest(name, names)}"
+        if name in names and section.kwargs:
+            yield f"{key.split('.')[0]}.kwargs", redacted_kwargs(section.kwargs), f"acts only when {key} is an import path"
+
+
+def _check_rewards(c: Config) -> Iterator[Problem]:
+    if not c.rewards:
+        yield "rewards", "[]", "name at least one reward"
+    for i, reward in enumerate(c.rewards):
+        if not 0 < reward.weight < float("inf"):
+            yield f"rewards.{i}.weight", reward.weight, "must be above 0"
+        if not 0 <= reward.timeout <= LONGEST_TIMEOUT:
+            yield f"rewards.{i}.timeout", reward.timeout, f"must be from 0 (waits for ever) to {LONGEST_TIMEOUT:g} seconds"
+
+
+def _lookup(config: Any, key: str) -> Any:
+    for part in key.split("."):
+        config = config[int(part)] if part.isdigit() else getattr(config, part)
+    return config
