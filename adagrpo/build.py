@@ -58,7 +58,7 @@ def check_model(config: ModelConfig) -> str | None:
     if is_import_path(config.family):
         load_callable(config.family, "model.family", 5, config.kwargs)
     elif config.path not in BUILT_IN_MODELS:
-        from .models.flux_pipeline import Source, check_pipeline
+        from .models.pipeline import Source, check_pipeline
 
         if not check_pipeline(Source(config.path, config.variant, config.revision)):
             return f"model.path = {config.path}: its files are checked once they are downloaded"
@@ -117,7 +117,7 @@ def build_architecture(config: ModelConfig) -> FlowModel:
     """
     if is_import_path(config.family):
         return build_model(config)
-    from .models.random_flux import flux_architecture
+    from .models.architecture import flux_architecture
 
     path = str(tiny_flux_path()) if config.path == BUILT_IN_MODEL else config.path
     c = config

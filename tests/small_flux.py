@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from adagrpo.algorithm.sde import sigma_schedule
 from adagrpo.algorithm.tables import RolloutTable, rollout_table
 from adagrpo.forward.forwards import Forward
+from adagrpo.models.architecture import RandomEncoder
 from adagrpo.models.flux import FluxModel, add_lora
-from adagrpo.models.random_flux import RandomEncoder
 
 ARCHITECTURE = {
     "patch_size": 1, "in_channels": 16, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16,

@@ -16,9 +16,9 @@ from torch import Tensor
 from ..algorithm.tables import RolloutTable, rollout_table
 from ..forward.backends import build_forward
 from ..forward.forwards import Forward, PolicyForward
+from ..models.architecture import TRANSFORMER, random_flux
 from ..models.base import Conditioning, FlowModel
 from ..models.flux import FluxModel
-from ..models.random_flux import TRANSFORMER, random_flux
 from ..recipe.keys import Config
 from .ceilings import too_far
 from .findings import Findings, Row

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from .base import Conditioning, PromptEncoder
-from .flux_export import existing, load_lora, refuse_other_weights, save_lora, scheduler_options, stock_call
-from .flux_pipeline import Source, load_pipeline
+from .export import existing, load_lora, refuse_other_weights, save_lora, scheduler_options, stock_call
 from .loading import first_line
+from .pipeline import Source, load_pipeline
 
 
 class PipelineEncoder:
@@ -312,7 +312,7 @@ def load_flux(
         InputError: no such folder or id, not a FLUX pipeline, or one that is not whole and sound.
     """
     if path == "random:flux1-dev":
-        from .random_flux import random_flux1_dev
+        from .architecture import random_flux1_dev
 
         return random_flux1_dev(dtype, device, height, width, max_text_tokens, guidance)
     source = Source(path, variant, revision)

@@ -16,7 +16,7 @@ from adagrpo.engine.overlap import Overlap
 from adagrpo.engine.plans import branch_plan, probe_plan, trajectory_plan
 from adagrpo.errors import InputError
 from adagrpo.estimate.counting import OpCounter
-from adagrpo.models.random_flux import TRANSFORMER, random_flux
+from adagrpo.models.architecture import TRANSFORMER, random_flux
 from adagrpo.recipe.keys import Config, EngineConfig, ModelConfig
 from adagrpo.recipe.rules import check
 from adagrpo.rewards import PromptRows, build_reward

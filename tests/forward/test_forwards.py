@@ -13,8 +13,8 @@ from adagrpo.build import build_model
 from adagrpo.forward.backends import build_forward
 from adagrpo.forward.forwards import CopyForward, Forward, PolicyForward
 from adagrpo.forward.projection import Projection, linear_layers
+from adagrpo.models.architecture import TRANSFORMER, random_flux
 from adagrpo.models.flux import FluxModel
-from adagrpo.models.random_flux import TRANSFORMER, random_flux
 from adagrpo.recipe.keys import ModelConfig
 
 PROMPTS = ["a red circle", "two blue squares", "a cat"]

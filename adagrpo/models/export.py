@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .flux_pipeline import Source
 from .loading import first_line, not_finite
+from .pipeline import Source
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 _METADATA = "lora_adapter_metadata"
