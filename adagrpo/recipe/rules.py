@@ -16,10 +16,9 @@ from ..parts.plugins import is_import_path
 from ..text.redaction import redacted_kwargs
 from ..text.user_text import cut, nearest, shown
 from .keys import BUILT_IN_MODELS, Config, GuardConfig, GuardsConfig
-from .values import check_values
+from .values import Problem, check_values
 
 MOST_SEED = 2**42
-Problem = tuple[str, Any, str]
 LONGEST_TIMEOUT = 1e6
 FP8_ATTENTION = (
     "Q, K and V would be quantised in passes of their own, which cost more than FP8 attention saves; refused until the kernel "
@@ -37,6 +36,12 @@ def check(config: Config) -> None:
     Raises:
         InputError: naming the key, the value and what is allowed.
     """
+    for key, value, remedy, _ in problems(config):
+        raise InputError(f"{key} = {cut(value) if isinstance(value, str) else shown(value)}: {remedy}")
+
+
+def problems(config: Config) -> Iterator[Problem]:
+    """What the recipe may not hold. A rule may rely on those before it: the second problem is one once the first is mended."""
     rules = (
         check_values,
         _check_name,
@@ -50,30 +55,29 @@ def check(config: Config) -> None:
         _check_rewards,
     )
     for rule in rules:
-        for key, value, remedy in rule(config):
-            raise InputError(f"{key} = {cut(value) if isinstance(value, str) else shown(value)}: {remedy}")
+        yield from rule(config)
 
 
 def _check_unfused(c: Config) -> Iterator[Problem]:
     """Keys that would slow a run down, by how they are computed today."""
     e = c.engine
     if e.fp8_attention:
-        yield "engine.fp8_attention", "true", FP8_ATTENTION
+        yield Problem("engine.fp8_attention", "true", FP8_ATTENTION)
     if e.forward == "fused" and e.precision == "fp8" and e.fp8_scaling == "tensorwise":
-        yield "engine.fp8_scaling", e.fp8_scaling, TENSORWISE_FUSED
+        yield Problem("engine.fp8_scaling", e.fp8_scaling, TENSORWISE_FUSED)
 
 
 def _check_name(c: Config) -> Iterator[Problem]:
     """It becomes the name of a folder, with a number behind it."""
     name = c.name
     if name in ("", ".", "..") or name != name.strip() or "/" in name or "\\" in name or not name.isprintable():
-        yield (
+        yield Problem(
             "name",
             repr(name),
             "must be the name of a folder: no separators, control characters or outer spaces (--out takes a path)",
         )
     elif len(name.encode()) > 200:
-        yield "name", repr(name[:20] + "…"), "must be at most 200 bytes long"
+        yield Problem("name", repr(name[:20] + "…"), "must be at most 200 bytes long")
 
 
 def _check_ranges(c: Config) -> Iterator[Problem]:
@@ -108,26 +112,26 @@ def _check_ranges(c: Config) -> Iterator[Problem]:
     )  # fmt: skip
     for key, low in at_least.items():
         if not low <= (value := _lookup(c, key)) < float("inf"):
-            yield key, value, f"must be at least {low}"
+            yield Problem(key, value, f"must be at least {low}")
     for key, high in at_most.items():
         if (value := _lookup(c, key)) > high:
-            yield key, value, f"must be at most {high}"
+            yield Problem(key, value, f"must be at most {high}")
     for key in above_zero:
         if not 0 < (value := _lookup(c, key)) < float("inf"):
-            yield key, value, "must be above 0"
+            yield Problem(key, value, "must be above 0")
     for key in below_one:
         if not 0 <= (value := _lookup(c, key)) < 1:
-            yield key, value, "must lie in [0, 1)"
+            yield Problem(key, value, "must lie in [0, 1)")
     for guard in dataclasses.fields(GuardsConfig):
         if isinstance(value := getattr(c.guards, guard.name), GuardConfig):
             if not 0 <= value.limit < float("inf"):
-                yield f"guards.{guard.name}.limit", value.limit, "must be at least 0 (0 is off)"
+                yield Problem(f"guards.{guard.name}.limit", value.limit, "must be at least 0 (0 is off)")
             if value.patience < 1:
-                yield f"guards.{guard.name}.patience", value.patience, "must be at least 1"
+                yield Problem(f"guards.{guard.name}.patience", value.patience, "must be at least 1")
     if not 0 <= c.optimizer.final_share <= 1:
-        yield "optimizer.final_share", c.optimizer.final_share, "must lie in [0, 1]"
+        yield Problem("optimizer.final_share", c.optimizer.final_share, "must lie in [0, 1]")
     if not 0 < c.rollout.trained_share <= 1:
-        yield "rollout.trained_share", c.rollout.trained_share, "must lie in (0, 1]"
+        yield Problem("rollout.trained_share", c.rollout.trained_share, "must lie in (0, 1]")
 
 
 def _check_dead_keys(c: Config) -> Iterator[Problem]:
@@ -169,43 +173,44 @@ def _check_dead_keys(c: Config) -> Iterator[Problem]:
     for dead, needed, keys in rules:
         for key in keys:
             if dead and (value := _lookup(c, key)) != _lookup(default, key):
-                yield key, value, f"has no effect here: it needs {needed}"
+                yield Problem(key, value, f"has no effect here: it needs {needed}", unread=key)
 
 
 def _check_rollout(c: Config) -> Iterator[Problem]:
     r = c.rollout
     if r.scheme == "cps" and r.eta > 1:
-        yield "rollout.eta", r.eta, "must lie in [0, 1] for scheme cps"
+        yield Problem("rollout.eta", r.eta, "must lie in [0, 1] for scheme cps")
     if r.eta == 0:
-        yield "rollout.eta", r.eta, "must be above 0: without noise there is nothing to reinforce"
+        yield Problem("rollout.eta", r.eta, "must be above 0: without noise there is nothing to reinforce")
     if r.plan == "window":
         if r.window_size > r.steps - 1:
-            yield "rollout.window_size", r.window_size, f"must be at most rollout.steps - 1 = {r.steps - 1}"
+            yield Problem("rollout.window_size", r.window_size, f"must be at most rollout.steps - 1 = {r.steps - 1}")
     else:
         if not r.sde_steps or list(r.sde_steps) != sorted(set(r.sde_steps)):
-            yield "rollout.sde_steps", list(r.sde_steps), "must name at least one step, rising, without repeats"
+            yield Problem("rollout.sde_steps", list(r.sde_steps), "must name at least one step, rising, without repeats")
         if r.sde_steps and not 0 <= min(r.sde_steps) <= max(r.sde_steps) < r.steps - 1:
-            yield (
+            yield Problem(
                 "rollout.sde_steps",
                 list(r.sde_steps),
                 f"must lie in 0 … {r.steps - 2} (rollout.steps = {r.steps}; the last step has no useful noise)",
             )
     if r.fork_velocity == "probe" and r.plan != "fork":
-        yield "rollout.fork_velocity", r.fork_velocity, "needs rollout.plan = fork"
+        yield Problem("rollout.fork_velocity", r.fork_velocity, "needs rollout.plan = fork", unread="rollout.fork_velocity")
     if r.fork_velocity == "probe" and _is_lossy(c):
-        yield (
+        yield Problem(
             "rollout.fork_velocity",
             r.fork_velocity,
             "the probe runs in another precision than the update, and its velocity would enter a log-probability: use fresh",
         )
     if r.shared_noise and r.plan == "fork":
-        yield (
+        yield Problem(
             "rollout.shared_noise",
             r.shared_noise,
             "acts on plans trajectory and window; forks share their anchor anyway",
+            unread="rollout.shared_noise",
         )
     if (c.model.dtype == "fp64") != (r.storage == "fp64"):
-        yield "rollout.storage", r.storage, "fp64 latents go with model.dtype = fp64, and only with it"
+        yield Problem("rollout.storage", r.storage, "fp64 latents go with model.dtype = fp64, and only with it")
 
 
 def _is_lossy(c: Config) -> bool:
@@ -217,34 +222,42 @@ def _is_lossy(c: Config) -> bool:
 def _check_sizes(c: Config) -> Iterator[Problem]:
     for i, bucket in enumerate(c.model.buckets):
         if not re.fullmatch(r"[1-9]\d{0,4}x[1-9]\d{0,4}", bucket):
-            yield f"model.buckets.{i}", bucket, "must be HEIGHTxWIDTH in pixels, such as 512x768"
+            yield Problem(f"model.buckets.{i}", bucket, "must be HEIGHTxWIDTH in pixels, such as 512x768")
     if len(set(c.model.buckets)) < len(c.model.buckets):
-        yield "model.buckets", list(c.model.buckets), "names a size twice"
+        yield Problem("model.buckets", list(c.model.buckets), "names a size twice")
 
 
 def _check_training(c: Config) -> Iterator[Problem]:
     trained = c.rollout.window_size if c.rollout.plan == "window" else len(c.rollout.sde_steps)
     trained = max(1, round(trained * c.rollout.trained_share))
     if trained % c.train.steps_per_iteration:
-        yield (
-            "train.steps_per_iteration",
-            c.train.steps_per_iteration,
-            f"must divide the {trained} trained steps of an iteration",
+        yield Problem(
+            "train.steps_per_iteration", c.train.steps_per_iteration, f"must divide the {trained} trained steps of an iteration"
         )
     if c.loss.old_logp == "rollout" and (c.rollout.plan != "fork" or c.rollout.fork_velocity != "fresh"):
-        yield (
+        yield Problem(
             "loss.old_logp",
             c.loss.old_logp,
             "log-probabilities stored by this plan come from another batch geometry than the update's, so the ratio would "
             "not start at 1: use recompute (or rollout.plan = fork with fork_velocity = fresh)",
         )
     if c.guards.kl.limit and not c.loss.kl_weight:
-        yield "guards.kl.limit", c.guards.kl.limit, "needs loss.kl_weight above 0: without it the divergence is not computed"
+        yield Problem(
+            "guards.kl.limit",
+            c.guards.kl.limit,
+            "needs loss.kl_weight above 0: without it the divergence is not computed",
+            unread="guards.kl.limit",
+        )
     if c.output.keep_best and not c.evaluation.every:
-        yield "output.keep_best", True, "needs evaluation.every above 0"
+        yield Problem("output.keep_best", True, "needs evaluation.every above 0", unread="output.keep_best")
     yield from _check_probe(c)
     if c.selection.candidates == 1 and c.selection.strategy not in ("closest", "random"):
-        yield "selection.candidates", 1, f"strategy {c.selection.strategy} needs at least two candidates"
+        yield Problem(
+            "selection.candidates",
+            1,
+            f"strategy {c.selection.strategy} needs at least two candidates",
+            unread="selection.strategy",
+        )
 
 
 def _check_probe(c: Config) -> Iterator[Problem]:
@@ -252,30 +265,27 @@ def _check_probe(c: Config) -> Iterator[Problem]:
     if s.probe == "full":
         return
     if s.candidates == 1 or s.strategy == "random":
-        yield "selection.probe", s.probe, "judges candidates: it needs selection.candidates above 1 and no random strategy"
+        yield Problem(
+            "selection.probe",
+            s.probe,
+            "judges candidates: it needs selection.candidates above 1 and no random strategy",
+            unread="selection.probe",
+        )
     if s.probe != "short" and s.strategy != "closest":
-        yield "selection.strategy", s.strategy, f"selection.probe = {s.probe} knows closest only"
+        yield Problem("selection.strategy", s.strategy, f"selection.probe = {s.probe} knows closest only")
     if is_import_path(s.strategy):
-        yield "selection.strategy", s.strategy, "a strategy named by import path needs selection.probe = full"
+        yield Problem("selection.strategy", s.strategy, "a strategy named by import path needs selection.probe = full")
     rising = list(s.race_steps) == sorted(set(s.race_steps)) and s.race_steps
     if s.judge == "racing" and not (rising and s.race_steps[0] >= 1 and s.race_steps[-1] < steps):
-        yield (
-            "selection.race_steps",
-            list(s.race_steps),
-            f"must rise within 1 … {steps - 1} (rollout.steps = {steps})",
-        )
+        yield Problem("selection.race_steps", list(s.race_steps), f"must rise within 1 … {steps - 1} (rollout.steps = {steps})")
     if s.judge == "racing" and len(s.race_steps) > (halvings := (s.candidates - 1).bit_length()):
-        yield (
-            "selection.race_steps",
-            list(s.race_steps),
-            f"{s.candidates} candidates can be halved {halvings} times",
-        )
+        yield Problem("selection.race_steps", list(s.race_steps), f"{s.candidates} candidates can be halved {halvings} times")
     if s.finalists > s.candidates:
-        yield "selection.finalists", s.finalists, f"must be at most selection.candidates = {s.candidates}"
+        yield Problem("selection.finalists", s.finalists, f"must be at most selection.candidates = {s.candidates}")
     if s.judge != "full" and c.rollout.fork_velocity == "probe":
-        yield "rollout.fork_velocity", "probe", f"with selection.probe = {s.probe} it must be fresh"
+        yield Problem("rollout.fork_velocity", "probe", f"with selection.probe = {s.probe} it must be fresh")
     if c.advantage.equal_groups == "refill":
-        yield "advantage.equal_groups", "refill", "needs selection.probe = full"
+        yield Problem("advantage.equal_groups", "refill", "needs selection.probe = full")
 
 
 def _check_plugins(c: Config) -> Iterator[Problem]:
@@ -286,19 +296,22 @@ def _check_plugins(c: Config) -> Iterator[Problem]:
     ):
         name = _lookup(c, key)
         if name not in names and not is_import_path(name):
-            yield key, name, f"must be one of {', '.join(names)}, or package.module:attribute{nearest(name, names)}"
+            yield Problem(key, name, f"must be one of {', '.join(names)}, or package.module:attribute{nearest(name, names)}")
         if name in names and section.kwargs:
-            yield f"{key.split('.')[0]}.kwargs", redacted_kwargs(section.kwargs), f"acts only when {key} is an import path"
+            unread = f"{key.split('.')[0]}.kwargs"
+            yield Problem(unread, redacted_kwargs(section.kwargs), f"acts only when {key} is an import path", unread)
 
 
 def _check_rewards(c: Config) -> Iterator[Problem]:
     if not c.rewards:
-        yield "rewards", "[]", "name at least one reward"
+        yield Problem("rewards", "[]", "name at least one reward")
     for i, reward in enumerate(c.rewards):
         if not 0 < reward.weight < float("inf"):
-            yield f"rewards.{i}.weight", reward.weight, "must be above 0"
+            yield Problem(f"rewards.{i}.weight", reward.weight, "must be above 0")
         if not 0 <= reward.timeout <= LONGEST_TIMEOUT:
-            yield f"rewards.{i}.timeout", reward.timeout, f"must be from 0 (waits for ever) to {LONGEST_TIMEOUT:g} seconds"
+            yield Problem(
+                f"rewards.{i}.timeout", reward.timeout, f"must be from 0 (waits for ever) to {LONGEST_TIMEOUT:g} seconds"
+            )
 
 
 def _lookup(config: Any, key: str) -> Any:

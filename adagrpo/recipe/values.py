@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..text.redaction import redacted
 from ..text.user_text import character_problem
@@ -18,13 +18,27 @@ MOST_EVALUATIONS = 10**7
 MOST_IMAGES = 10**7
 
 
-def check_values(config: Config) -> Iterator[tuple[str, Any, str]]:
+class Problem(NamedTuple):
+    """What a recipe may not hold.
+
+    Attributes:
+        key, value, remedy: what the message says.
+        unread: the key that nothing reads beside the others; empty where values contradict each other or reason.
+    """
+
+    key: str
+    value: Any
+    remedy: str
+    unread: str = ""
+
+
+def check_values(config: Config) -> Iterator[Problem]:
     """Key, value and remedy of whatever no key may hold, and of more work than an iteration can be meant to be."""
     yield from value_problems(dataclasses.asdict(redacted(config)))
     r, slots = config.rollout, config.train.slots * config.train.accumulation
     samples = r.group_size * (len(r.sde_steps) if r.plan == "fork" else 1)
     if (evaluations := slots * r.steps * (config.selection.candidates + samples)) > MOST_EVALUATIONS:
-        yield (
+        yield Problem(
             "train.slots x train.accumulation",
             slots,
             f"an iteration of up to {evaluations:.1e} evaluations cannot be meant (at most {MOST_EVALUATIONS:.0e}): lower it, "
@@ -34,20 +48,22 @@ def check_values(config: Config) -> Iterator[tuple[str, Any, str]]:
     for key, images in (("noises", e.prompts * e.noises), ("final_noises", e.final_prompts * e.final_noises)):
         if images > MOST_IMAGES:
             name = key.replace("noises", "prompts")
-            yield f"evaluation.{name} x evaluation.{key}", images, f"must be at most {MOST_IMAGES} images: lower one of them"
+            yield Problem(
+                f"evaluation.{name} x evaluation.{key}", images, f"must be at most {MOST_IMAGES} images: lower one of them"
+            )
 
 
-def value_problems(table: Any, key: str = "") -> Iterator[tuple[str, Any, str]]:
+def value_problems(table: Any, key: str = "") -> Iterator[Problem]:
     """Key, value and remedy of every leaf of nested tables and lists that cannot be meant."""
     argument = "kwargs" in key.split(".")
     if isinstance(table, dict | list | tuple):
         for name, value in table.items() if isinstance(table, dict) else enumerate(table):
             if problem := character_problem(str(name), ""):
-                yield f"{key}.{name}".lstrip("."), value, f"the key {problem}; remove it"
+                yield Problem(f"{key}.{name}".lstrip("."), value, f"the key {problem}; remove it")
             yield from value_problems(value, f"{key}.{name}".lstrip("."))
     elif isinstance(table, str) and (problem := character_problem(table, "\t\n" if argument else "")):
-        yield key, table, f"{problem}; remove it"
+        yield Problem(key, table, f"{problem}; remove it")
     elif isinstance(table, float) and not (argument or math.isfinite(table)):
-        yield key, table, "must be a finite number"
+        yield Problem(key, table, "must be a finite number")
     elif type(table) is int and key != "train.seed" and abs(table) > (limit := MOST_ARGUMENT if argument else MOST):
-        yield key, table, f"must lie within ±{limit}"
+        yield Problem(key, table, f"must lie within ±{limit}")
