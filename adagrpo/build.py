@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from adagrpo_kernels._dispatch import device_problem
@@ -18,6 +17,10 @@ from .models.base import FlowModel
 from .models.fingerprint import base_components
 from .models.isolated import isolated_model
 from .models.loading import check_finite
+from .models.making import load_policy, meta_policy
+from .models.pipeline import Source, check_pipeline
+from .models.policy import Policy, Settings, add_lora
+from .models.registry import FAMILIES
 from .parts.plugins import checked, is_import_path, load_callable, make_part
 from .prompts import load_prompts, require_disjoint
 from .recipe.keys import BUILT_IN_MODEL, BUILT_IN_MODELS, Config, ModelConfig, bucket_size
@@ -25,9 +28,6 @@ from .recipe.rules import check
 from .rewards import build_reward
 from .tiny import tiny_flux_path
 from .train import DTYPES, Fuse, Select, Trainer
-
-if TYPE_CHECKING:
-    from .models.flux import FluxModel
 
 
 def choose_device(name: str) -> torch.device:
@@ -57,12 +57,11 @@ def check_model(config: ModelConfig) -> str | None:
     """Refuse a model that cannot be loaded, without reading its weights; returns what could not be checked."""
     if is_import_path(config.family):
         load_callable(config.family, "model.family", 5, config.kwargs)
-    elif config.path not in BUILT_IN_MODELS:
-        from .models.pipeline import Source, check_pipeline
-
-        if not check_pipeline(Source(config.path, config.variant, config.revision)):
-            return f"model.path = {config.path}: its files are checked once they are downloaded"
-    return None
+        return None
+    source = Source(config.path, config.variant, config.revision)
+    if config.path in BUILT_IN_MODELS or check_pipeline(FAMILIES[config.family], source):
+        return None
+    return f"model.path = {config.path}: its files are checked once they are downloaded"
 
 
 def check_engine(config: Config) -> None:
@@ -90,23 +89,9 @@ def build_model(config: ModelConfig) -> FlowModel:
         made = isolated_model(make_part(config.family, "model.family", given, config.kwargs), f"model.family = {config.family}")
         check_finite(base_components(made), f"model.family = {config.family}")
         return made
-    from .models.flux import load_flux
-
     torch.manual_seed(0)  # initial LoRA weights are part of the recipe
-    model = load_flux(
-        str(tiny_flux_path()) if config.path == BUILT_IN_MODEL else config.path,
-        DTYPES[config.dtype],
-        choose_device(config.device),
-        config.height,
-        config.width,
-        config.max_text_tokens,
-        config.guidance,
-        config.prompt_cache,
-        config.variant,
-        config.revision,
-    )
-    _prepare(model, config)
-    return model
+    source = Source(_model_path(config), config.variant, config.revision)
+    return _prepared(load_policy(FAMILIES[config.family], source, _settings(config, choose_device(config.device))), config)
 
 
 def build_architecture(config: ModelConfig) -> FlowModel:
@@ -117,24 +102,26 @@ def build_architecture(config: ModelConfig) -> FlowModel:
     """
     if is_import_path(config.family):
         return build_model(config)
-    from .models.architecture import flux_architecture
+    return _prepared(meta_policy(FAMILIES[config.family], _model_path(config), _settings(config, torch.device("meta"))), config)
 
-    path = str(tiny_flux_path()) if config.path == BUILT_IN_MODEL else config.path
+
+def _model_path(config: ModelConfig) -> str:
+    return str(tiny_flux_path()) if config.path == BUILT_IN_MODEL else config.path
+
+
+def _settings(config: ModelConfig, device: torch.device) -> Settings:
     c = config
-    model = flux_architecture(path, DTYPES[c.dtype], c.height, c.width, c.max_text_tokens, c.guidance, c.prompt_cache)
-    _prepare(model, config)
-    return model
+    return Settings(DTYPES[c.dtype], device, c.height, c.width, c.max_text_tokens, c.guidance, c.prompt_cache)
 
 
-def _prepare(model: FluxModel, config: ModelConfig) -> None:
+def _prepared(model: Policy, config: ModelConfig) -> Policy:
     """Timestep, adapters and checkpointing as the recipe wants them."""
-    from .models.flux import add_lora
-
     model.timestep_rounding = config.timestep
     if config.tuning == "lora":
         add_lora(model.transformer, config.lora_rank, config.lora_alpha, config.lora_targets)
     if config.gradient_checkpointing:
         model.transformer.enable_gradient_checkpointing()
+    return model
 
 
 def build_trainer(

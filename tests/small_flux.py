@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from adagrpo.algorithm.sde import sigma_schedule
 from adagrpo.algorithm.tables import RolloutTable, rollout_table
 from adagrpo.forward.forwards import Forward
-from adagrpo.models.architecture import RandomEncoder
-from adagrpo.models.flux import FluxModel, add_lora
+from adagrpo.models.flux import FluxModel
+from adagrpo.models.policy import add_lora
+from adagrpo.models.text import RandomEncoder
 
 ARCHITECTURE = {
     "patch_size": 1, "in_channels": 16, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16,
@@ -29,7 +30,7 @@ def small_flux(targets: Sequence[str] = (), tokens: int = 3, dtype: torch.dtype 
     if targets:
         add_lora(transformer, 4, 8.0, targets)
     vae = types.SimpleNamespace(config=types.SimpleNamespace(block_out_channels=(1, 1, 1, 1)))
-    encoder = RandomEncoder(tokens, 32, 16, dtype, torch.device("cpu"))
+    encoder = RandomEncoder({"prompt_embeds": (tokens, 32), "pooled": (16,)}, dtype, torch.device("cpu"))
     return FluxModel(transformer, vae, encoder, 32, 48, 3.5)
 
 

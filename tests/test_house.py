@@ -20,12 +20,13 @@ FLOORS = [
     {"train", "estimate"},
     {"curriculum"},
     {"engine"},
-    {"models", "rewards", "forward"},
+    {"models", "rewards"},
+    {"forward"},
     {"models.base", "prompts", "prompt_file", "tiny"},
     {"recipe"},
     {"algorithm"},
     {"parts", "disk"},
-    {"text", "errors", "version"},
+    {"text", "errors", "version", "models.registry"},
 ]
 
 
@@ -34,6 +35,11 @@ def floor_of(module: str) -> int:
     parts = module.split(".")[1:]
     floors = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
     return floors[name] if (name := ".".join(parts[:2])) in floors else floors[parts[0]]
+
+
+def is_module(dotted: str) -> bool:
+    place = ROOT.joinpath(*dotted.split("."))
+    return place.with_suffix(".py").is_file() or (place / "__init__.py").is_file()
 
 
 def imports_of(path: Path, module: str) -> set[str]:
@@ -45,7 +51,8 @@ def imports_of(path: Path, module: str) -> set[str]:
             base = module.split(".")[: -node.level] if node.level else []
             if path.name == "__init__.py" and node.level:
                 base = module.split(".")[: len(module.split(".")) - node.level + 1]
-            found.add(".".join([*base, *([node.module] if node.module else [])]))
+            target = ".".join([*base, *([node.module] if node.module else [])])
+            found |= {target, *(f"{target}.{alias.name}" for alias in node.names if is_module(f"{target}.{alias.name}"))}
     return found
 
 
@@ -62,6 +69,18 @@ def test_imports_point_downwards() -> None:
         for target in imports_of(path, module):
             if target.startswith("adagrpo."):
                 assert floor_of(target) >= floor_of(module), f"{module} must not import {target}"
+
+
+def test_a_family_is_known_to_its_own_modules_only() -> None:
+    """All others, those of ``models`` included, reach it through the registry and ask for no type."""
+    from adagrpo.models.registry import FAMILIES
+
+    for family in FAMILIES.values():
+        paths = [family.adapter, family.fused, *family.architectures.values()]
+        own = {f"adagrpo.models{path.partition(':')[0]}" for path in paths if path}
+        for path, module in modules():
+            if module not in own:
+                assert not imports_of(path, module) & own, f"{module} must not import a module of {family.title}"
 
 
 def test_the_report_knows_nothing_of_runs() -> None:

@@ -16,9 +16,10 @@ from torch import Tensor
 from ..algorithm.tables import RolloutTable, rollout_table
 from ..forward.backends import build_forward
 from ..forward.forwards import Forward, PolicyForward
-from ..models.architecture import TRANSFORMER, random_flux
 from ..models.base import Conditioning, FlowModel
-from ..models.flux import FluxModel
+from ..models.making import random_policy
+from ..models.policy import Settings
+from ..models.registry import FAMILIES
 from ..recipe.keys import Config
 from .ceilings import too_far
 from .findings import Findings, Row
@@ -33,8 +34,10 @@ VARIANTS: dict[str, tuple[str, str | None]] = {
     "compile": ("compile", None),
     "compile+fp8": ("compile", "fp8"),
 }
-SMALL: dict[str, Any] = {**TRANSFORMER, "num_layers": 2, "num_single_layers": 4}
-FULL: dict[str, Any] = TRANSFORMER
+FAMILY = FAMILIES["flux"]
+DEV = FAMILY.architecture("random:flux1-dev")
+FULL: dict[str, Any] = dict(DEV["transformer"])
+SMALL: dict[str, Any] = {**FULL, "num_layers": 2, "num_single_layers": 4}
 HEIGHT, WIDTH, TEXT, GUIDANCE = 512, 512, 256, 3.5
 VELOCITY_BOUNDS = {None: 0.05, "fp8": 0.15}  # relative distance from eager's, as the self-test's
 RATIO_BOUND = 1e-6
@@ -48,7 +51,7 @@ def time_forwards(
     seconds: Timer,
     graph_seconds: Timer,
     rows: Sequence[int] = ROWS,
-    build: Callable[[FluxModel, RolloutTable, str, str | None], Forward | None] = build_forward,
+    build: Callable[[FlowModel, RolloutTable, str, str | None], Forward | None] = build_forward,
 ) -> None:
     """Every variant at every number of rows: launched from the host, and at one row from a graph as well.
 
@@ -61,7 +64,8 @@ def time_forwards(
         return
     from torch.utils.flop_counter import FlopCounterMode  # imports triton
 
-    model = random_flux(dict(architecture), torch.bfloat16, findings.device, HEIGHT, WIDTH, TEXT, GUIDANCE)
+    settings = Settings(torch.bfloat16, findings.device, HEIGHT, WIDTH, TEXT, GUIDANCE)
+    model = random_policy(FAMILY, {**DEV, "transformer": architecture}, settings)
     model.transformer.requires_grad_(False)
     table = rollout_table(sigma_schedule(16, 3.0), "flow", 0.7).to(findings.device, torch.float32)
     inputs = {n: Inputs.random(model, n) for n in rows}
@@ -94,7 +98,7 @@ class Inputs:
     slot: Tensor
 
     @classmethod
-    def random(cls, model: FluxModel, rows: int) -> Inputs:
+    def random(cls, model: FlowModel, rows: int) -> Inputs:
         """``rows`` rows of at most ten prompts, all steps of the schedule among them."""
         prompts = min(rows, 10)
         conditioning = model.encode([f"prompt {i}" for i in range(prompts)])

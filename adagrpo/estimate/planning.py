@@ -11,7 +11,7 @@ from ..engine.plans import branch_plan, chunk_sizes, probe_plan, trajectory_plan
 from ..errors import InputError
 from ..forward.backends import is_policy, make_copy
 from ..models.base import FlowModel
-from ..models.flux import FluxModel
+from ..models.registry import family_of
 from ..recipe.keys import Config
 from ..train import DTYPES, PRECISION, recipe_table
 from .counting import tensor_bytes
@@ -182,7 +182,7 @@ def copy_bytes(config: Config, rehearsal: Rehearsal, device: str, prompts: int) 
     e, model = config.engine, rehearsal.model
     forward = e.forward if e.forward != "auto" else "eager" if device == "cpu" else "compile"
     precision = PRECISION[e.precision]
-    if not isinstance(model, FluxModel) or is_policy(model, forward, precision):
+    if family_of(model) is None or is_policy(model, forward, precision):
         return 0, 0
     table = recipe_table(config).to(torch.device("meta"), torch.float32)
     copy = make_copy(model, table, forward, precision, e.fp8_scaling, impl="reference")

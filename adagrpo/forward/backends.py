@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from ..algorithm.tables import RolloutTable
 from ..errors import InputError
 from ..models.base import FlowModel
-from ..models.flux import FluxModel
-from ..models.fused_flux import Attend, FusedFluxForward
+from ..models.registry import FAMILIES, attribute, family_of
 from ..recipe.rules import TENSORWISE_FUSED
 from .compiling import Say, disabled
-from .forwards import CopyForward, Forward
+from .forwards import Attend, CopyForward, Forward
 
 ATTENTION = {"native": "native", "cudnn": "_native_cudnn", "flash": "flash", "flash3": "_flash_3"}
 FP8_CAPABILITY = (8, 9)
@@ -54,14 +55,15 @@ def attention_problem(name: str, device: torch.device) -> str | None:
 
 
 def resolve_forward(name: str, model: FlowModel) -> str:
-    """``auto`` becomes ``auto_forward`` where the model has a copy, else eager."""
+    """``auto`` becomes ``auto_forward`` where the model's family has it, else eager."""
     if name != "auto":
         return name
-    return auto_forward(model.device) if isinstance(model, FluxModel) else "eager"
+    family = family_of(model)
+    return auto_forward(model.device) if family and "compile" in family.forwards else "eager"
 
 
 def auto_forward(device: torch.device) -> str:
-    """What ``engine.forward = auto`` is for FLUX: compile on CUDA where it can run, else eager."""
+    """What ``engine.forward = auto`` is for a family that has it: compile on CUDA where it can run, else eager."""
     return "compile" if device.type == "cuda" and forward_problem("compile", device) is None else "eager"
 
 
@@ -93,7 +95,7 @@ def build_forward(
     """What computes the rollouts; None is the policy itself.
 
     Args:
-        model: the policy; anything but the default needs a FLUX transformer.
+        model: the policy; anything but the default needs one of a built-in family.
         table: on the model's device.
         precision: ``fp8``, or the dtype of the copy; None is the model's.
         forward, scaling, attention: as the recipe's ``engine`` keys.
@@ -104,18 +106,21 @@ def build_forward(
     """
     name, fp8 = resolve_forward(forward, model), precision == "fp8"
     cuda, uncompiled = model.device.type == "cuda", forward_problem("compile", model.device)
-    if cuda and uncompiled and isinstance(model, FluxModel):
+    family = family_of(model)
+    if cuda and uncompiled and family:
         if forward == "auto":
             say(f"engine.forward = auto is eager here: {uncompiled}")
         if name == "fused":
             say(f"engine.forward = fused: norm and rotary embedding of Q and K run uncompiled, slower: {uncompiled}")
     if is_policy(model, name, precision) and attention == "auto":
         return None
-    if not isinstance(model, FluxModel):
-        raise InputError("engine.forward, precision and attention act on FLUX models only; remove these keys")
+    if family is None:
+        titles = " and ".join(family.title for family in FAMILIES.values())
+        raise InputError(f"engine.forward, precision and attention act on {titles} models only; remove these keys")
     require_backends(model.device, name, fp8, attention)
     if attention != "auto":
-        model.transformer.set_attention_backend(ATTENTION[attention])
+        transformer: Any = model.transformer
+        transformer.set_attention_backend(ATTENTION[attention])
     if is_policy(model, name, precision):
         return None
     compiled = name == "compile" or (cuda and uncompiled is None)
@@ -129,7 +134,7 @@ def is_policy(model: FlowModel, forward: str, precision: torch.dtype | str | Non
 
 
 def make_copy(
-    model: FluxModel,
+    model: FlowModel,
     table: RolloutTable,
     forward: str,
     precision: torch.dtype | str | None,
@@ -138,7 +143,7 @@ def make_copy(
     attend: Attend | None = None,
     impl: str | None = None,
     say: Say | None = None,
-) -> CopyForward | FusedFluxForward:
+) -> Forward:
     """The rollout copy and its forward, whether or not this machine can run it; on the meta device it takes no memory.
 
     Raises:
@@ -149,8 +154,9 @@ def make_copy(
     if forward == "fused" and fp8 == "tensorwise":
         raise InputError(f"engine.fp8_scaling = tensorwise: {TENSORWISE_FUSED}")
     try:
-        if forward == "fused":
-            return FusedFluxForward(model, table, dtype, fp8 is not None, attend, compiled, impl, say=say)
+        if forward == "fused" and (family := family_of(model)):
+            fused: Callable[..., Forward] = attribute(family.fused)
+            return fused(model, table, dtype, fp8 is not None, attend, compiled, impl, say=say)
         return CopyForward(model, table, dtype, fp8, forward == "compile" and compiled, impl=impl, say=say)
     except ValueError as error:
         key = "engine.precision = fp8" if fp8 else f"engine.forward = {forward}"

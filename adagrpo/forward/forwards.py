@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
@@ -14,6 +14,9 @@ from ..models.base import Conditioning, FlowModel
 from .compiling import Compilation, Say
 from .projection import Projection, choose_quantise, fits_fp8, linear_layers
 from .rollout_copy import RolloutCopy
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(q, k, v [R, L, H, D]) -> [R, L, H, D]."""
 
 
 class Forward(Protocol):

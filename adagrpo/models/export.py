@@ -1,4 +1,4 @@
-"""FLUX weights in the layouts that others load, and the call that does it."""
+"""A policy's weights in the layouts that others load, and the call that does it."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch import Tensor
 from ..errors import InputError
 from .loading import first_line, not_finite
 from .pipeline import Source
+from .registry import Family
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 _METADATA = "lora_adapter_metadata"
 
 
-def save_lora(transformer: Any, folder: Path) -> None:
-    """Write the adapters as diffusers does, so that they mean the same with and without their metadata: B is multiplied by
+def save_lora(family: Family, transformer: Any, folder: Path) -> None:
+    """Write the adapters as the pipeline does, so that they mean the same with and without their metadata: B is multiplied by
     alpha / rank in fp32, and alpha is the rank."""
-    from diffusers import FluxPipeline
     from peft import get_peft_model_state_dict
 
     adapter = transformer.peft_config["default"]
@@ -29,7 +29,7 @@ def save_lora(transformer: Any, folder: Path) -> None:
     weights = dict(get_peft_model_state_dict(transformer))
     if scale != 1:
         weights |= {name: t.float() * scale for name, t in weights.items() if ".lora_B." in name}
-    FluxPipeline.save_lora_weights(
+    family.pipeline_class.save_lora_weights(
         folder,
         transformer_lora_layers=weights,
         transformer_lora_adapter_metadata=adapter.to_dict() | {"lora_alpha": adapter.r},
@@ -105,6 +105,7 @@ def scheduler_options(shift: float) -> dict[str, Any]:
 
 
 def stock_call(
+    family: Family,
     base: Source,
     lora: Path | None,
     dtype: torch.dtype,
@@ -123,8 +124,8 @@ def stock_call(
     """
     place = str(Path(base.path).absolute()) if base.is_local else base.path
     options = {"torch_dtype": dtype} | {k: v for k, v in (("variant", base.variant), ("revision", base.revision)) if v}
-    lines = ["import torch", "from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline", ""]
-    lines.append(f"pipe = FluxPipeline.from_pretrained({place!r}, {_keywords(options)})")
+    lines = ["import torch", f"from diffusers import FlowMatchEulerDiscreteScheduler, {family.pipeline}", ""]
+    lines.append(f"pipe = {family.pipeline}.from_pretrained({place!r}, {_keywords(options)})")
     if lora is not None:
         lines.append(f"pipe.load_lora_weights({str(lora.absolute())!r}, weight_name={LORA_FILE!r})")
         lines.append(f"pipe.scheduler = FlowMatchEulerDiscreteScheduler({_keywords(scheduler_options(shift))})")

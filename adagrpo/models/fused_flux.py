@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,13 +19,12 @@ from torch import Tensor, nn
 
 from ..algorithm.tables import RolloutTable
 from ..forward.compiling import Compilation, Say
-from ..forward.forwards import is_quantised
+from ..forward.forwards import Attend, is_quantised
 from ..forward.projection import Projection, base_of, choose_quantise, fits_fp8, linear_layers
 from ..forward.rollout_copy import RolloutCopy
 from .base import Conditioning
 from .flux import FluxModel
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 Rotary = tuple[Tensor, Tensor]
 NORM_EPS = 1e-6
 CALLED = ("time_text_embed", "context_embedder", "x_embedder", "proj_out")  # as the library does
@@ -137,7 +136,7 @@ class FusedFluxForward:
     def prepare(self, conditioning: Conditioning) -> Conditioning:
         """Embedded text [S, tokens, D] and the modulations [S, T, all layers' columns] of every prompt and noise level."""
         t, sigmas = self.copy.transformer, self.table.sigmas
-        embeds, pooled = (conditioning.tensors[name].to(self.dtype) for name in ("prompt_embeds", "pooled"))
+        embeds, pooled = (conditioning.tensors[name].to(self.dtype) for name in self.model.family.text_keys)
         prompts, steps = pooled.shape[0], sigmas.shape[0]
         time = self.model.timestep(sigmas, self.dtype) * 1000
         embedder_input = [time.repeat(prompts)]

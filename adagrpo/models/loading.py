@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
 import json
 import re
 import sys
@@ -22,33 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
+from .registry import Component
 
 _STEMS = {"diffusers": ("diffusion_pytorch_model",) * 2, "transformers": ("model", "pytorch_model")}  # safetensors, pickled
 _SHARD = r"(-\d{5}-of-\d{5})?"
 _QUANTISED = re.compile(r"F8|F4|^U?I?8$|^U8|^I8|float8|float4|u?int8|qint")
 _AGAIN = "download or save it again"
-
-
-@dataclasses.dataclass(frozen=True)
-class Component:
-    """A module with a folder of its own.
-
-    Attributes:
-        name: of the folder, and in errors.
-        library: ``diffusers`` or ``transformers``.
-        kind: name of its class there.
-        spare: regular expression of tensors that its files may hold beyond what the class has.
-    """
-
-    name: str
-    library: str
-    kind: str
-    spare: str = ""
-
-    @property
-    def cls(self) -> Any:
-        """The class; imports its library."""
-        return getattr(importlib.import_module(self.library), self.kind)
 
 
 @dataclasses.dataclass(frozen=True)

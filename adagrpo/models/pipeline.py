@@ -1,4 +1,4 @@
-"""The folder of a diffusers ``FluxPipeline``: found, checked and loaded component by component."""
+"""The folder of a diffusers pipeline of any family: found, checked and loaded component by component."""
 
 from __future__ import annotations
 
@@ -9,15 +9,9 @@ from typing import Any
 import torch
 
 from ..errors import InputError
-from .loading import Component, check_component, check_finite, first_line, load_component, quiet, read_json_object
+from .loading import check_component, check_finite, first_line, load_component, quiet, read_json_object
+from .registry import Family
 
-COMPONENTS = (
-    Component("transformer", "diffusers", "FluxTransformer2DModel"),
-    Component("vae", "diffusers", "AutoencoderKL"),
-    Component("text_encoder", "transformers", "CLIPTextModel"),
-    Component("text_encoder_2", "transformers", "T5EncoderModel", spare=r"^lm_head\."),  # of a whole T5
-)
-TOKENIZERS = {"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2"}
 _LEGACY_CLIP_EOS = 2  # in configurations of OpenAI's CLIP; the end of the text is then its highest token
 
 
@@ -43,8 +37,8 @@ class Source:
         return Path(self.path).is_dir()
 
 
-def check_source(source: Source) -> None:
-    """Refuse what cannot be a FLUX pipeline by its form and ``model_index.json``, without importing anything.
+def check_source(family: Family, source: Source) -> None:
+    """Refuse what cannot be a pipeline of the family by its form and ``model_index.json``, without importing anything.
 
     Raises:
         InputError: no such folder, a single file, not a pipeline, another family's, or an incomplete one; Hub ids are only
@@ -52,7 +46,7 @@ def check_source(source: Source) -> None:
     """
     path, folder = source.path, Path(source.path)
     if folder.is_file():
-        remedy = "FluxPipeline.from_single_file(FILE).save_pretrained(FOLDER) of diffusers makes one of it"
+        remedy = f"{family.pipeline}.from_single_file(FILE).save_pretrained(FOLDER) of diffusers makes one of it"
         raise InputError(f"{source}: a single file; name a diffusers pipeline folder ({remedy})")
     if not source.is_local:
         if path.startswith((".", "/", "~")) or path.count("/") != 1:
@@ -65,18 +59,19 @@ def check_source(source: Source) -> None:
         raise InputError(f"{source}: this folder holds no model_index.json{part}; name a diffusers pipeline folder")
     index = read_json_object(folder / "model_index.json", str(source))
     name = index.get("_class_name")
-    if name != "FluxPipeline":
-        raise InputError(f"{source}: a {name}; model.family = flux needs a FluxPipeline")
-    kinds = {component.name: component.kind for component in COMPONENTS} | dict.fromkeys((*TOKENIZERS, "scheduler"), "")
+    needs = f"model.family = {family.name} needs a"
+    if name != family.pipeline:
+        raise InputError(f"{source}: a {name}; {needs} {family.pipeline}")
+    kinds = {c.name: c.kind for c in family.components} | dict.fromkeys((*family.tokenizers, "scheduler"), "")
     for part, kind in kinds.items():
         entry = index.get(part)
         if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[1], str):
             raise InputError(f"{source}: was saved without its {part}; name a complete pipeline folder")
         if kind and entry[1] != kind:
-            raise InputError(f"{source}: its {part} is a {entry[1]}; model.family = flux needs a {kind}")
+            raise InputError(f"{source}: its {part} is a {entry[1]}; {needs} {kind}")
 
 
-def check_pipeline(source: Source) -> bool:
+def check_pipeline(family: Family, source: Source) -> bool:
     """Check all of a pipeline folder that can be checked without reading its weights.
 
     Returns:
@@ -85,34 +80,34 @@ def check_pipeline(source: Source) -> bool:
     Raises:
         InputError: see ``check_source``, ``check_component`` and ``load_tokenizers``.
     """
-    check_source(source)
+    check_source(family, source)
     if source.is_local:
-        _check_folder(Path(source.path), source)
+        _check_folder(family, Path(source.path), source)
     return source.is_local
 
 
-def load_pipeline(source: Source, dtype: torch.dtype, device: torch.device) -> Any:
-    """A ``FluxPipeline`` whose every tensor comes from its files and is finite.
+def load_pipeline(family: Family, source: Source, dtype: torch.dtype, device: torch.device) -> Any:
+    """A pipeline of the family whose every tensor comes from its files and is finite.
 
     Raises:
         InputError: anything less, naming component and tensor.
     """
-    check_source(source)
-    folder = Path(source.path) if source.is_local else _download(source)
-    weights, tokenizers = _check_folder(folder, source)
-    parts = {c.name: load_component(c, folder / c.name, weights[c.name], dtype, str(source)) for c in COMPONENTS}
+    check_source(family, source)
+    folder = Path(source.path) if source.is_local else _download(family, source)
+    weights, tokenizers = _check_folder(family, folder, source)
+    parts = {c.name: load_component(c, folder / c.name, weights[c.name], dtype, str(source)) for c in family.components}
     with quiet():
-        from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+        from diffusers import FlowMatchEulerDiscreteScheduler
 
         # The folder's own scheduler is not what we sample with; an export writes ours.
-        pipeline = FluxPipeline(scheduler=FlowMatchEulerDiscreteScheduler(), **tokenizers, **parts)
+        pipeline = family.pipeline_class(scheduler=FlowMatchEulerDiscreteScheduler(), **tokenizers, **parts)
         pipeline.to(device)
     check_finite(parts, str(source))
     return pipeline
 
 
-def load_tokenizers(folder: Path, where: str) -> dict[str, Any]:
-    """Both tokenizers, known to speak their encoders' language.
+def load_tokenizers(family: Family, folder: Path, where: str) -> dict[str, Any]:
+    """The tokenizers, known to speak their encoders' language.
 
     Raises:
         InputError: a file that is missing or damaged, tokens beyond the encoder's vocabulary, or other special tokens.
@@ -120,8 +115,9 @@ def load_tokenizers(folder: Path, where: str) -> dict[str, Any]:
     import transformers
 
     index = read_json_object(folder / "model_index.json", where)
+    kinds = {c.name: c.kind for c in family.components}
     found = {}
-    for name, encoder in TOKENIZERS.items():
+    for name, encoder in family.tokenizers.items():
         kind = getattr(transformers, index[name][1], None)
         if kind is None:
             raise InputError(f"{where}: {name}: transformers has no {index[name][1]}")
@@ -135,28 +131,29 @@ def load_tokenizers(folder: Path, where: str) -> dict[str, Any]:
                 found[name] = kind.from_pretrained(at)
         except Exception as error:  # the tokenizers library raises what derives from nothing narrower
             raise InputError(f"{where}: {name}: cannot be loaded from {at}: {first_line(error)}") from error
-        _check_tokenizer(found[name], read_json_object(folder / encoder / "config.json", where), f"{where}: {name}", encoder)
+        config = read_json_object(folder / encoder / "config.json", where)
+        _check_tokenizer(found[name], config, f"{where}: {name}", encoder, is_clip=kinds[encoder].startswith("CLIP"))
     return found
 
 
-def _check_folder(folder: Path, source: Source) -> tuple[dict[str, Any], dict[str, Any]]:
+def _check_folder(family: Family, folder: Path, source: Source) -> tuple[dict[str, Any], dict[str, Any]]:
     """Files of every component, and the tokenizers."""
     where = str(source)
-    weights = {c.name: check_component(c, folder / c.name, where, source.variant) for c in COMPONENTS}
+    weights = {c.name: check_component(c, folder / c.name, where, source.variant) for c in family.components}
     if source.variant and not any(files.variant for files in weights.values()):
         raise InputError(f"model.variant = {source.variant}: no component of {source.path} has weights of that variant")
     read_json_object(folder / "scheduler" / "scheduler_config.json", f"{where}: scheduler")
-    return weights, load_tokenizers(folder, where)
+    return weights, load_tokenizers(family, folder, where)
 
 
-def _check_tokenizer(tokenizer: Any, config: dict[str, Any], where: str, encoder: str) -> None:
+def _check_tokenizer(tokenizer: Any, config: dict[str, Any], where: str, encoder: str, is_clip: bool) -> None:
     """Refuse tokens that the encoder has no row for, and another end of the text than it looks for."""
     config = config.get("text_config_dict") or config.get("text_config") or config
     known, tokens = config.get("vocab_size"), len(tokenizer)
     if known is not None and tokens > known:
         raise InputError(f"{where}: has {tokens} tokens, {encoder} only {known}; name folders of one kind")
     end = config.get("eos_token_id")
-    if end == _LEGACY_CLIP_EOS and encoder == "text_encoder":
+    if end == _LEGACY_CLIP_EOS and is_clip:
         end = tokens - 1
     if end is not None and tokenizer.eos_token_id != end:
         raise InputError(
@@ -164,17 +161,15 @@ def _check_tokenizer(tokenizer: Any, config: dict[str, Any], where: str, encoder
         )
 
 
-def _download(source: Source) -> Path:
+def _download(family: Family, source: Source) -> Path:
     """The Hub's snapshot of a pipeline, in its cache."""
     try:
         with quiet():
-            from diffusers import FluxPipeline
-
             options = {"variant": source.variant or None, "revision": source.revision or None}
-            folder = Path(FluxPipeline.download(source.path, **options))
+            folder = Path(family.pipeline_class.download(source.path, **options))
     except Exception as error:  # the Hub raises types of its own
         revision = f" of revision {source.revision}" if source.revision else ""
         variant = f" in variant {source.variant}" if source.variant else ""
-        raise InputError(f"{source}: no FLUX pipeline{revision}{variant} can be had: {first_line(error)}") from error
-    check_source(dataclasses.replace(source, path=str(folder), revision=""))
+        raise InputError(f"{source}: no {family.title} pipeline{revision}{variant} can be had: {first_line(error)}") from error
+    check_source(family, dataclasses.replace(source, path=str(folder), revision=""))
     return folder

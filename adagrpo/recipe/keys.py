@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ..models.registry import FAMILIES, FLUX
+
 KwargValue = bool | int | float | str
 BUILT_IN_MODEL = "tiny-flux"
-BUILT_IN_MODELS = (BUILT_IN_MODEL, "random:flux1-dev")  # of model.path; all else is a folder or Hub id
+RANDOM_MODELS = [name for family in FAMILIES.values() for name in family.architectures if name.startswith("random:")]
+BUILT_IN_MODELS = (BUILT_IN_MODEL, *RANDOM_MODELS)  # of model.path; all else is a folder or Hub id
 Probe = Literal["full", "short", "racing", "pool", "memory", "short+pool", "racing+pool", "memory+pool"]
 
 
@@ -48,10 +51,7 @@ class ModelConfig:
     """Train all transformer weights, or low-rank adapters."""
     lora_rank: int = 64
     lora_alpha: float = 128.0
-    lora_targets: tuple[str, ...] = (
-        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
-        "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
-    )  # fmt: skip
+    lora_targets: tuple[str, ...] = FLUX.lora_targets
     """Modules that get an adapter, by the end of their name."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time for the update."""

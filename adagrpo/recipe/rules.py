@@ -12,6 +12,7 @@ from typing import Any
 
 from ..algorithm.selection import STRATEGIES
 from ..errors import InputError
+from ..models.registry import FAMILIES
 from ..parts.plugins import is_import_path
 from ..text.redaction import redacted_kwargs
 from ..text.user_text import cut, nearest, shown
@@ -137,9 +138,9 @@ def _check_ranges(c: Config) -> Iterator[Problem]:
 def _check_dead_keys(c: Config) -> Iterator[Problem]:
     """Keys changed from their defaults where nothing reads them."""
     r, plugin = c.rollout, is_import_path(c.model.family)
-    fp8 = c.engine.precision == "fp8"
+    fp8, built_in = c.engine.precision == "fp8", f"model.family = {' or '.join(FAMILIES)}"
     rules = [
-        (plugin, "model.family = flux", [f"engine.{k}" for k in ("forward", "precision", "attention")]),
+        (plugin, built_in, [f"engine.{k}" for k in ("forward", "precision", "attention")]),
         (not fp8, "engine.precision = fp8", ["engine.fp8_scaling"]),
         (r.plan != "fork", "rollout.plan = fork", ["rollout.tail_steps"]),
         (c.selection.judge != "short", "selection.probe = short", ["selection.probe_steps"]),
@@ -151,8 +152,8 @@ def _check_dead_keys(c: Config) -> Iterator[Problem]:
         ),
         (r.tail_steps == 0, "rollout.tail_steps above 0", ["rollout.tail_solver"]),
         (c.model.tuning != "lora", "model.tuning = lora", ["model.lora_rank", "model.lora_alpha", "model.lora_targets"]),
-        (plugin, "model.family = flux", ["model.tuning", "model.gradient_checkpointing", "model.max_text_tokens"]),
-        (plugin, "model.family = flux", ["model.guidance", "model.timestep", "model.prompt_cache"]),
+        (plugin, built_in, ["model.tuning", "model.gradient_checkpointing", "model.max_text_tokens"]),
+        (plugin, built_in, ["model.guidance", "model.timestep", "model.prompt_cache"]),
         (plugin or c.model.path in BUILT_IN_MODELS, "a pipeline folder or Hub id", ["model.variant", "model.revision"]),
         (r.plan != "window", "rollout.plan = window", [f"rollout.window_{k}" for k in ("size", "stride", "every")]),
         (c.loss.kl_weight == 0, "loss.kl_weight above 0", ["loss.kl_variance"]),
@@ -290,7 +291,7 @@ def _check_probe(c: Config) -> Iterator[Problem]:
 
 def _check_plugins(c: Config) -> Iterator[Problem]:
     for key, names, section in (
-        ("model.family", ("flux",), c.model),
+        ("model.family", tuple(FAMILIES), c.model),
         ("selection.strategy", STRATEGIES, c.selection),
         ("advantage.function", ("fused",), c.advantage),
     ):

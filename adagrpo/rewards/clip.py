@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import InputError
-from ..models.loading import Component, check_component, check_finite, load_component, refuse_differences
+from ..models.loading import check_component, check_finite, load_component, refuse_differences
+from ..models.registry import Component
 from .base import PromptRows
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

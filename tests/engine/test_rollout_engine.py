@@ -16,7 +16,10 @@ from adagrpo.engine.overlap import Overlap
 from adagrpo.engine.plans import branch_plan, probe_plan, trajectory_plan
 from adagrpo.errors import InputError
 from adagrpo.estimate.counting import OpCounter
-from adagrpo.models.architecture import TRANSFORMER, random_flux
+from adagrpo.models.flux import FLUX1_DEV
+from adagrpo.models.making import random_policy
+from adagrpo.models.policy import Settings
+from adagrpo.models.registry import FLUX
 from adagrpo.recipe.keys import Config, EngineConfig, ModelConfig
 from adagrpo.recipe.rules import check
 from adagrpo.rewards import PromptRows, build_reward
@@ -118,8 +121,8 @@ def test_a_captured_fused_fp8_iteration_reads_and_feeds_nothing(plan: str) -> No
     """
     config = small(plan, engine=engine(forward="fused", precision="fp8", cuda_graphs=True))
     config = dataclasses.replace(config, model=ModelConfig(dtype="bf16", device="meta", height=64, width=64))
-    architecture = TRANSFORMER | {"num_layers": 1, "num_single_layers": 1}
-    model = random_flux(architecture, torch.bfloat16, torch.device("meta"), 64, 64, 8, 3.5)
+    blocks = FLUX1_DEV["transformer"] | {"num_layers": 1, "num_single_layers": 1}
+    model = random_policy(FLUX, FLUX1_DEV | {"transformer": blocks}, Settings(torch.bfloat16, torch.device("meta"), 64, 64, 8))
     trainer = Trainer(config, model, [build_reward("brightness", {})], WORDS)
     trainer.iteration()
     with OpCounter() as second:

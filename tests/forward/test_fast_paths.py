@@ -14,7 +14,8 @@ from adagrpo.errors import InputError, RunError
 from adagrpo.forward.backends import build_forward
 from adagrpo.forward.forwards import CopyForward, Forward, PolicyForward
 from adagrpo.forward.rollout_copy import RolloutCopy
-from adagrpo.models.flux import FluxModel, add_lora
+from adagrpo.models.flux import FluxModel
+from adagrpo.models.policy import add_lora
 from adagrpo.train import Trainer
 
 Build = Callable[[FluxModel], Forward]

@@ -13,8 +13,10 @@ from adagrpo.build import build_model
 from adagrpo.forward.backends import build_forward
 from adagrpo.forward.forwards import CopyForward, Forward, PolicyForward
 from adagrpo.forward.projection import Projection, linear_layers
-from adagrpo.models.architecture import TRANSFORMER, random_flux
-from adagrpo.models.flux import FluxModel
+from adagrpo.models.flux import FLUX1_DEV, FluxModel
+from adagrpo.models.making import random_policy
+from adagrpo.models.policy import Settings
+from adagrpo.models.registry import FLUX
 from adagrpo.recipe.keys import ModelConfig
 
 PROMPTS = ["a red circle", "two blue squares", "a cat"]
@@ -67,8 +69,8 @@ def test_the_fused_forward_is_the_librarys_in_float32(tuning: str) -> None:
 
 def wide(guidance: bool) -> FluxModel:
     """A double and a single block of FLUX.1-dev's width: 480 M weights, filled from a short random sequence for speed."""
-    architecture = TRANSFORMER | {"num_layers": 1, "num_single_layers": 1, "guidance_embeds": guidance}
-    model = random_flux(architecture, torch.float32, torch.device("meta"), 64, 96, 8, 3.5)
+    blocks = FLUX1_DEV["transformer"] | {"num_layers": 1, "num_single_layers": 1, "guidance_embeds": guidance}
+    model = random_policy(FLUX, FLUX1_DEV | {"transformer": blocks}, Settings(torch.float32, torch.device("meta"), 64, 96, 8))
     transformer = model.transformer.to_empty(device="cpu").requires_grad_(False)
     sequence = torch.randn(1_000_003, generator=torch.Generator().manual_seed(2))
     for name, p in transformer.named_parameters():

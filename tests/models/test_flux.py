@@ -1,6 +1,7 @@
 """The FLUX adapter against the stock diffusers pipeline, on real checkpoints."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +13,11 @@ from adagrpo.build import build_model, build_trainer
 from adagrpo.engine.plans import probe_plan
 from adagrpo.errors import InputError
 from adagrpo.forward.forwards import PolicyForward
-from adagrpo.models.flux import add_lora, load_flux
 from adagrpo.models.fused_flux import FusedFluxForward
+from adagrpo.models.making import load_policy
+from adagrpo.models.pipeline import Source
+from adagrpo.models.policy import Policy, Settings, add_lora
+from adagrpo.models.registry import FLUX
 from adagrpo.recipe.load import load_recipe
 from adagrpo.tiny import tiny_flux_path
 
@@ -34,6 +38,11 @@ def recipe(**sections):
         changes = {**small.get(section, {}), **sections.get(section, {})}
         config = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **changes)})
     return config
+
+
+def load(folder: Path, width: int = 32, prompt_cache: int = 512) -> Policy:
+    settings = Settings(torch.float32, torch.device("cpu"), 32, width, 12, prompt_cache=prompt_cache)
+    return load_policy(FLUX, Source(str(folder)), settings)
 
 
 def stock_images(pipeline, config, latents: torch.Tensor) -> np.ndarray:
@@ -114,7 +123,7 @@ def test_the_released_rounding_of_the_timestep_reaches_every_forward() -> None:
 
 
 def test_prompt_cache_is_bounded_and_exact() -> None:
-    model = load_flux(str(tiny_flux_path()), torch.float32, torch.device("cpu"), 32, 32, 12, prompt_cache=2)
+    model = load(tiny_flux_path(), prompt_cache=2)
     first = model.encode(["a red circle", "two blue squares", "a green cross"])
     assert len(model.encoder._cache) == 2
     again = model.encode(["a green cross", "a red circle"])
@@ -152,17 +161,16 @@ def test_reference_is_the_initial_policy(tuning: str) -> None:
 
 
 def test_bad_models_are_named(tmp_path) -> None:
-    cpu = torch.device("cpu")
     with pytest.raises(InputError, match="no such folder"):
-        load_flux(str(tmp_path / "missing"), torch.float32, cpu, 32, 32)
+        load(tmp_path / "missing")
     with pytest.raises(InputError, match=r"model_index\.json"):
-        load_flux(str(tmp_path), torch.float32, cpu, 32, 32)
+        load(tmp_path)
     (tmp_path / "model_index.json").write_text("{")
     with pytest.raises(InputError, match=r"model_index\.json cannot be read"):
-        load_flux(str(tmp_path), torch.float32, cpu, 32, 32)
+        load(tmp_path)
     with pytest.raises(InputError, match="multiples of 8"):
-        load_flux(str(tiny_flux_path()), torch.float32, cpu, 32, 36)
-    model = load_flux(str(tiny_flux_path()), torch.float32, cpu, 32, 32)
+        load(tiny_flux_path(), width=36)
+    model = load(tiny_flux_path())
     with pytest.raises(InputError, match=r"attn\.to_z"):
         add_lora(model.transformer, 4, 4.0, ["attn.to_q", "attn.to_z"])
     with pytest.raises(InputError, match="missing; name a checkpoint"):
