@@ -23,11 +23,12 @@ from .models.policy import Policy, Settings, add_lora
 from .models.registry import FAMILIES
 from .parts.plugins import checked, is_import_path, load_callable, make_part
 from .prompts import load_prompts, require_disjoint
+from .recipe.derived import DTYPES
 from .recipe.keys import BUILT_IN_MODEL, BUILT_IN_MODELS, Config, ModelConfig, bucket_size
 from .recipe.rules import check
 from .rewards import build_reward
 from .tiny import tiny_flux_path
-from .train import DTYPES, Fuse, Select, Trainer
+from .train import Fuse, Select, Trainer
 
 
 def choose_device(name: str) -> torch.device:

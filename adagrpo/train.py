@@ -17,9 +17,8 @@ from torch import Tensor
 
 from .algorithm.advantages import advantage_statistics, groups_with_signal, reward_advantage, reward_statistics
 from .algorithm.sde import Draw as NoiseDraw
-from .algorithm.sde import Stream, philox_uniform, sigma_schedule
+from .algorithm.sde import Stream, philox_uniform
 from .algorithm.selection import STRATEGIES, CapabilityState, capability_step, closest_distance
-from .algorithm.tables import RolloutTable, rollout_table
 from .curriculum.cheap import Candidates, CheapProbe, nearest_picks, rows_of
 from .curriculum.evidence import CheapFilter
 from .engine.executor import Rollout, RolloutExecutor
@@ -36,11 +35,10 @@ from .forward.backends import build_forward
 from .forward.device import out_of_memory
 from .models.base import Conditioning, FlowModel
 from .prompts import PromptStream
+from .recipe.derived import Derived
 from .recipe.keys import Config, bucket_size
 from .rewards import PromptRows, Reward
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
-PRECISION: dict[str, torch.dtype | str | None] = {"auto": None, "bf16": torch.bfloat16, "fp8": "fp8"}
 T = TypeVar("T")
 Select = Callable[[Tensor, CapabilityState], Tensor]
 Fuse = Callable[[Tensor, CapabilityState, Tensor], Tensor]
@@ -106,7 +104,7 @@ class Trainer:
     ) -> None:
         self.config, self.model, self.rewards, self.say = config, model, list(rewards), say
         self._select, self._fuse = select, fuse
-        self.slots = config.train.slots * config.train.accumulation
+        self.slots = Derived(config).slots
         self.phase = PhaseTimer(model.device)
         self.notices: list[str] | None = []
         self.executor = build_executor(config, model, self.phase, rollouts=True, say=self._tell)
@@ -255,13 +253,13 @@ class Trainer:
         Either is None where nothing would read it.
         """
         r = self.config.rollout
-        if r.plan != "fork" and not self._scores_needed:
+        if r.plan != "fork" and not Derived(self.config).scores_needed:
             return None, None
         plan = probe_plan(range(len(prompts)), r.steps, keep=r.sde_steps if r.plan == "fork" else ())
         everyone = torch.arange(len(prompts), device=self.model.device)
         with self.phase("probe"):
             x = self.executor.initial_noise(everyone, self.draws, Stream.PROBE_INIT)
-        scores = self._overlapped(PromptRows(prompts, everyone)) if self._scores_needed else None
+        scores = self._overlapped(PromptRows(prompts, everyone)) if Derived(self.config).scores_needed else None
         anchors = self.executor.run(plan, x, candidates, self.draws, "probe", finished=scores)
         return anchors, None if scores is None else scores.result().unflatten(1, (slots, -1))
 
@@ -456,11 +454,6 @@ class Trainer:
             self.filter = self.filter.loaded(state["filter"])
         self.optimizer.load_state_dict(state["optimizer"])
 
-    @property
-    def _scores_needed(self) -> bool:
-        s = self.config.selection
-        return (s.candidates > 1 and s.strategy != "random") or self.config.advantage.weight > 0
-
     def _stochastic_steps(self) -> tuple[int, ...]:
         r = self.config.rollout
         if r.plan != "window":
@@ -468,7 +461,7 @@ class Trainer:
         return window_steps(self.iterations_done, r.steps, r.window_size, r.window_stride, r.window_every)
 
     def _trained_steps(self, stochastic: Sequence[int]) -> tuple[int, ...]:
-        count = max(1, round(len(stochastic) * self.config.rollout.trained_share))
+        count = Derived(self.config).trained_steps
         generator = torch.Generator().manual_seed(self.config.train.seed * 1_000_003 + self.iterations_done)
         order = torch.randperm(len(stochastic), generator=generator)[:count].sort().values
         return tuple(stochastic[i] for i in order.tolist())
@@ -511,23 +504,14 @@ def build_executor(
     Raises:
         InputError: this machine cannot run what they ask for.
     """
-    e, table = config.engine, recipe_table(config)
-    impl = None if e.kernels == "auto" else e.kernels
+    e, d = config.engine, Derived(config)
+    table, impl = d.table, d.kernels
     forward, graphs = None, None
     if rollouts:
-        precision = PRECISION[e.precision]
         on_device = table.to(model.device, torch.float64 if model.dtype is torch.float64 else torch.float32)
-        forward = build_forward(model, on_device, e.forward, precision, e.fp8_scaling, e.attention, impl, say)
+        forward = build_forward(model, on_device, e.forward, d.precision, e.fp8_scaling, e.attention, impl, say)
         graphs = StepGraphs(model.device, say) if e.cuda_graphs else None
-    storage = DTYPES[config.rollout.storage]
-    return RolloutExecutor(model, table, config.train.seed, storage, e.max_rows, phase, impl, forward, graphs, e.decode_rows)
-
-
-def recipe_table(config: Config) -> RolloutTable:
-    """Every step the recipe's rollouts can take."""
-    r = config.rollout
-    short = sigma_schedule(config.selection.probe_steps, r.shift) if config.selection.judge == "short" else None
-    return rollout_table(sigma_schedule(r.steps, r.shift), r.scheme, r.eta, r.sde_steps, r.tail_steps, r.tail_solver, short)
+    return RolloutExecutor(model, table, config.train.seed, d.storage, e.max_rows, phase, impl, forward, graphs, e.decode_rows)
 
 
 def build_optimizer(config: Config, model: FlowModel) -> PolicyOptimizer:
@@ -540,7 +524,7 @@ def build_optimizer(config: Config, model: FlowModel) -> PolicyOptimizer:
         eps=o.eps,
         weight_decay=o.weight_decay,
         max_grad_norm=o.max_grad_norm,
-        total_steps=config.train.iterations * config.train.steps_per_iteration,
+        total_steps=Derived(config).optimizer_steps,
         schedule=o.schedule,
         warmup=o.warmup_steps,
         final_share=o.final_share,

@@ -31,10 +31,11 @@ from ..errors import InputError
 from ..models.base import Conditioning, FlowModel
 from ..parts.plugins import is_import_path
 from ..prompts import PromptStream
+from ..recipe.derived import Derived
 from ..recipe.keys import Config
 from ..rewards import Reward
 from ..run.grid import to_pil
-from ..train import DTYPES, build_optimizer, recipe_table
+from ..train import build_optimizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,10 +85,9 @@ class PublishedLoop:
                 raise InputError(f"{key} = {name}: the plain loop knows the built-in, deterministic ones only")
         self.config, self.model, self.rewards = config, model, list(rewards)
         self.stream = PromptStream(prompts, config.train.seed)
-        self.slots = config.train.slots * config.train.accumulation
-        self.storage = DTYPES[config.rollout.storage]
-        wide = torch.float64 if self.storage is torch.float64 else torch.float32
-        self.table = recipe_table(config).steps.to(model.device, wide)
+        derived = Derived(config)
+        self.slots, self.storage = derived.slots, derived.storage
+        self.table = derived.table.steps.to(model.device, derived.wide)
         self.optimizer = build_optimizer(config, model)
         self.phase = PhaseTimer(model.device)
         self.evaluations: Counter[str] = Counter()

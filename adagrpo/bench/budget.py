@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from ..models.base import FlowModel
+from ..recipe.derived import Derived
 from ..recipe.keys import Config
 from ..run.folder import prompts_digest
 from ..study.hosts import hosts, with_probe, without_adagrpo
@@ -132,17 +133,17 @@ def exceeded(overhead: Overhead, limits: Mapping[str, float]) -> list[str]:
 
 
 def schedule_evaluations(config: Config) -> dict[str, int] | None:
-    """Image-forwards of one iteration by phase, by arithmetic on the recipe alone: neither plans nor executor are asked.
+    """Image-forwards of one iteration by phase, by arithmetic on the recipe alone: neither plans nor executor are asked, so
+    that what the gate watches cannot move the truth it is held against.
 
     With P slots, T steps, stochastic steps S and groups of G: ``scheduled_probes``; groups P·G·(T-1-k) summed over the k in S
     (shortened tails: at most ``tail_steps`` each), whole trajectories P·G·T; the replay one per stored latent.
     None where an iteration's work is not fixed: a drawn share of the steps, or refilled slots.
     """
-    r, p = config.rollout, config.train.slots * config.train.accumulation
+    r, p = config.rollout, Derived(config).slots
     if r.trained_share < 1 or config.advantage.equal_groups == "refill":
         return None
-    scored = (config.selection.candidates > 1 and config.selection.strategy != "random") or config.advantage.weight > 0
-    counts = {"probe": scheduled_probes(config)} if r.plan == "fork" or scored else {}
+    counts = {"probe": scheduled_probes(config)} if r.plan == "fork" or Derived(config).scores_needed else {}
     if r.plan == "fork":
         stored = p * len(r.sde_steps)
         if r.fork_velocity == "fresh":
@@ -166,7 +167,7 @@ def scheduled_probes(config: Config) -> int:
     samples nobody, or K finalists. All of these then finish the pick, if there are forks, and the uniform candidate: 2P·T, a
     race from its last preview on.
     """
-    s, r, p = config.selection, config.rollout, config.train.slots * config.train.accumulation
+    s, r, p = config.selection, config.rollout, Derived(config).slots
     if s.judge == "full":
         return p * s.candidates * r.steps
     picked = 1 if r.plan == "fork" else 0

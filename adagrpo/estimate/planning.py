@@ -12,8 +12,8 @@ from ..errors import InputError
 from ..forward.backends import is_policy, make_copy
 from ..models.base import FlowModel
 from ..models.registry import family_of
+from ..recipe.derived import DTYPES, Derived
 from ..recipe.keys import Config
-from ..train import DTYPES, PRECISION, recipe_table
 from .counting import tensor_bytes
 from .memory import MemoryPlan, plan_memory
 from .rehearsal import NotRehearsable, Rehearsal
@@ -25,13 +25,8 @@ PUBLISHED_PARAMETERS = {"clip": 427_616_513, "pickscore": 986_109_441, "tiny": 0
 
 def planned_calls(config: Config) -> dict[str, list[int]]:
     """Rows of each batched call of one iteration by phase, from the plans alone: of the transformer, and of ``decode``."""
-    r, train, limit = config.rollout, config.train, config.engine.max_rows
-    slots = train.slots * train.accumulation
-    candidates = slots * config.selection.candidates
-    stochastic = r.window_size if r.plan == "window" else len(r.sde_steps)
-    trained = max(1, round(stochastic * r.trained_share))
-    fork, scored = r.plan == "fork", config.advantage.weight > 0
-    scored |= config.selection.candidates > 1 and config.selection.strategy != "random"
+    r, train, limit, d = config.rollout, config.train, config.engine.max_rows, Derived(config)
+    slots, candidates, fork, scored = d.slots, d.candidates, r.plan == "fork", d.scores_needed
     calls: dict[str, list[int]] = {}
     judged = [candidates] * scored
     if config.selection.judge != "full":
@@ -39,11 +34,11 @@ def planned_calls(config: Config) -> dict[str, list[int]]:
     elif fork or scored:
         calls["probe"] = probe_plan(range(candidates), r.steps).calls(limit)
     samples = 1 if fork else r.group_size
-    batches = update_batches(slots, samples, trained, train.steps_per_iteration, train.slots, limit)
+    batches = update_batches(slots, samples, d.trained_steps, train.steps_per_iteration, train.slots, limit)
     update = [batch.numel() for step in batches for batch in step]
     if fork and r.fork_velocity == "fresh":
         calls["prefix"] = update
-    branches = branch_plan(slots, r.sde_steps, r.group_size, r.steps, tails=recipe_table(config).tails)
+    branches = branch_plan(slots, r.sde_steps, r.group_size, r.steps, tails=d.table.tails)
     plan = branches if fork else trajectory_plan(slots, r.group_size, r.steps, (), ())
     calls["rollout"] = plan.calls(limit)
     scored_rows = [n for rows in (*judged, plan.num_rows) for n in chunk_sizes(rows, limit)]
@@ -58,7 +53,7 @@ def planned_calls(config: Config) -> dict[str, list[int]]:
 
 def cheap_probe_calls(config: Config) -> tuple[list[int], list[int]]:
     """Rows of each batched transformer call of a probe that does not finish every candidate, and of what it scores."""
-    s, r, slots = config.selection, config.rollout, config.train.slots * config.train.accumulation
+    s, r, slots = config.selection, config.rollout, Derived(config).slots
     parts: list[tuple[int, int]] = []  # rows, steps
     scored: list[int] = []
     fork, first = r.plan == "fork", 0
@@ -85,8 +80,7 @@ def planned_evaluations(config: Config) -> dict[str, int]:
 
 def memory_notice(config: Config, prompts: int) -> str | None:
     """What to tell a run whose probe remembers but will hardly see a prompt twice."""
-    s, train = config.selection, config.train
-    observed = train.iterations * train.slots * train.accumulation * (s.finalists + 1)
+    s, observed = config.selection, Derived(config).observed
     if s.judge != "memory" or observed >= 2 * prompts:
         return None
     return (
@@ -130,8 +124,7 @@ def memory_plan(
         rewards: one per entry of ``config.rewards``; None takes what is published of them.
         prompts, held_out: how many there are, if it is known.
     """
-    e, o, train = config.evaluation, config.output, config.train
-    slots = train.slots * train.accumulation
+    e, o, d = config.evaluation, config.output, Derived(config)
     known = held_out if held_out is not None else max(e.prompts, e.final_prompts, o.grid_prompts)
     held = {
         name: min(count, known) for name, count in (("each", e.prompts), ("final", e.final_prompts), ("grid", o.grid_prompts))
@@ -142,12 +135,10 @@ def memory_plan(
     calls["decode"] += [n for batch in calls["evaluation"] for n in chunk_sizes(batch, config.engine.decode_rows)]
     capacity = getattr(getattr(model, "encoder", None), "capacity", 0)
     everything = capacity if prompts is None else prompts + known
-    kept = o.keep_last + o.keep_best + (train.iterations // o.keep_every if o.keep_every else 0)
-    candidates = slots * config.selection.candidates
     copied, prepared = 0, 0
     if not isinstance(rehearsal, str):
-        copied, prepared = copy_bytes(config, rehearsal, model.device.type, candidates)
-    chunked = config.engine.max_rows and max(candidates, branch_rows(config)) > config.engine.max_rows
+        copied, prepared = copy_bytes(config, rehearsal, model.device.type, d.candidates)
+    chunked = config.engine.max_rows and max(d.candidates, d.slots * d.samples_per_slot) > config.engine.max_rows
     loaded: dict[str, object] = {}
     for i, reward in enumerate(config.rewards):
         loaded[reward.name] = published_bytes(reward.name, reward.kwargs) if rewards is None else rewards[i]
@@ -156,24 +147,18 @@ def memory_plan(
         rehearsal,
         calls,
         stored=stored_bytes(config, model),
-        batch_prompts=slots * (config.selection.candidates + 1),
+        batch_prompts=d.candidates + d.slots,
         cached_prompts=min(capacity, everything),
         evaluation_prompts=max(held.values()) if rows else 0,
         rewards=loaded,
         averages=config.optimizer.ema_decay > 0,
         kl=config.loss.kl_weight > 0,
-        accumulates=len(calls["update"]) > train.steps_per_iteration,
-        checkpoints=kept + 1,
+        accumulates=len(calls["update"]) > config.train.steps_per_iteration,
+        checkpoints=d.checkpoints_kept + 1,
         rollout_copy=copied,
         prepared=prepared,
         overlapped=bool(chunked) and config.engine.overlap and model.device.type != "cpu",
     )
-
-
-def branch_rows(config: Config) -> int:
-    """Samples of an iteration."""
-    r, slots = config.rollout, config.train.slots * config.train.accumulation
-    return slots * r.group_size * (len(r.sde_steps) if r.plan == "fork" else 1)
 
 
 def copy_bytes(config: Config, rehearsal: Rehearsal, device: str, prompts: int) -> tuple[int, int]:
@@ -181,10 +166,10 @@ def copy_bytes(config: Config, rehearsal: Rehearsal, device: str, prompts: int) 
     made on the meta device."""
     e, model = config.engine, rehearsal.model
     forward = e.forward if e.forward != "auto" else "eager" if device == "cpu" else "compile"
-    precision = PRECISION[e.precision]
+    precision = Derived(config).precision
     if family_of(model) is None or is_policy(model, forward, precision):
         return 0, 0
-    table = recipe_table(config).to(torch.device("meta"), torch.float32)
+    table = Derived(config).table.to(torch.device("meta"), torch.float32)
     copy = make_copy(model, table, forward, precision, e.fp8_scaling, impl="reference")
     with torch.no_grad():
         prepared = copy.prepare(rehearsal.conditioning(prompts)).tensors.values()
@@ -200,22 +185,13 @@ def iteration_prediction(config: Config, rehearsal: Rehearsal, device: Device) -
 
 def stored_bytes(config: Config, model: FlowModel) -> int:
     """Latents an iteration keeps: anchors with their velocities, transitions, final latents."""
-    r, slots = config.rollout, config.train.slots * config.train.accumulation
+    s, d = config.selection, Derived(config)
     length, channels = model.latent_shape
-    latent = DTYPES[r.storage].itemsize
-    wide = 8 if DTYPES[r.storage] is torch.float64 else 4
-    s = config.selection
-    anchored = slots * {"short": 2, "memory": s.finalists + 1}.get(s.judge, s.candidates)
-    stochastic = r.window_size if r.plan == "window" else len(r.sde_steps)
-    groups = slots * max(1, round(stochastic * r.trained_share))
-    if r.plan == "fork":
-        anchors = anchored * (latent + len(r.sde_steps) * (latent + model.dtype.itemsize))
-        rows = groups * r.group_size
-        transitions = groups * (latent + wide) + rows * latent
-    else:
-        anchors, rows = 0, slots * r.group_size
-        transitions = groups * r.group_size * (2 * latent + wide)
-    return (anchors + transitions + rows * latent) * length * channels
+    latent, wide, rows = d.storage.itemsize, d.wide.itemsize, d.groups * config.rollout.group_size
+    anchored = d.slots * {"short": 2, "memory": s.finalists + 1}.get(s.judge, s.candidates) if d.forks else 0
+    anchors = anchored * (latent + len(d.forks) * (latent + model.dtype.itemsize))
+    successors = rows if d.forks else d.transitions
+    return (anchors + d.transitions * (latent + wide) + (successors + rows) * latent) * length * channels
 
 
 def published_bytes(name: str, kwargs: Mapping[str, object]) -> int | None:

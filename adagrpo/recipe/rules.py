@@ -16,6 +16,7 @@ from ..models.registry import FAMILIES
 from ..parts.plugins import is_import_path
 from ..text.redaction import redacted_kwargs
 from ..text.user_text import cut, nearest, shown
+from .derived import Derived
 from .keys import BUILT_IN_MODELS, Config, GuardConfig, GuardsConfig
 from .values import Problem, check_values
 
@@ -229,9 +230,7 @@ def _check_sizes(c: Config) -> Iterator[Problem]:
 
 
 def _check_training(c: Config) -> Iterator[Problem]:
-    trained = c.rollout.window_size if c.rollout.plan == "window" else len(c.rollout.sde_steps)
-    trained = max(1, round(trained * c.rollout.trained_share))
-    if trained % c.train.steps_per_iteration:
+    if (trained := Derived(c).trained_steps) % c.train.steps_per_iteration:
         yield Problem(
             "train.steps_per_iteration", c.train.steps_per_iteration, f"must divide the {trained} trained steps of an iteration"
         )

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from ..text.redaction import redacted
 from ..text.user_text import character_problem
+from .derived import Derived
 from .keys import Config
 
 # Counts; the seed has a range of its own. Arguments of parts by import path may be any 64-bit integer, as TOML has them.
@@ -35,12 +36,11 @@ class Problem(NamedTuple):
 def check_values(config: Config) -> Iterator[Problem]:
     """Key, value and remedy of whatever no key may hold, and of more work than an iteration can be meant to be."""
     yield from value_problems(dataclasses.asdict(redacted(config)))
-    r, slots = config.rollout, config.train.slots * config.train.accumulation
-    samples = r.group_size * (len(r.sde_steps) if r.plan == "fork" else 1)
-    if (evaluations := slots * r.steps * (config.selection.candidates + samples)) > MOST_EVALUATIONS:
+    d = Derived(config)
+    if (evaluations := config.rollout.steps * (d.candidates + d.slots * d.samples_per_slot)) > MOST_EVALUATIONS:
         yield Problem(
             "train.slots x train.accumulation",
-            slots,
+            d.slots,
             f"an iteration of up to {evaluations:.1e} evaluations cannot be meant (at most {MOST_EVALUATIONS:.0e}): lower it, "
             "rollout.steps, rollout.group_size or selection.candidates",
         )

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..errors import InputError
+from ..recipe.derived import Derived
 from ..recipe.keys import Config, GuardConfig, GuardsConfig
 from ..text.redaction import comparable
 
@@ -138,7 +139,7 @@ def _judge_of_held_out(before: Config, now: Config) -> str:
 
 def _same_batch(before: Config, now: Config) -> str:
     """Other micro-batches of the same prompts are another order of summation."""
-    prompts = [config.train.slots * config.train.accumulation for config in (before, now)]
+    prompts = [Derived(config).slots for config in (before, now)]
     return (
         "" if prompts[0] == prompts[1] else "train.slots × train.accumulation, the prompts of an iteration, must stay the same"
     )

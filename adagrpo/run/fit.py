@@ -23,6 +23,7 @@ from ..estimate.planning import memory_notice
 from ..evaluate.held_out import PairedGain
 from ..parts.isolation import PartHung, leaving_when, own
 from ..prompts import prompt_category
+from ..recipe.derived import Derived
 from ..recipe.keys import Config
 from ..recipe.load import to_toml
 from ..report.page import write_report
@@ -123,10 +124,8 @@ class Fit:
         Raises:
             RunError: the run cannot go on; the last complete checkpoint is intact.
         """
-        o, total = self.config.output, self.config.train.iterations
-        kept = o.keep_last + o.keep_best + (total // o.keep_every if o.keep_every else 0)
         size = checkpoint_bytes(self.trainer.optimizer.parameters, bool(self.trainer.optimizer.averages))
-        require_space(self.run.checkpoints, size, kept)
+        require_space(self.run.checkpoints, size, Derived(self.config).checkpoints_kept)
         self._tell_notices()
         if self.trainer.iterations_done == 0 and (other := self.origin.begin(self.run.path)):
             self._event("warning", f"another base model than at the last start here ({other}): everything is measured anew")

@@ -22,10 +22,11 @@ from adagrpo.estimate.roofline import H100, H200, TIERS
 from adagrpo.forward.backends import make_copy
 from adagrpo.forward.forwards import CopyForward, PolicyForward
 from adagrpo.models.flux import FluxModel
+from adagrpo.recipe.derived import Derived
 from adagrpo.recipe.load import load_recipe
 from adagrpo.rewards import build_reward
 from adagrpo.study.hosts import with_probe, without_adagrpo
-from adagrpo.train import Trainer, recipe_table
+from adagrpo.train import Trainer
 
 RECORD = Path(__file__).resolve().parents[2] / "bench" / "results" / "meta" / "flux1-dev-iteration.json"
 # One image-forward at 512 x 512 and 256 text tokens (multiply-add = 2 FLOP), and the iteration's counts, worked out by
@@ -169,7 +170,7 @@ def test_operators_of_a_forward_by_each_backend(recipe: str) -> None:
     config = load_recipe(recipe)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, path="random:flux1-dev", device="meta"))
     model = build_model(config.model)
-    table = recipe_table(config).to(model.device, torch.float32)
+    table = Derived(config).table.to(model.device, torch.float32)
     slot, index = torch.zeros(10, dtype=torch.int64, device="meta"), torch.zeros(10, dtype=torch.int64, device="meta")
     x = torch.empty(10, *model.latent_shape, dtype=torch.bfloat16, device="meta")
     conditioning = model.encode(["a prompt"])
@@ -200,7 +201,7 @@ def compiled_graphs(model: FluxModel) -> tuple[int, int]:
     """Graphs that torch.compile makes of the repeated blocks, traced on meta tensors, and breaks between them."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    table = recipe_table(load_recipe("flux1-dev")).to(model.device, torch.float32)
+    table = Derived(load_recipe("flux1-dev")).table.to(model.device, torch.float32)
     copy = CopyForward(model, table, torch.bfloat16, compiled=True, compiler="eager")
     x = torch.empty(10, *model.latent_shape, dtype=torch.bfloat16, device="meta")
     zeros = torch.zeros(10, dtype=torch.int64, device="meta")

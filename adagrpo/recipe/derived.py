@@ -1,0 +1,116 @@
+"""What follows from a recipe: every number that several parts need, worked out once.
+
+Only what reads recipes asks this module; parts below ``build`` are handed plain numbers. Letters: P slots, B candidates per
+slot, G group size, T steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from ..algorithm.sde import sigma_schedule
+from ..algorithm.tables import RolloutTable, rollout_table
+from .keys import Config
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+PRECISIONS: dict[str, torch.dtype | str | None] = {"auto": None, "bf16": torch.bfloat16, "fp8": "fp8"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Derived:
+    """The numbers behind ``config``, whose keys they follow from; nothing is checked here."""
+
+    config: Config
+
+    @property
+    def slots(self) -> int:
+        """P, prompts trained per iteration."""
+        return self.config.train.slots * self.config.train.accumulation
+
+    @property
+    def candidates(self) -> int:
+        """P*B, candidate prompts of an iteration."""
+        return self.slots * self.config.selection.candidates
+
+    @property
+    def forks(self) -> tuple[int, ...]:
+        """Steps that groups fork from; empty for plans without forks."""
+        return self.config.rollout.sde_steps if self.config.rollout.plan == "fork" else ()
+
+    @property
+    def stochastic_steps(self) -> int:
+        """How many steps of an iteration are stochastic."""
+        r = self.config.rollout
+        return r.window_size if r.plan == "window" else len(r.sde_steps)
+
+    @property
+    def trained_steps(self) -> int:
+        """How many of them are trained."""
+        return max(1, round(self.stochastic_steps * self.config.rollout.trained_share))
+
+    @property
+    def groups(self) -> int:
+        """Reward groups of an iteration: one per slot, and with forks one per trained step."""
+        return self.slots * (self.trained_steps if self.forks else 1)
+
+    @property
+    def samples_per_slot(self) -> int:
+        """Samples that one slot needs where every stochastic step is trained."""
+        r = self.config.rollout
+        return r.group_size * (len(r.sde_steps) if r.plan == "fork" else 1)
+
+    @property
+    def transitions(self) -> int:
+        """Stored transitions of an iteration: of a group that forks one, of a trajectory one per trained step."""
+        return self.groups if self.forks else self.groups * self.config.rollout.group_size * self.trained_steps
+
+    @property
+    def scores_needed(self) -> bool:
+        """Whether anything reads what candidates score."""
+        s = self.config.selection
+        return (s.candidates > 1 and s.strategy != "random") or self.config.advantage.weight > 0
+
+    @property
+    def observed(self) -> int:
+        """Rewards of single prompts that a run's probe that remembers is told of, the groups' included."""
+        return self.config.train.iterations * self.slots * (self.config.selection.finalists + 1)
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.config.train.iterations * self.config.train.steps_per_iteration
+
+    @property
+    def checkpoints_kept(self) -> int:
+        """Checkpoints that lie in the run folder at its end, at most; one more while one is being written."""
+        o = self.config.output
+        return o.keep_last + o.keep_best + (self.config.train.iterations // o.keep_every if o.keep_every else 0)
+
+    @property
+    def storage(self) -> torch.dtype:
+        """Of stored latents."""
+        return DTYPES[self.config.rollout.storage]
+
+    @property
+    def wide(self) -> torch.dtype:
+        """Of the step table's coefficients, and of what is worked out from stored latents."""
+        return torch.float64 if self.storage is torch.float64 else torch.float32
+
+    @property
+    def precision(self) -> torch.dtype | str | None:
+        """Of the rollouts: a dtype, ``fp8``, or None for the model's own."""
+        return PRECISIONS[self.config.engine.precision]
+
+    @property
+    def kernels(self) -> str | None:
+        """``impl`` of the algorithm's operators; None leaves the choice to them."""
+        return None if self.config.engine.kernels == "auto" else self.config.engine.kernels
+
+    @property
+    def table(self) -> RolloutTable:
+        """Every step that rollouts can take, float64 on the CPU; made anew each time."""
+        s, r = self.config.selection, self.config.rollout
+        short = sigma_schedule(s.probe_steps, r.shift) if s.judge == "short" else None
+        return rollout_table(sigma_schedule(r.steps, r.shift), r.scheme, r.eta, r.sde_steps, r.tail_steps, r.tail_solver, short)
