@@ -1,4 +1,4 @@
-"""The house keeps its rooms: directions of imports, the name `kernels`, light imports, a README that is true."""
+"""The house keeps its rooms: directions of imports, the name `kernels`, light imports, documents that are true."""
 
 import ast
 import re
@@ -111,14 +111,11 @@ def test_importing_is_light() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def snippets() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
-
-
-def test_readme_snippet_adds_curriculum_and_fusion_to_a_foreign_loop() -> None:
+def test_the_documented_snippet_adds_curriculum_and_fusion_to_a_foreign_loop() -> None:
     import torch
 
-    snippet = next(s for s in snippets() if "CapabilityCurriculum" in s)
+    text = (ROOT / "docs" / "extending.md").read_text("utf-8")
+    snippet = next(s for s in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "CapabilityCurriculum" in s)
     assert len(snippet.strip().splitlines()) <= 15
     trained: list[tuple[str, torch.Tensor]] = []
     prompts = [f"p{i}" for i in range(6)]
@@ -144,14 +141,42 @@ def test_readme_snippet_adds_curriculum_and_fusion_to_a_foreign_loop() -> None:
         assert advantage.shape == (12,) and abs(float(advantage.sum())) < 1e-4 and float(advantage.abs().max()) > 1
 
 
-@pytest.mark.parametrize("file", ["README.md", "CONTRIBUTING.md"])
-def test_links_and_commands_of_the_documents_exist(file: str) -> None:
-    text = (ROOT / file).read_text("utf-8")
-    for target in re.findall(r"\]\((?!http|#)([^)]+)\)", text):
-        assert (ROOT / target).exists(), target
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("*/README.md"))]
+
+
+@pytest.mark.parametrize("file", DOCUMENTS, ids=lambda file: str(file.relative_to(ROOT)))
+def test_links_and_commands_of_the_documents_exist(file: Path) -> None:
+    text = file.read_text("utf-8")
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", text):
+        name, _, heading = target.partition("#")
+        path = file.parent / name if name else file
+        assert path.exists(), target
+        assert not heading or heading in headings(path), target
     makefile = (ROOT / "Makefile").read_text("utf-8")
-    for target in re.findall(r"`make ([a-z]+)", text):
+    for target in re.findall(r"`make ([a-z-]+)", text):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def headings(file: Path) -> set[str]:
+    """Anchors of a document's headings, as GitHub makes them."""
+    lines = re.findall(r"^#+ (.+)$", file.read_text("utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in lines}
+
+
+def test_every_document_is_reached_from_the_readme() -> None:
+    text = (ROOT / "README.md").read_text("utf-8")
+    assert not [file.name for file in DOCUMENTS[1:] if f"]({file.relative_to(ROOT).as_posix()})" not in text]
+
+
+def test_the_readme_is_short_and_its_tour_names_every_room() -> None:
+    text = (ROOT / "README.md").read_text("utf-8")
+    assert len(text.splitlines()) <= 100
+    tour = re.search(r"```\n(adagrpo/.*?)```", text, re.DOTALL)
+    assert tour
+    assert not [name for name in re.findall(r"^[\w/.]+", tour[1], re.MULTILINE) if not (ROOT / name).exists()]
+    rooms = [f"{path.parent.name}/" for path in (ROOT / "adagrpo").glob("*/__init__.py")]
+    modules = [path.name for path in (ROOT / "adagrpo").glob("[!_]*.py")]
+    assert not [name for name in rooms + modules if not re.search(rf"\b{re.escape(name)}", tour[1])]
 
 
 def test_triton_is_imported_only_where_a_kernel_runs() -> None:

@@ -192,8 +192,8 @@ class FlowLoop:
             (-advantages[:, step] * ratio).mean().backward()
 
 
-def test_the_readme_snippet_works_in_it() -> None:
-    text = (Path(__file__).resolve().parents[2] / "README.md").read_text("utf-8")
+def test_the_documented_snippet_works_in_it() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "extending.md").read_text("utf-8")
     snippet = next(s for s in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "CapabilityCurriculum" in s)
     loop = FlowLoop()
     batches = [[f"p{i}" for i in range(6)]] * 2
