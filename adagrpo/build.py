@@ -11,7 +11,8 @@ from torch import Tensor
 from .algorithm.selection import CapabilityState
 from .errors import InputError, RunError
 from .estimate.memory import MemoryPlan, free_bytes
-from .estimate.planning import memory_plan, rehearse, require_memory
+from .estimate.rehearsal import rehearse
+from .forecast import memory_plan
 from .forward.backends import require_backends
 from .models.base import FlowModel
 from .models.fingerprint import base_components
@@ -25,7 +26,7 @@ from .parts.plugins import checked, is_import_path, load_callable, make_part
 from .prompts import load_prompts, require_disjoint
 from .recipe.derived import DTYPES
 from .recipe.keys import BUILT_IN_MODEL, BUILT_IN_MODELS, Config, ModelConfig, bucket_size
-from .recipe.rules import check
+from .recipe.rules import check, require_memory
 from .rewards import build_reward
 from .tiny import tiny_flux_path
 from .train import Fuse, Select, Trainer

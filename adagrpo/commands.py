@@ -25,17 +25,18 @@ from .disk.lock import OwnerLock, holding, holding_new
 from .disk.whole import written_whole
 from .errors import InputError
 from .estimate.memory import MemoryPlan, size_text
-from .estimate.planning import iteration_prediction, memory_notice, memory_plan, planned_evaluations, rehearse
+from .estimate.rehearsal import rehearse
 from .estimate.roofline import H100
 from .evaluate.fidelity import changed_levers, compare
 from .evaluate.held_out import sample_images
+from .forecast import iteration_prediction, memory_plan, planned_evaluations
 from .forward.backends import resolve_forward
 from .models.base import FlowModel
 from .prompt_file import prompt_problem
 from .prompts import load_prompts
 from .recipe.keys import Config
 from .recipe.load import load_recipe, to_toml
-from .recipe.rules import MOST_SEED, check
+from .recipe.rules import MOST_SEED, check, memory_notice
 from .report.page import write_report
 from .rewards import build_reward, check_reward_files
 from .run.checkpoint import INDEX, verify

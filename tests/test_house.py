@@ -17,6 +17,7 @@ FLOORS = [
     {"run", "report"},
     {"evaluate"},
     {"build"},
+    {"forecast"},
     {"train", "estimate"},
     {"curriculum"},
     {"engine"},

@@ -6,17 +6,14 @@ import dataclasses
 import os
 import resource
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import InputError
-from ..models.base import FlowModel
-from .counting import module_tensors, tensor_bytes
-from .rehearsal import Rehearsal
 
 NOT_COUNTED = "not in it: workspaces of libraries, the allocator's rounding and fragmentation, the CUDA context"
 
@@ -152,102 +149,9 @@ class MemoryPlan:
         return {**totals, **disk, "unknown": self.unknown, "not_counted": NOT_COUNTED, "entries": entries}
 
 
-def plan_memory(
-    model: FlowModel,
-    rehearsal: Rehearsal | str,
-    calls: Mapping[str, Sequence[int]],
-    *,
-    stored: int,
-    batch_prompts: int,
-    cached_prompts: int = 0,
-    evaluation_prompts: int = 0,
-    rewards: Mapping[str, object] | None = None,
-    averages: bool = False,
-    kl: bool = False,
-    accumulates: bool = False,
-    rollout_copy: int = 0,
-    prepared: int = 0,
-    overlapped: bool = False,
-    checkpoints: int = 1,
-) -> MemoryPlan:
-    """The plan of a run of ``model``, which is loaded but not trained yet.
-
-    Args:
-        rehearsal: of the model, or why there is none.
-        calls: rows of each transformer call by phase, and of each call of the decoder under ``decode``.
-        stored: bytes of latents and transitions an iteration keeps.
-        batch_prompts, evaluation_prompts: prompts encoded for an iteration, and for an evaluation.
-        cached_prompts: prompt embeddings kept by the encoder.
-        rewards: by name; instead of one that is not loaded the bytes of its weights, or None if they are not known.
-        averages: a weight EMA is kept.
-        kl: a copy of the initial weights is kept, unless adapters are trained.
-        accumulates: an optimizer step has several micro-batches.
-        rollout_copy: bytes of a copy of the weights made for sampling.
-        prepared: bytes of what the calls of a rollout share.
-        overlapped: pictures of a chunk are decoded while the next one is sampled.
-        checkpoints: kept on disk at most, the one being written included.
-    """
-    trained = [p for _, p in model.trainable()]
-    narrow, wide = tensor_bytes(trained), sum(_wide(p) for p in trained)
-    has_masters = any(p.element_size() < 4 for p in trained)
-    full = 2 * sum(p.numel() for p in trained) > sum(p.numel() for p in model.transformer.parameters())
-    lighter = "model.tuning = lora (in a new run)" if full else "model.lora_rank (in a new run)"
-    entries = _weights(model)
-    masters = sum(_wide(p) for p in trained if p.element_size() < 4)
-    entries += [
-        Entry("fp32 master weights", masters, "what the optimizer steps", "", 0, lighter),
-        Entry("optimizer moments", 2 * wide, "two per trained weight", "", 0, lighter),
-        Entry("weight EMA", wide * averages, "optimizer.ema_decay", "", 0, "optimizer.ema_decay = 0 (in a new run)"),
-    ]
-    reference = tensor_bytes(model.transformer.parameters()) if kl and full else 0
-    entries.append(Entry("KL reference", reference, "copy of the initial weights (loss.kl_weight)", "", 0, lighter))
-    entries.append(Entry("rollout copy", rollout_copy, "weights in the form sampling wants"))
-    entries += [_reward(name, reward, model.device) for name, reward in (rewards or {}).items()]
-    entries.append(Entry("stored latents", stored, "anchors, transitions and final latents of an iteration"))
-    size = checkpoint_bytes(trained, averages)
-    step = Entry("gradients", wide, "in fp32" if has_masters else "", "optimizer", 0, lighter)
-    backward = Entry(
-        "gradients", narrow + wide * (accumulates and has_masters), "of the weights as they multiply", "update", 0, lighter
-    )
-    if isinstance(rehearsal, str):
-        unknown = f"activations: not known for this model ({rehearsal})"
-        return MemoryPlan((*entries, backward, step), size, checkpoints, unknown)
-    each = rehearsal.prompt_bytes
-    cache, batch = f"{cached_prompts} of {size_text(each)}", f"{batch_prompts} candidates and the picked ones"
-    entries.append(Entry("prompt cache", cached_prompts * each, cache, "", 0, "model.prompt_cache"))
-    entries.append(Entry("prompts of the batch", batch_prompts * each, batch))
-    measured = "run on meta tensors with fused attention"
-    rows = _largest(calls, ("probe", "prefix", "rollout", "recompute"))
-    entries.append(
-        Entry("activations", rehearsal.forward_peak(rows), f"{rows} rows, {measured}", "rollout", 0, "engine.max_rows")
-    )
-    if rows := _largest(calls, ("evaluation",)):
-        found = rehearsal.forward_peak(rows) + evaluation_prompts * each
-        why = f"{rows} rows and {evaluation_prompts} prompts, {measured}"
-        entries.append(Entry("activations", found, why, "evaluation", 0, "engine.max_rows"))
-    rows = _largest(calls, ("decode",))
-    entries.append(
-        Entry("activations", rehearsal.decode_peak(rows), f"{rows} pictures, {measured}", "decode", 0, "engine.decode_rows")
-    )
-    if prepared:
-        entries.append(Entry("prepared prompts", prepared, "modulation of every step and embedded text", "rollout"))
-    if overlapped:
-        why = f"{rows} pictures of the chunk before (engine.overlap)"
-        entries.append(Entry("decoding meanwhile", rehearsal.decode_peak(rows), why, "rollout", 0, "engine.decode_rows"))
-    rows = _largest(calls, ("update",))
-    found = max(0, rehearsal.update_peak(rows) - narrow) + (rehearsal.forward_peak(rows) if kl else 0)
-    checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in model.transformer.modules())
-    remedy = "engine.max_rows" if checkpointed else "model.gradient_checkpointing = true"
-    why = f"{rows} rows{' recomputed block by block' if checkpointed else ''}, beside the gradients there by then"
-    entries += [backward, Entry("activations", found, why, "update", 0, remedy), step]
-    temporaries = max(0, rehearsal.step_peak(averages) - wide)
-    entries.append(Entry("temporaries", temporaries, "of AdamW, one parameter at a time", "optimizer", 0, lighter))
-    return MemoryPlan(tuple(entries), size, checkpoints)
-
-
 def checkpoint_bytes(trained: Iterable[Tensor], averages: bool) -> int:
     """Size of one checkpoint: the portable weights, masters, two moments, weight EMA."""
-    return sum(p.numel() * p.element_size() + _wide(p) * (4 if averages else 3) for p in trained)
+    return sum(p.numel() * p.element_size() + wide_bytes(p) * (4 if averages else 3) for p in trained)
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -294,49 +198,9 @@ def size_text(size: float) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.2f} MiB"
 
 
-def modules_of(owner: object) -> dict[str, nn.Module]:
-    """Modules among the attributes of ``owner``, those of a diffusers pipeline included, each once."""
-    found: dict[str, nn.Module] = {}
-    for name, value in [*getattr(owner, "__dict__", {}).items()]:
-        parts = getattr(value, "components", None)
-        inside = dict(parts) if isinstance(parts, Mapping) else {name: value}
-        for key, part in inside.items():
-            if isinstance(part, nn.Module) and not any(part is known for known in found.values()):
-                found[key] = part
-    return found
-
-
-def _weights(model: FlowModel) -> list[Entry]:
-    seen: set[int] = set()
-    entries = []
-    for name, module in {"transformer": model.transformer, **modules_of(model)}.items():
-        tensors = [t for t in module_tensors(module) if id(t) not in seen]
-        seen |= {id(t) for t in tensors}
-        if tensors:
-            billions = sum(t.numel() for t in tensors) / 1e9
-            kinds = "/".join(sorted({str(t.dtype).removeprefix("torch.") for t in tensors}))
-            loaded = tensor_bytes(t for t in tensors if t.device.type == model.device.type != "meta")
-            entries.append(Entry(name, tensor_bytes(tensors), f"{billions:.3g} B weights, {kinds}", "", loaded))
-    return entries
-
-
-def _reward(name: str, reward: object, device: torch.device) -> Entry:
-    if isinstance(reward, int):
-        return Entry(
-            f"reward {name}", reward, "its published size; not loaded here" if reward else "not loaded here: size not known"
-        )
-    modules = [reward] if isinstance(reward, nn.Module) else modules_of(reward).values()
-    tensors = [t for module in modules for t in module_tensors(module)]
-    loaded = tensor_bytes(t for t in tensors if t.device.type == device.type)
-    return Entry(f"reward {name}", tensor_bytes(tensors), "weights" if tensors else "no weights", "", loaded)
-
-
-def _wide(p: Tensor) -> int:
+def wide_bytes(p: Tensor) -> int:
+    """Bytes of ``p`` in fp32, or as it is where it is wider."""
     return p.numel() * max(p.element_size(), 4)
-
-
-def _largest(calls: Mapping[str, Sequence[int]], phases: Sequence[str]) -> int:
-    return max((rows for phase in phases for rows in calls.get(phase, ())), default=0)
 
 
 def resident_set() -> int:

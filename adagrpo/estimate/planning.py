@@ -1,201 +1,255 @@
-"""What a recipe will ask for before it runs: calls, memory, seconds."""
+"""From what a run will do to the memory it takes: every entry of the plan, from plain numbers and a rehearsal."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor, nn
 
-from ..curriculum.cheap import race_stages
-from ..engine.plans import branch_plan, chunk_sizes, probe_plan, trajectory_plan, update_batches
-from ..errors import InputError
+from ..algorithm.tables import RolloutTable
 from ..forward.backends import is_policy, make_copy
 from ..models.base import FlowModel
 from ..models.registry import family_of
-from ..recipe.derived import DTYPES, Derived
-from ..recipe.keys import Config
-from .counting import tensor_bytes
-from .memory import MemoryPlan, plan_memory
-from .rehearsal import NotRehearsable, Rehearsal
-from .roofline import Device, Prediction, predict
+from .counting import module_tensors, tensor_bytes
+from .memory import Entry, MemoryPlan, checkpoint_bytes, size_text, wide_bytes
+from .rehearsal import Rehearsal
 
-# Parameters of the built-in rewards' default checkpoints, for plans that do not load them.
-PUBLISHED_PARAMETERS = {"clip": 427_616_513, "pickscore": 986_109_441, "tiny": 0, "brightness": 0}
+MEASURED = "run on meta tensors with fused attention"
 
 
-def planned_calls(config: Config) -> dict[str, list[int]]:
-    """Rows of each batched call of one iteration by phase, from the plans alone: of the transformer, and of ``decode``."""
-    r, train, limit, d = config.rollout, config.train, config.engine.max_rows, Derived(config)
-    slots, candidates, fork, scored = d.slots, d.candidates, r.plan == "fork", d.scores_needed
-    calls: dict[str, list[int]] = {}
-    judged = [candidates] * scored
-    if config.selection.judge != "full":
-        calls["probe"], judged = cheap_probe_calls(config)
-    elif fork or scored:
-        calls["probe"] = probe_plan(range(candidates), r.steps).calls(limit)
-    samples = 1 if fork else r.group_size
-    batches = update_batches(slots, samples, d.trained_steps, train.steps_per_iteration, train.slots, limit)
-    update = [batch.numel() for step in batches for batch in step]
-    if fork and r.fork_velocity == "fresh":
-        calls["prefix"] = update
-    branches = branch_plan(slots, r.sde_steps, r.group_size, r.steps, tails=d.table.tails)
-    plan = branches if fork else trajectory_plan(slots, r.group_size, r.steps, (), ())
-    calls["rollout"] = plan.calls(limit)
-    scored_rows = [n for rows in (*judged, plan.num_rows) for n in chunk_sizes(rows, limit)]
-    calls["decode"] = [n for rows in scored_rows for n in chunk_sizes(rows, config.engine.decode_rows)]
-    if config.loss.old_logp == "recompute":
-        calls["recompute"] = update
-    calls["update"] = update
-    if config.loss.kl_weight:
-        calls["reference"] = update
-    return calls
+@dataclasses.dataclass(frozen=True)
+class Demand:
+    """What a run asks of memory, beside its model and rewards.
 
-
-def cheap_probe_calls(config: Config) -> tuple[list[int], list[int]]:
-    """Rows of each batched transformer call of a probe that does not finish every candidate, and of what it scores."""
-    s, r, slots = config.selection, config.rollout, Derived(config).slots
-    parts: list[tuple[int, int]] = []  # rows, steps
-    scored: list[int] = []
-    fork, first = r.plan == "fork", 0
-    finished = slots * (1 + s.finalists * (fork or s.finalists > 1))
-    if s.judge == "short":
-        parts, scored = [(slots * s.candidates, s.probe_steps)], [slots * s.candidates]
-    elif s.judge == "racing":
-        for number, stage in enumerate(race_stages(s.candidates, s.race_steps)):
-            rows = slots * (stage.per_slot + (number > 0))
-            parts.append((rows, stage.last - stage.first))
-            scored.append(rows)
-        first = s.race_steps[-1]
-    elif s.finalists > 1:
-        scored = [slots * s.finalists]
-    parts.append((finished, r.steps - first))
-    limit = config.engine.max_rows
-    return [n for rows, steps in parts for n in probe_plan(range(rows), steps).calls(limit)], [*scored, slots]
-
-
-def planned_evaluations(config: Config) -> dict[str, int]:
-    """Transformer image-forwards of one iteration by phase."""
-    return {phase: sum(rows) for phase, rows in planned_calls(config).items() if phase != "decode"}
-
-
-def memory_notice(config: Config, prompts: int) -> str | None:
-    """What to tell a run whose probe remembers but will hardly see a prompt twice."""
-    s, observed = config.selection, Derived(config).observed
-    if s.judge != "memory" or observed >= 2 * prompts:
-        return None
-    return (
-        f"selection.probe = {s.probe} will observe {observed} rewards of {prompts} prompts, fewer than 2 of each, and so pick "
-        f"almost blindly: shorten data.prompts to {max(1, observed // 2)}, train longer, or use selection.probe = full"
-    )
-
-
-def require_memory(config: Config, prompts: int) -> None:
-    """Refuse a probe that remembers for prompts that hardly repeat, unless it looks at finalists or the recipe accepts it:
-    where such prompts cannot be learnt it does as much harm as blind picks.
-
-    Raises:
-        InputError: with the remedies.
+    Attributes:
+        calls: rows of each transformer call by phase, and of each call of the decoder under ``decode``.
+        stored: bytes of latents and transitions an iteration keeps.
+        batch_prompts, evaluation_prompts: prompts encoded for an iteration, and for an evaluation.
+        cached_prompts: prompt embeddings kept by the encoder.
+        averages: a weight EMA is kept.
+        kl: a copy of the initial weights is kept, unless adapters are trained.
+        accumulates: an optimizer step has several micro-batches.
+        rollout_copy: bytes of a copy of the weights made for sampling.
+        prepared: bytes of what the calls of a rollout share.
+        overlapped: pictures of a chunk are decoded while the next one is sampled.
+        checkpoints: kept on disk at most, the one being written included.
     """
-    if config.selection.finalists >= 2 or config.selection.allow_unseen:
-        return
-    if notice := memory_notice(config, prompts):
-        raise InputError(f"{notice}, selection.finalists = 2 (a look at two of them), or selection.allow_unseen = true")
+
+    calls: Mapping[str, Sequence[int]]
+    stored: int
+    batch_prompts: int
+    evaluation_prompts: int = 0
+    cached_prompts: int = 0
+    averages: bool = False
+    kl: bool = False
+    accumulates: bool = False
+    rollout_copy: int = 0
+    prepared: int = 0
+    overlapped: bool = False
+    checkpoints: int = 1
+
+    def largest(self, *phases: str) -> int:
+        """Rows of the largest call of ``phases``; 0 without any."""
+        return max((rows for phase in phases for rows in self.calls.get(phase, ())), default=0)
 
 
-def rehearse(model: FlowModel, prompt: str) -> Rehearsal | str:
-    """The model's rehearsal, or why there is none."""
-    try:
-        return Rehearsal(model, prompt)
-    except NotRehearsable as error:
-        return str(error)
+@dataclasses.dataclass(frozen=True)
+class _Trained:
+    """Bytes of what is trained.
+
+    Attributes:
+        narrow, wide: as the weights are, and in fp32 at least.
+        masters: of their fp32 twins; 0 where they are fp32 themselves.
+        remedy: what makes them fewer.
+    """
+
+    narrow: int
+    wide: int
+    masters: int
+    full: bool
+
+    @classmethod
+    def of(cls, model: FlowModel, trained: Sequence[Tensor]) -> _Trained:
+        full = 2 * sum(p.numel() for p in trained) > sum(p.numel() for p in model.transformer.parameters())
+        masters = sum(wide_bytes(p) for p in trained if p.element_size() < 4)
+        return cls(tensor_bytes(trained), sum(wide_bytes(p) for p in trained), masters, full)
+
+    @property
+    def remedy(self) -> str:
+        return "model.tuning = lora (in a new run)" if self.full else "model.lora_rank (in a new run)"
 
 
-def memory_plan(
-    config: Config,
-    model: FlowModel,
-    rehearsal: Rehearsal | str,
-    rewards: Sequence[object] | None = None,
-    prompts: int | None = None,
-    held_out: int | None = None,
+def plan_memory(
+    model: FlowModel, rehearsal: Rehearsal | str, demand: Demand, rewards: Mapping[str, object] | None = None
 ) -> MemoryPlan:
-    """The memory plan of a recipe.
+    """The plan of a run of ``model``, which is loaded but not trained yet.
 
     Args:
-        rewards: one per entry of ``config.rewards``; None takes what is published of them.
-        prompts, held_out: how many there are, if it is known.
+        rehearsal: of the model, or why there is none.
+        rewards: by name; instead of one that is not loaded the bytes of its weights, or None if they are not known.
     """
-    e, o, d = config.evaluation, config.output, Derived(config)
-    known = held_out if held_out is not None else max(e.prompts, e.final_prompts, o.grid_prompts)
-    held = {
-        name: min(count, known) for name, count in (("each", e.prompts), ("final", e.final_prompts), ("grid", o.grid_prompts))
-    }
-    rows = max(held["each"] * e.noises * bool(e.every), held["final"] * e.final_noises, held["grid"] * bool(o.grid_every))
-    calls = planned_calls(config)
-    calls["evaluation"] = chunk_sizes(rows, config.engine.max_rows)[:1]
-    calls["decode"] += [n for batch in calls["evaluation"] for n in chunk_sizes(batch, config.engine.decode_rows)]
-    capacity = getattr(getattr(model, "encoder", None), "capacity", 0)
-    everything = capacity if prompts is None else prompts + known
-    copied, prepared = 0, 0
-    if not isinstance(rehearsal, str):
-        copied, prepared = copy_bytes(config, rehearsal, model.device.type, d.candidates)
-    chunked = config.engine.max_rows and max(d.candidates, d.slots * d.samples_per_slot) > config.engine.max_rows
-    loaded: dict[str, object] = {}
-    for i, reward in enumerate(config.rewards):
-        loaded[reward.name] = published_bytes(reward.name, reward.kwargs) if rewards is None else rewards[i]
-    return plan_memory(
-        model,
-        rehearsal,
-        calls,
-        stored=stored_bytes(config, model),
-        batch_prompts=d.candidates + d.slots,
-        cached_prompts=min(capacity, everything),
-        evaluation_prompts=max(held.values()) if rows else 0,
-        rewards=loaded,
-        averages=config.optimizer.ema_decay > 0,
-        kl=config.loss.kl_weight > 0,
-        accumulates=len(calls["update"]) > config.train.steps_per_iteration,
-        checkpoints=d.checkpoints_kept + 1,
-        rollout_copy=copied,
-        prepared=prepared,
-        overlapped=bool(chunked) and config.engine.overlap and model.device.type != "cpu",
-    )
+    parameters = [p for _, p in model.trainable()]
+    trained = _Trained.of(model, parameters)
+    kept = [*_weights(model), *_training_state(model, trained, demand)]
+    kept += [_reward(name, reward, model.device) for name, reward in (rewards or {}).items()]
+    kept.append(Entry("stored latents", demand.stored, "anchors, transitions and final latents of an iteration"))
+    twice = trained.wide * bool(demand.accumulates and trained.masters)
+    of = "of the weights as they multiply"
+    backward = Entry("gradients", trained.narrow + twice, of, "update", 0, trained.remedy)
+    step = Entry("gradients", trained.wide, "in fp32" if trained.masters else "", "optimizer", 0, trained.remedy)
+    size = checkpoint_bytes(parameters, demand.averages)
+    if isinstance(rehearsal, str):
+        unknown = f"activations: not known for this model ({rehearsal})"
+        return MemoryPlan((*kept, backward, step), size, demand.checkpoints, unknown)
+    kept += [*_prompts(rehearsal, demand), *_sampling(rehearsal, demand)]
+    update = [backward, _update(model, rehearsal, demand, trained), step]
+    temporaries = max(0, rehearsal.step_peak(demand.averages) - trained.wide)
+    last = Entry("temporaries", temporaries, "of AdamW, one parameter at a time", "optimizer", 0, trained.remedy)
+    return MemoryPlan((*kept, *update, last), size, demand.checkpoints)
 
 
-def copy_bytes(config: Config, rehearsal: Rehearsal, device: str, prompts: int) -> tuple[int, int]:
-    """Memory of the recipe's rollout copy beside the policy, and of what it prepares for ``prompts``; both read off a copy
-    made on the meta device."""
-    e, model = config.engine, rehearsal.model
-    forward = e.forward if e.forward != "auto" else "eager" if device == "cpu" else "compile"
-    precision = Derived(config).precision
+def _training_state(model: FlowModel, trained: _Trained, demand: Demand) -> list[Entry]:
+    """What training holds beside the weights that were loaded."""
+    reference = tensor_bytes(model.transformer.parameters()) if demand.kl and trained.full else 0
+    averages, off = trained.wide * demand.averages, "optimizer.ema_decay = 0 (in a new run)"
+    return [
+        Entry("fp32 master weights", trained.masters, "what the optimizer steps", "", 0, trained.remedy),
+        Entry("optimizer moments", 2 * trained.wide, "two per trained weight", "", 0, trained.remedy),
+        Entry("weight EMA", averages, "optimizer.ema_decay", "", 0, off),
+        Entry("KL reference", reference, "copy of the initial weights (loss.kl_weight)", "", 0, trained.remedy),
+        Entry("rollout copy", demand.rollout_copy, "weights in the form sampling wants"),
+    ]
+
+
+def _prompts(rehearsal: Rehearsal, demand: Demand) -> list[Entry]:
+    each = rehearsal.prompt_bytes
+    cache = f"{demand.cached_prompts} of {size_text(each)}"
+    batch = f"{demand.batch_prompts} candidates and the picked ones"
+    return [
+        Entry("prompt cache", demand.cached_prompts * each, cache, "", 0, "model.prompt_cache"),
+        Entry("prompts of the batch", demand.batch_prompts * each, batch),
+    ]
+
+
+def _sampling(rehearsal: Rehearsal, demand: Demand) -> list[Entry]:
+    """What sampling, evaluation and decoding hold while they run."""
+    rows = demand.largest("probe", "prefix", "rollout", "recompute")
+    found = rehearsal.forward_peak(rows)
+    entries = [Entry("activations", found, f"{rows} rows, {MEASURED}", "rollout", 0, "engine.max_rows")]
+    if rows := demand.largest("evaluation"):
+        found = rehearsal.forward_peak(rows) + demand.evaluation_prompts * rehearsal.prompt_bytes
+        why = f"{rows} rows and {demand.evaluation_prompts} prompts, {MEASURED}"
+        entries.append(Entry("activations", found, why, "evaluation", 0, "engine.max_rows"))
+    rows = demand.largest("decode")
+    decoding = rehearsal.decode_peak(rows)
+    entries.append(Entry("activations", decoding, f"{rows} pictures, {MEASURED}", "decode", 0, "engine.decode_rows"))
+    if demand.prepared:
+        why = "modulation of every step and embedded text"
+        entries.append(Entry("prepared prompts", demand.prepared, why, "rollout"))
+    if demand.overlapped:
+        why = f"{rows} pictures of the chunk before (engine.overlap)"
+        entries.append(Entry("decoding meanwhile", decoding, why, "rollout", 0, "engine.decode_rows"))
+    return entries
+
+
+def _update(model: FlowModel, rehearsal: Rehearsal, demand: Demand, trained: _Trained) -> Entry:
+    """Activations of the replay and its backward pass."""
+    rows = demand.largest("update")
+    found = max(0, rehearsal.update_peak(rows) - trained.narrow) + (rehearsal.forward_peak(rows) if demand.kl else 0)
+    checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in model.transformer.modules())
+    remedy = "engine.max_rows" if checkpointed else "model.gradient_checkpointing = true"
+    why = f"{rows} rows{' recomputed block by block' if checkpointed else ''}, beside the gradients there by then"
+    return Entry("activations", found, why, "update", 0, remedy)
+
+
+def modules_of(owner: object) -> dict[str, nn.Module]:
+    """Modules among the attributes of ``owner``, those of a diffusers pipeline included, each once."""
+    found: dict[str, nn.Module] = {}
+    for name, value in [*getattr(owner, "__dict__", {}).items()]:
+        parts = getattr(value, "components", None)
+        inside = dict(parts) if isinstance(parts, Mapping) else {name: value}
+        for key, part in inside.items():
+            if isinstance(part, nn.Module) and not any(part is known for known in found.values()):
+                found[key] = part
+    return found
+
+
+def _weights(model: FlowModel) -> list[Entry]:
+    seen: set[int] = set()
+    entries = []
+    for name, module in {"transformer": model.transformer, **modules_of(model)}.items():
+        tensors = [t for t in module_tensors(module) if id(t) not in seen]
+        seen |= {id(t) for t in tensors}
+        if tensors:
+            billions = sum(t.numel() for t in tensors) / 1e9
+            kinds = "/".join(sorted({str(t.dtype).removeprefix("torch.") for t in tensors}))
+            loaded = tensor_bytes(t for t in tensors if t.device.type == model.device.type != "meta")
+            entries.append(Entry(name, tensor_bytes(tensors), f"{billions:.3g} B weights, {kinds}", "", loaded))
+    return entries
+
+
+def _reward(name: str, reward: object, device: torch.device) -> Entry:
+    if isinstance(reward, int):
+        return Entry(
+            f"reward {name}", reward, "its published size; not loaded here" if reward else "not loaded here: size not known"
+        )
+    modules = [reward] if isinstance(reward, nn.Module) else modules_of(reward).values()
+    tensors = [t for module in modules for t in module_tensors(module)]
+    loaded = tensor_bytes(t for t in tensors if t.device.type == device.type)
+    return Entry(f"reward {name}", tensor_bytes(tensors), "weights" if tensors else "no weights", "", loaded)
+
+
+@dataclasses.dataclass(frozen=True)
+class Latents:
+    """Latents that an iteration keeps.
+
+    Attributes:
+        elements: of one latent.
+        storage, wide, velocity: dtypes of stored latents, of their means, of the model's velocities.
+        anchors: trajectories kept at the fork steps. forks: how many these are.
+        transitions, successors: stored steps, and the latents that follow them.
+        samples: final latents.
+    """
+
+    elements: int
+    storage: torch.dtype
+    wide: torch.dtype
+    velocity: torch.dtype
+    anchors: int
+    forks: int
+    transitions: int
+    successors: int
+    samples: int
+
+    @property
+    def bytes(self) -> int:
+        """Anchors with their velocities, transitions, final latents."""
+        latent = self.storage.itemsize
+        anchors = self.anchors * (latent + self.forks * (latent + self.velocity.itemsize))
+        transitions = self.transitions * (latent + self.wide.itemsize) + self.successors * latent
+        return (anchors + transitions + self.samples * latent) * self.elements
+
+
+def copy_bytes(
+    rehearsal: Rehearsal,
+    table: RolloutTable,
+    forward: str,
+    precision: torch.dtype | str | None,
+    scaling: str,
+    prompts: int,
+) -> tuple[int, int]:
+    """Memory of a rollout copy beside the policy, and of what it prepares for ``prompts``; both read off a copy made on the
+    meta device.
+
+    Args:
+        forward: not ``auto``. precision, scaling: as of ``forward.backends.make_copy``.
+    """
+    model = rehearsal.model
     if family_of(model) is None or is_policy(model, forward, precision):
         return 0, 0
-    table = Derived(config).table.to(torch.device("meta"), torch.float32)
-    copy = make_copy(model, table, forward, precision, e.fp8_scaling, impl="reference")
+    copy = make_copy(model, table.to(torch.device("meta"), torch.float32), forward, precision, scaling, impl="reference")
     with torch.no_grad():
         prepared = copy.prepare(rehearsal.conditioning(prompts)).tensors.values()
     return copy.own_bytes, tensor_bytes(prepared) if forward == "fused" else 0
-
-
-def iteration_prediction(config: Config, rehearsal: Rehearsal, device: Device) -> Prediction:
-    """Predicted seconds of one iteration of a recipe; with forks, FP8 would serve probes and tails."""
-    fp8 = ("probe", "rollout") if config.rollout.plan == "fork" else ("probe",)
-    steps, averages = config.train.steps_per_iteration, config.optimizer.ema_decay > 0
-    return predict(rehearsal, planned_calls(config), device, steps, fp8, averages)
-
-
-def stored_bytes(config: Config, model: FlowModel) -> int:
-    """Latents an iteration keeps: anchors with their velocities, transitions, final latents."""
-    s, d = config.selection, Derived(config)
-    length, channels = model.latent_shape
-    latent, wide, rows = d.storage.itemsize, d.wide.itemsize, d.groups * config.rollout.group_size
-    anchored = d.slots * {"short": 2, "memory": s.finalists + 1}.get(s.judge, s.candidates) if d.forks else 0
-    anchors = anchored * (latent + len(d.forks) * (latent + model.dtype.itemsize))
-    successors = rows if d.forks else d.transitions
-    return (anchors + d.transitions * (latent + wide) + (successors + rows) * latent) * length * channels
-
-
-def published_bytes(name: str, kwargs: Mapping[str, object]) -> int | None:
-    """Size of a built-in reward with its default checkpoint; None if it is not known."""
-    if "path" in kwargs or name not in PUBLISHED_PARAMETERS:
-        return None
-    return PUBLISHED_PARAMETERS[name] * DTYPES[str(kwargs.get("dtype", "fp32"))].itemsize

@@ -111,6 +111,14 @@ class Rehearsal:
         return [p for p in self.transformer.parameters() if p.requires_grad]
 
 
+def rehearse(model: FlowModel, prompt: str) -> Rehearsal | str:
+    """The model's rehearsal, or why there is none."""
+    try:
+        return Rehearsal(model, prompt)
+    except NotRehearsable as error:
+        return str(error)
+
+
 @contextlib.contextmanager
 def fused_attention() -> Iterator[None]:
     """Within it, attention on meta tensors is the fused operator that CUDA and CPU run.

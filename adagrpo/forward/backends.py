@@ -54,12 +54,18 @@ def attention_problem(name: str, device: torch.device) -> str | None:
     return None
 
 
-def resolve_forward(name: str, model: FlowModel) -> str:
-    """``auto`` becomes ``auto_forward`` where the model's family has it, else eager."""
+def resolve_forward(name: str, model: FlowModel, planned: bool = False) -> str:
+    """``auto`` becomes ``auto_forward`` where the model's family has it, else eager.
+
+    Args:
+        planned: a model on the meta device stands for one on a GPU that can compile.
+    """
     if name != "auto":
         return name
     family = family_of(model)
-    return auto_forward(model.device) if family and "compile" in family.forwards else "eager"
+    if family is None or "compile" not in family.forwards:
+        return "eager"
+    return "compile" if planned and model.device.type == "meta" else auto_forward(model.device)
 
 
 def auto_forward(device: torch.device) -> str:

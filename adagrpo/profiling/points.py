@@ -10,8 +10,9 @@ from typing import Any, Literal
 from torch import Tensor
 
 from ..engine.executor import Count
-from ..estimate.planning import planned_calls, rehearse
+from ..estimate.rehearsal import rehearse
 from ..estimate.roofline import Work, work
+from ..forecast import planned_calls
 from ..models.base import FlowModel
 from ..recipe.keys import Config
 

@@ -15,8 +15,8 @@ import torch
 
 from ..disk.files import write_json, write_text
 from ..estimate.memory import size_text
-from ..estimate.planning import planned_calls
 from ..estimate.roofline import H100, H200, Device
+from ..forecast import planned_calls
 from ..recipe.keys import Config
 from ..report.charts import number
 from ..run.changes import changed_keys

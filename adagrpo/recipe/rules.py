@@ -60,6 +60,30 @@ def problems(config: Config) -> Iterator[Problem]:
         yield from rule(config)
 
 
+def memory_notice(config: Config, prompts: int) -> str | None:
+    """What to tell a run whose probe remembers but will hardly see a prompt twice."""
+    s, observed = config.selection, Derived(config).observed
+    if s.judge != "memory" or observed >= 2 * prompts:
+        return None
+    return (
+        f"selection.probe = {s.probe} will observe {observed} rewards of {prompts} prompts, fewer than 2 of each, and so pick "
+        f"almost blindly: shorten data.prompts to {max(1, observed // 2)}, train longer, or use selection.probe = full"
+    )
+
+
+def require_memory(config: Config, prompts: int) -> None:
+    """Refuse a probe that remembers for prompts that hardly repeat, unless it looks at finalists or the recipe accepts it:
+    where such prompts cannot be learnt it does as much harm as blind picks.
+
+    Raises:
+        InputError: with the remedies.
+    """
+    if config.selection.finalists >= 2 or config.selection.allow_unseen:
+        return
+    if notice := memory_notice(config, prompts):
+        raise InputError(f"{notice}, selection.finalists = 2 (a look at two of them), or selection.allow_unseen = true")
+
+
 def _check_unfused(c: Config) -> Iterator[Problem]:
     """Keys that would slow a run down, by how they are computed today."""
     e = c.engine

@@ -19,13 +19,13 @@ from tqdm import tqdm
 from ..disk.files import WriteError, replacing, told, writing
 from ..errors import InputError, RunError
 from ..estimate.memory import MemoryPlan, PeakMeter, checkpoint_bytes
-from ..estimate.planning import memory_notice
 from ..evaluate.held_out import PairedGain
 from ..parts.isolation import PartHung, leaving_when, own
 from ..prompts import prompt_category
 from ..recipe.derived import Derived
 from ..recipe.keys import Config
 from ..recipe.load import to_toml
+from ..recipe.rules import memory_notice
 from ..report.page import write_report
 from ..rewards import PromptRows
 from ..text.redaction import redacted, scrubbed

@@ -17,8 +17,8 @@ from ..bench.measure import Iteration, bench_trainer, measure
 from ..bench.records import new_record
 from ..bench.statistics import Series
 from ..errors import InputError
-from ..estimate.planning import planned_calls
 from ..evaluate.held_out import evaluate
+from ..forecast import planned_calls
 from ..models.base import FlowModel
 from ..recipe.keys import Config
 from ..run.folder import prompts_digest

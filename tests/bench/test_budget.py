@@ -12,7 +12,7 @@ from adagrpo.bench.budget import exceeded, limits, off_schedule, overhead_of, sc
 from adagrpo.bench.measure import Iteration, host_read
 from adagrpo.cli import main
 from adagrpo.engine.executor import RolloutExecutor
-from adagrpo.estimate.planning import planned_evaluations
+from adagrpo.forecast import planned_evaluations
 from adagrpo.forward.forwards import PolicyForward
 from adagrpo.recipe.keys import BudgetConfig, Config, RewardConfig
 from adagrpo.recipe.load import load_recipe, to_toml

@@ -15,11 +15,11 @@ from adagrpo.curriculum.cheap import Candidates, nearest_picks, nearest_rows
 from adagrpo.engine.plans import probe_plan
 from adagrpo.errors import InputError
 from adagrpo.estimate.counting import OpCounter
-from adagrpo.estimate.planning import memory_notice, planned_calls, planned_evaluations, require_memory
+from adagrpo.forecast import planned_calls, planned_evaluations
 from adagrpo.models.base import Conditioning
 from adagrpo.prompts import PromptStream
 from adagrpo.recipe.keys import Config, EngineConfig
-from adagrpo.recipe.rules import check
+from adagrpo.recipe.rules import check, memory_notice, require_memory
 from adagrpo.run.fit import read_metrics
 from adagrpo.train import Trainer
 

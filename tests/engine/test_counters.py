@@ -3,8 +3,8 @@
 import pytest
 from toy import ToyModel, toy_config, toy_trainer
 
-from adagrpo.commands import planned_evaluations
 from adagrpo.engine.plans import update_batches, window_steps
+from adagrpo.forecast import planned_evaluations
 from adagrpo.recipe.keys import Config
 
 OFFICIAL = {"steps": 16, "sde_steps": (0, 2, 4, 6), "group_size": 12}

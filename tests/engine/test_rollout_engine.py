@@ -10,12 +10,12 @@ from toy import ToyModel, recorded, toy_config, toy_trainer
 from adagrpo.algorithm.sde import sigma_schedule
 from adagrpo.algorithm.tables import multistep_table, rollout_table
 from adagrpo.build import build_model
-from adagrpo.commands import planned_evaluations
 from adagrpo.engine.graphs import StepGraphs
 from adagrpo.engine.overlap import Overlap
 from adagrpo.engine.plans import branch_plan, probe_plan, trajectory_plan
 from adagrpo.errors import InputError
 from adagrpo.estimate.counting import OpCounter
+from adagrpo.forecast import planned_evaluations
 from adagrpo.models.flux import FLUX1_DEV
 from adagrpo.models.making import random_policy
 from adagrpo.models.policy import Settings

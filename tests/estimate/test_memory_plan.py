@@ -12,7 +12,8 @@ from adagrpo.cli import main
 from adagrpo.errors import InputError
 from adagrpo.estimate.counting import PeakMemory
 from adagrpo.estimate.memory import Entry, MemoryPlan, PeakMeter, checkpoint_bytes, free_bytes
-from adagrpo.estimate.planning import memory_plan, planned_calls, published_bytes, rehearse
+from adagrpo.estimate.rehearsal import rehearse
+from adagrpo.forecast import memory_plan, planned_calls, published_bytes
 from adagrpo.recipe.keys import EngineConfig, RewardConfig
 from adagrpo.recipe.load import load_recipe
 from adagrpo.run.fit import Fit

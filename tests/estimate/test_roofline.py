@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from adagrpo.build import build_architecture
-from adagrpo.estimate.planning import iteration_prediction, planned_calls
 from adagrpo.estimate.rehearsal import Rehearsal
 from adagrpo.estimate.roofline import H100, H200, TIERS, Device, Figure, Work, predict, work
+from adagrpo.forecast import iteration_prediction, planned_calls
 from adagrpo.recipe.load import load_recipe
 
 ROUND = Device("round numbers", *(Figure(value, "est", "a test") for value in (1, 2, 4, 1)))

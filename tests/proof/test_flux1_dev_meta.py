@@ -16,9 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from adagrpo.build import build_architecture, build_model
 from adagrpo.estimate.counting import OpCounter
-from adagrpo.estimate.planning import iteration_prediction, memory_plan, rehearse
-from adagrpo.estimate.rehearsal import fused_attention
+from adagrpo.estimate.rehearsal import fused_attention, rehearse
 from adagrpo.estimate.roofline import H100, H200, TIERS
+from adagrpo.forecast import iteration_prediction, memory_plan
 from adagrpo.forward.backends import make_copy
 from adagrpo.forward.forwards import CopyForward, PolicyForward
 from adagrpo.models.flux import FluxModel

@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 
 from adagrpo.errors import InputError
-from adagrpo.estimate.planning import planned_evaluations
+from adagrpo.forecast import planned_evaluations
 from adagrpo.recipe.keys import Config
 from adagrpo.recipe.load import load_recipe, recipe_names, to_toml
 from adagrpo.recipe.rules import check

@@ -1,0 +1,158 @@
+"""What a recipe will ask for before it runs: calls, memory, seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from .curriculum.cheap import race_stages
+from .engine.plans import branch_plan, chunk_sizes, probe_plan, trajectory_plan, update_batches
+from .estimate.memory import MemoryPlan
+from .estimate.planning import Demand, Latents, copy_bytes, plan_memory
+from .estimate.rehearsal import Rehearsal
+from .estimate.roofline import Device, Prediction, predict
+from .forward.backends import resolve_forward
+from .models.base import FlowModel
+from .recipe.derived import DTYPES, Derived
+from .recipe.keys import Config
+
+# Parameters of the built-in rewards' default checkpoints, for plans that do not load them.
+PUBLISHED_PARAMETERS = {"clip": 427_616_513, "pickscore": 986_109_441, "tiny": 0, "brightness": 0}
+
+
+def planned_calls(config: Config) -> dict[str, list[int]]:
+    """Rows of each batched call of one iteration by phase, from the plans alone: of the transformer, and of ``decode``."""
+    r, train, limit, d = config.rollout, config.train, config.engine.max_rows, Derived(config)
+    slots, candidates, fork, scored = d.slots, d.candidates, r.plan == "fork", d.scores_needed
+    calls: dict[str, list[int]] = {}
+    judged = [candidates] * scored
+    if config.selection.judge != "full":
+        calls["probe"], judged = cheap_probe_calls(config)
+    elif fork or scored:
+        calls["probe"] = probe_plan(range(candidates), r.steps).calls(limit)
+    samples = 1 if fork else r.group_size
+    batches = update_batches(slots, samples, d.trained_steps, train.steps_per_iteration, train.slots, limit)
+    update = [batch.numel() for step in batches for batch in step]
+    if fork and r.fork_velocity == "fresh":
+        calls["prefix"] = update
+    branches = branch_plan(slots, r.sde_steps, r.group_size, r.steps, tails=d.table.tails)
+    plan = branches if fork else trajectory_plan(slots, r.group_size, r.steps, (), ())
+    calls["rollout"] = plan.calls(limit)
+    scored_rows = [n for rows in (*judged, plan.num_rows) for n in chunk_sizes(rows, limit)]
+    calls["decode"] = [n for rows in scored_rows for n in chunk_sizes(rows, config.engine.decode_rows)]
+    if config.loss.old_logp == "recompute":
+        calls["recompute"] = update
+    calls["update"] = update
+    if config.loss.kl_weight:
+        calls["reference"] = update
+    return calls
+
+
+def cheap_probe_calls(config: Config) -> tuple[list[int], list[int]]:
+    """Rows of each batched transformer call of a probe that does not finish every candidate, and of what it scores."""
+    s, r, slots = config.selection, config.rollout, Derived(config).slots
+    parts: list[tuple[int, int]] = []  # rows, steps
+    scored: list[int] = []
+    fork, first = r.plan == "fork", 0
+    finished = slots * (1 + s.finalists * (fork or s.finalists > 1))
+    if s.judge == "short":
+        parts, scored = [(slots * s.candidates, s.probe_steps)], [slots * s.candidates]
+    elif s.judge == "racing":
+        for number, stage in enumerate(race_stages(s.candidates, s.race_steps)):
+            rows = slots * (stage.per_slot + (number > 0))
+            parts.append((rows, stage.last - stage.first))
+            scored.append(rows)
+        first = s.race_steps[-1]
+    elif s.finalists > 1:
+        scored = [slots * s.finalists]
+    parts.append((finished, r.steps - first))
+    limit = config.engine.max_rows
+    return [n for rows, steps in parts for n in probe_plan(range(rows), steps).calls(limit)], [*scored, slots]
+
+
+def planned_evaluations(config: Config) -> dict[str, int]:
+    """Transformer image-forwards of one iteration by phase."""
+    return {phase: sum(rows) for phase, rows in planned_calls(config).items() if phase != "decode"}
+
+
+def memory_plan(
+    config: Config,
+    model: FlowModel,
+    rehearsal: Rehearsal | str,
+    rewards: Sequence[object] | None = None,
+    prompts: int | None = None,
+    held_out: int | None = None,
+) -> MemoryPlan:
+    """The memory plan of a recipe.
+
+    Args:
+        rewards: one per entry of ``config.rewards``; None takes what is published of them.
+        prompts, held_out: how many there are, if it is known.
+    """
+    e, o, d, limit = config.evaluation, config.output, Derived(config), config.engine.max_rows
+    known = held_out if held_out is not None else max(e.prompts, e.final_prompts, o.grid_prompts)
+    each, final, grid = (min(count, known) for count in (e.prompts, e.final_prompts, o.grid_prompts))
+    rows = max(each * e.noises * bool(e.every), final * e.final_noises, grid * bool(o.grid_every))
+    calls = planned_calls(config)
+    calls["evaluation"] = chunk_sizes(rows, limit)[:1]
+    calls["decode"] += [n for batch in calls["evaluation"] for n in chunk_sizes(batch, config.engine.decode_rows)]
+    capacity = getattr(getattr(model, "encoder", None), "capacity", 0)
+    copied, prepared = 0, 0
+    if not isinstance(rehearsal, str):
+        forward = resolve_forward(config.engine.forward, model, planned=True)
+        copied, prepared = copy_bytes(rehearsal, d.table, forward, d.precision, config.engine.fp8_scaling, d.candidates)
+    demand = Demand(
+        calls,
+        stored=stored_latents(config, model).bytes,
+        batch_prompts=d.candidates + d.slots,
+        evaluation_prompts=max(each, final, grid) if rows else 0,
+        cached_prompts=min(capacity, capacity if prompts is None else prompts + known),
+        averages=config.optimizer.ema_decay > 0,
+        kl=config.loss.kl_weight > 0,
+        accumulates=len(calls["update"]) > config.train.steps_per_iteration,
+        rollout_copy=copied,
+        prepared=prepared,
+        overlapped=0 < limit < max(d.candidates, d.slots * d.samples_per_slot)
+        and config.engine.overlap
+        and model.device.type != "cpu",
+        checkpoints=d.checkpoints_kept + 1,
+    )
+    return plan_memory(model, rehearsal, demand, _judges(config, rewards))
+
+
+def _judges(config: Config, rewards: Sequence[object] | None) -> dict[str, object]:
+    """The rewards by name, or what is published of their sizes."""
+    if rewards is None:
+        return {reward.name: published_bytes(reward.name, reward.kwargs) for reward in config.rewards}
+    return {key.name: reward for key, reward in zip(config.rewards, rewards, strict=True)}
+
+
+def stored_latents(config: Config, model: FlowModel) -> Latents:
+    """What an iteration keeps."""
+    s, d = config.selection, Derived(config)
+    length, channels = model.latent_shape
+    samples = d.groups * config.rollout.group_size
+    return Latents(
+        elements=length * channels,
+        storage=d.storage,
+        wide=d.wide,
+        velocity=model.dtype,
+        anchors=d.slots * {"short": 2, "memory": s.finalists + 1}.get(s.judge, s.candidates) if d.forks else 0,
+        forks=len(d.forks),
+        transitions=d.transitions,
+        successors=samples if d.forks else d.transitions,
+        samples=samples,
+    )
+
+
+def iteration_prediction(config: Config, rehearsal: Rehearsal, device: Device) -> Prediction:
+    """Predicted seconds of one iteration of a recipe; with forks, FP8 would serve probes and tails."""
+    fp8 = ("probe", "rollout") if config.rollout.plan == "fork" else ("probe",)
+    steps, averages = config.train.steps_per_iteration, config.optimizer.ema_decay > 0
+    return predict(rehearsal, planned_calls(config), device, steps, fp8, averages)
+
+
+def published_bytes(name: str, kwargs: Mapping[str, object]) -> int | None:
+    """Size of a built-in reward with its default checkpoint; None if it is not known."""
+    if "path" in kwargs or name not in PUBLISHED_PARAMETERS:
+        return None
+    return PUBLISHED_PARAMETERS[name] * DTYPES[str(kwargs.get("dtype", "fp32"))].itemsize
