@@ -14,8 +14,9 @@ from .disk.files import remedy_for
 from .errors import InputError, RunError, Stopped
 from .parts.isolation import leave_if_hanging
 from .recipe.keys import Config
-from .recipe.load import load_recipe, recipe_names, to_toml
-from .recipe.rules import MOST_SEED, check
+from .recipe.layers import Recipe
+from .recipe.load import annotated, read_recipe, recipe_names
+from .recipe.rules import MOST_SEED
 from .run.signals import leaving
 from .text.redaction import redacted, redacted_arguments, restored, scrubbed
 from .text.user_text import character_problem, require_within, shown
@@ -129,7 +130,11 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
         "--take-over", action="store_true", help="take the folder from an owner on another host that is silent for 5 minutes"
     )
     train.add_argument("--dry-run", action="store_true", help="check everything that can be checked, then stop")
-    train.add_argument("--print-config", action="store_true", help="print the resolved recipe as TOML, then stop")
+    train.add_argument(
+        "--print-config",
+        action="store_true",
+        help="print the whole recipe as TOML, and where each value comes from",
+    )
     train.add_argument("-h", "--help", action="store_true", help="show this help")
     train.set_defaults(run=_train, parser=train, recipe_keys=True)
 
@@ -139,17 +144,16 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> int:
         args.parser.print_help()
         return 0 if args.help else EXIT_INPUT
     overrides = overrides + (["--help"] if args.help else [])
-    config = _override(load_recipe(args.recipe), overrides, f"train {args.recipe}")
-    check(config)
+    recipe = _configured(read_recipe(args.recipe), overrides, f"train {args.recipe}")
     if args.print_config:
-        print(to_toml(config), end="")
+        print(annotated(recipe), end="")
         return 0
     _one_rank("train")
     from .commands import dry_run, train
 
     if args.dry_run:
-        return dry_run(config, args.out, args.resume)
-    return train(config, args.out, args.resume, args.take_over)
+        return dry_run(recipe.config, args.out, args.resume)
+    return train(recipe.config, args.out, args.resume, args.take_over)
 
 
 def _one_rank(command: str) -> None:
@@ -199,11 +203,10 @@ def _add_plan(commands: argparse._SubParsersAction) -> None:
 
 
 def _plan(args: argparse.Namespace, overrides: list[str]) -> int:
-    config = _override(load_recipe(args.recipe), overrides, f"plan {args.recipe}")
-    check(config)
+    recipe = _configured(read_recipe(args.recipe), overrides, f"plan {args.recipe}")
     from .commands import plan
 
-    return plan(config)
+    return plan(recipe.config)
 
 
 def _add_profile(commands: argparse._SubParsersAction) -> None:
@@ -220,23 +223,29 @@ def _add_profile(commands: argparse._SubParsersAction) -> None:
 
 
 def _profile(args: argparse.Namespace, overrides: list[str]) -> int:
-    recipe = load_recipe(args.recipe)
-    config = _override(recipe, overrides, f"profile {args.recipe}")
-    check(config)
+    recipe = read_recipe(args.recipe)
+    changed = _configured(recipe, overrides, f"profile {args.recipe}")
     _one_rank("profile")
     from .commands import profile
 
-    return profile(config, recipe, args.iterations, args.out)
+    return profile(changed.config, recipe.config, args.iterations, args.out)
 
 
-def _override(config: Config, overrides: list[str], command: str) -> Config:
-    """Apply --section.key VALUE; tyro prints help and errors, nearest option included, and exits with code 2."""
-    if not overrides:
-        return config
-    import tyro
+def _configured(recipe: Recipe, overrides: list[str], command: str) -> Recipe:
+    """The recipe under --section.key VALUE, checked; says which inherited keys do not apply.
 
-    shown_config = redacted(config)  # its help prints the values
-    return restored(tyro.cli(Config, default=shown_config, args=overrides, prog=f"adagrpo {command}"), config)
+    tyro prints help and errors, nearest option included, and exits with code 2.
+    """
+    if overrides:
+        import tyro
+
+        default = redacted(recipe.config)  # its help prints the values
+        config = restored(tyro.cli(Config, default=default, args=overrides, prog=f"adagrpo {command}"), recipe.config)
+        recipe = recipe.overridden(config, overrides)
+    if recipe.notice:
+        print(f"note: {recipe.notice}", file=sys.stderr)
+    recipe.check()
+    return recipe
 
 
 def _add_fidelity(commands: argparse._SubParsersAction) -> None:
@@ -255,10 +264,11 @@ def _add_fidelity(commands: argparse._SubParsersAction) -> None:
 
 def _fidelity(args: argparse.Namespace, overrides: list[str]) -> int:
     _one_rank("fidelity")
-    from .commands import fidelity, source_config
+    from .commands import fidelity, source_recipe
 
-    config, checkpoint = source_config(args.source)
-    return fidelity(_override(config, overrides, f"fidelity {args.source}"), checkpoint, args.slots, args.out)
+    recipe, checkpoint = source_recipe(args.source)
+    changed = _configured(recipe, overrides, f"fidelity {args.source}")
+    return fidelity(changed.config, checkpoint, args.slots, args.out)
 
 
 def _add_sample(commands: argparse._SubParsersAction) -> None:
@@ -453,10 +463,9 @@ def _named_recipe(default: str, rest: list[str], command: str) -> Config:
     """The checked recipe of a command whose first argument may name it."""
     named = bool(rest) and not rest[0].startswith("-")
     recipe, overrides = (rest[0], rest[1:]) if named else (default, rest)
-    config = _override(load_recipe(recipe), overrides, f"{command} {recipe}")
-    check(config)
+    configured = _configured(read_recipe(recipe), overrides, f"{command} {recipe}")
     _one_rank(command)
-    return config
+    return configured.config
 
 
 def _at_least(args: argparse.Namespace, **least: int) -> None:

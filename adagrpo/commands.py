@@ -35,7 +35,8 @@ from .models.base import FlowModel
 from .prompt_file import prompt_problem
 from .prompts import load_prompts
 from .recipe.keys import Config
-from .recipe.load import load_recipe, to_toml
+from .recipe.layers import Recipe
+from .recipe.load import read_recipe, to_toml
 from .recipe.rules import MOST_SEED, check, memory_notice
 from .report.page import write_report
 from .rewards import build_reward, check_reward_files
@@ -158,9 +159,8 @@ FIDELITY = Path("runs") / "fidelity"
 
 
 def fidelity(config: Config, checkpoint: Path | None, slots: int, out: Path | None) -> int:
-    """Compare the recipe's rollouts with the policy's own; exit code 1 when they are not faithful enough."""
+    """Compare a checked recipe's rollouts with the policy's own; exit code 1 when they are not faithful enough."""
     require_within("--slots", slots, 1, 10**5)
-    check(config)
     check_engine(config)
     if not changed_levers(config):
         keys = "engine.precision, engine.forward, engine.attention or rollout.tail_steps"
@@ -210,7 +210,10 @@ def load_trained(source: str) -> tuple[Config, FlowModel]:
     Raises:
         InputError: no such source, a damaged checkpoint, or one of another base model.
     """
-    config, checkpoint = source_config(source)
+    recipe, checkpoint = source_recipe(source)
+    if recipe.notice:
+        print(f"note: {recipe.notice}", file=sys.stderr)
+    config = recipe.config
     engine = dataclasses.replace(config.engine, fp8_attention=False, fp8_scaling="rowwise")
     check(dataclasses.replace(config, engine=engine))  # what rollouts are refused today, an older run may have had
     return config, load_model(config, checkpoint)
@@ -230,7 +233,7 @@ def load_model(config: Config, checkpoint: Path | None) -> FlowModel:
     return model
 
 
-def source_config(source: str) -> tuple[Config, Path | None]:
+def source_recipe(source: str) -> tuple[Recipe, Path | None]:
     """Recipe and (sound) checkpoint behind a recipe name, TOML file, run folder or checkpoint folder.
 
     Of a run it is the newest sound one; what is skipped is said.
@@ -241,7 +244,7 @@ def source_config(source: str) -> tuple[Config, Path | None]:
     path = Path(source)
     if (path / INDEX).is_file():
         verify(path, state=False)
-        return load_recipe(recipe_file(path)), path
+        return read_recipe(recipe_file(path)), path
     if (path / "config.toml").is_file():
         run = RunFolder(path)
         checkpoint = run.sound_checkpoint()
@@ -249,10 +252,10 @@ def source_config(source: str) -> tuple[Config, Path | None]:
             print(f"note: {notice}", file=sys.stderr)
         if checkpoint is None:
             print(f"note: {path} has no checkpoint yet: these are the initial weights", file=sys.stderr)
-        return load_recipe(path / "config.toml"), checkpoint
+        return read_recipe(path / "config.toml"), checkpoint
     if path.is_dir():
         raise InputError(f"{source}: neither a run folder (config.toml) nor a checkpoint ({INDEX})")
-    return load_recipe(source), None
+    return read_recipe(source), None
 
 
 def with_seed(config: Config, seed: int) -> Config:

@@ -1,4 +1,4 @@
-"""Recipes: TOML merged over the defaults of ``adagrpo.recipe.keys``, strict and readable when refused."""
+"""Recipes: TOML over bases over the defaults of ``recipe.keys``, strict and readable when refused."""
 
 from __future__ import annotations
 
@@ -6,18 +6,21 @@ import dataclasses
 import os
 import types
 import typing
+from collections.abc import Callable, Iterator
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import tomli_w
 
 from ..errors import InputError
 from ..text.redaction import REDACTED, is_secret, redacted
-from ..text.user_text import cut, nearest, parse_toml, read_text, shown
+from ..text.user_text import character_problem, cut, nearest, parse_toml, read_text, shown
 from .keys import Config
+from .layers import Layer, Recipe, resolve
 
 MAX_BYTES = 2**16
+MOST_BASES = 8
 
 
 def recipe_names() -> list[str]:
@@ -27,29 +30,103 @@ def recipe_names() -> list[str]:
 
 
 def load_recipe(recipe: str | Path) -> Config:
-    """Read a shipped recipe by name, or a TOML file by path.
+    """The keys and values of ``read_recipe``."""
+    return read_recipe(recipe).config
+
+
+def read_recipe(recipe: str | Path) -> Recipe:
+    """Read a shipped recipe by name, or a TOML file by path, over the recipe that it names as its ``base``, and so on.
+
+    A base is named as a recipe is, but its path is relative to the file that names it.
 
     Raises:
-        InputError: unknown recipe, unreadable file, unknown key or wrong type.
+        InputError: unknown recipe, unreadable file, unknown key or wrong type; bases in a circle, or too many.
     """
+    files = [_open(str(recipe), Path(), "")]
+    while base := _base_of(files[-1]):
+        circle = base.identity in [file.identity for file in files]
+        files.append(base)
+        if circle or len(files) > MOST_BASES + 1:
+            chain = " → ".join(cut(file.source) for file in files)
+            raise InputError(f"{'bases in a circle' if circle else f'more than {MOST_BASES} bases'}: {chain}; leave one out")
+    return resolve([_layer(file, file is not files[0]) for file in reversed(files)])
+
+
+class _File(NamedTuple):
+    """A recipe file: name of a shipped recipe or path, the folder that its base is relative to (None if shipped), content."""
+
+    name: str
+    folder: Path | None
+    tables: dict[str, Any]
+
+    @property
+    def source(self) -> str:
+        """How messages name it."""
+        return f"recipe {self.name}" if self.folder is None else self.name
+
+    @property
+    def identity(self) -> str:
+        """The same of the same file, however it was named."""
+        return self.source if self.folder is None else os.path.realpath(self.name)
+
+
+def _open(name: str, folder: Path | None, asked: str) -> _File:
+    """A recipe by name, or a file relative to ``folder``; ``asked`` is what messages say of who names it."""
     names = recipe_names()
-    if str(recipe) in names:
-        text, source = (
-            (resources.files(__package__) / f"{recipe}.toml").read_text("utf-8"),
-            f"recipe {recipe}",
-        )
-    else:
-        path = Path(recipe)
-        if not os.path.exists(path):
-            raise InputError(
-                f"no recipe {shown(str(recipe))}{nearest(str(recipe), names)}: name one of {', '.join(names)}, or a TOML file"
-            )
-        text, source = read_text(path, str(path), MAX_BYTES), str(path)
+    if name in names:
+        text = (resources.files(__package__) / f"{name}.toml").read_text("utf-8")
+        return _File(name, None, _parsed(text, f"recipe {name}"))
+    if folder is None or not os.path.exists(folder / name):
+        where = f" relative to {folder}" if asked else ""
+        known = f"name one of {', '.join(names)}, or a TOML file{where}"
+        raise InputError(f"{asked}no recipe {shown(name)}{nearest(name, names)}: {known}")
+    path = folder / name
+    return _File(str(path), path.parent, _parsed(read_text(path, f"{asked}{path}", MAX_BYTES), str(path)))
+
+
+def _parsed(text: str, source: str) -> dict[str, Any]:
     try:
-        tables = parse_toml(text)
+        return parse_toml(text)
     except ValueError as error:
         raise InputError(f"{source}: not valid TOML: {error}") from error
-    return _build(Config, tables, source, "")
+
+
+def _base_of(file: _File) -> _File | None:
+    """The file that another names as its base."""
+    if "base" not in file.tables:
+        return None
+    name = file.tables["base"]
+    asked = f"{file.source}: base = {shown(name)}: "
+    if not isinstance(name, str):
+        raise InputError(f"{asked}expected the name of a recipe, or a TOML file")
+    if problem := character_problem(name, ""):
+        raise InputError(f"{asked}{problem}; remove it")
+    return _open(name, file.folder, asked)
+
+
+def _layer(file: _File, is_base: bool) -> Layer:
+    """What a file says, its keys and types checked."""
+    tables = {key: value for key, value in file.tables.items() if key != "base"}
+    values = _named(_build(Config, tables, file.source, ""), tables)
+    if is_base:
+        label = f"base {cut(file.name) if file.name.isprintable() else shown(file.name)}"
+        return Layer(label, label, values, own=False)
+    return Layer("this recipe", file.source, values, own=file.folder is not None)
+
+
+def _named(config: Any, tables: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key → value in ``config``, of the keys in ``tables``."""
+    found: dict[str, Any] = {}
+    for name, told in tables.items():
+        value, key = getattr(config, name), f"{prefix}{name}"
+        if dataclasses.is_dataclass(value):
+            found |= _named(value, told, f"{key}.")
+            continue
+        found[key] = value
+        if name == "rewards":
+            for i, reward in enumerate(value):
+                found |= _named(reward, told[i], f"{key}.{i}.")
+    return found
 
 
 def to_toml(config: Config) -> str:
@@ -57,11 +134,33 @@ def to_toml(config: Config) -> str:
     return tomli_w.dumps(_plain(dataclasses.asdict(redacted(config))))
 
 
+def annotated(recipe: Recipe) -> str:
+    """The resolved recipe as by ``to_toml``, with a comment behind every value that says where it comes from."""
+    return "\n".join(_annotated(_plain(dataclasses.asdict(redacted(recipe.config))), "", "", recipe.origin)) + "\n"
+
+
+def _annotated(table: dict[str, Any], header: str, prefix: str, origin: Callable[[str], str]) -> Iterator[str]:
+    """Lines of a table whose own tables begin with ``header`` in TOML, and its keys with ``prefix``."""
+    tables = {key: value for key, value in table.items() if isinstance(value, dict) or (key == "rewards" and value)}
+    for key in [key for key in table if key not in tables]:
+        first, *more = tomli_w.dumps({key: table[key]}).rstrip("\n").split("\n")
+        yield from (f"{first}  # {origin(prefix + key)}", *more)
+    for key, value in tables.items():
+        if key == "kwargs":
+            yield from ("", f"[{header}{key}]  # {origin(prefix + key)}", *tomli_w.dumps(value).split("\n")[:-1])
+        elif key == "rewards":
+            for i, reward in enumerate(value):
+                yield from ("", f"[[{key}]]", *_annotated(reward, f"{key}.", f"{key}.{i}.", origin))
+        else:
+            yield from ("", f"[{header}{key}]", *_annotated(value, f"{header}{key}.", f"{prefix}{key}.", origin))
+
+
 def _build(cls: Any, data: dict[str, Any], source: str, prefix: str) -> Any:
     hints = typing.get_type_hints(cls)
+    known = list(hints) if prefix else ["base", *hints]
     for key in data:
         if key not in hints:
-            raise InputError(f"{source}: unknown key {prefix}{cut(key)}{nearest(key, list(hints))}")
+            raise InputError(f"{source}: unknown key {prefix}{cut(key)}{nearest(key, known)}")
     values = {key: _convert(hints[key], value, source, prefix + key) for key, value in data.items()}
     return cls(**values)
 

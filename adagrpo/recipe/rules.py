@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 
 from ..algorithm.selection import STRATEGIES
 from ..errors import InputError
 from ..models.registry import FAMILIES
 from ..parts.plugins import is_import_path
-from ..text.redaction import redacted_kwargs
+from ..text.redaction import redacted, redacted_kwargs
 from ..text.user_text import cut, nearest, shown
 from .derived import Derived
+from .dotted import lookup
 from .keys import BUILT_IN_MODELS, Config, GuardConfig, GuardsConfig
 from .values import Problem, check_values
 
@@ -32,14 +32,17 @@ TENSORWISE_FUSED = (
 )
 
 
-def check(config: Config) -> None:
+def check(config: Config, where: Callable[[str], str] = lambda key: "") -> None:
     """Refuse values that are out of range or cannot work together.
+
+    Args:
+        where: what a message adds about the origin of a key.
 
     Raises:
         InputError: naming the key, the value and what is allowed.
     """
     for key, value, remedy, _ in problems(config):
-        raise InputError(f"{key} = {cut(value) if isinstance(value, str) else shown(value)}: {remedy}")
+        raise InputError(f"{key} = {cut(value) if isinstance(value, str) else shown(value)}: {remedy}{where(key)}")
 
 
 def problems(config: Config) -> Iterator[Problem]:
@@ -137,16 +140,16 @@ def _check_ranges(c: Config) -> Iterator[Problem]:
         "selection.noise_share", "selection.alpha", "optimizer.ema_decay", "optimizer.betas.0", "optimizer.betas.1",
     )  # fmt: skip
     for key, low in at_least.items():
-        if not low <= (value := _lookup(c, key)) < float("inf"):
+        if not low <= (value := lookup(c, key)) < float("inf"):
             yield Problem(key, value, f"must be at least {low}")
     for key, high in at_most.items():
-        if (value := _lookup(c, key)) > high:
+        if (value := lookup(c, key)) > high:
             yield Problem(key, value, f"must be at most {high}")
     for key in above_zero:
-        if not 0 < (value := _lookup(c, key)) < float("inf"):
+        if not 0 < (value := lookup(c, key)) < float("inf"):
             yield Problem(key, value, "must be above 0")
     for key in below_one:
-        if not 0 <= (value := _lookup(c, key)) < 1:
+        if not 0 <= (value := lookup(c, key)) < 1:
             yield Problem(key, value, "must lie in [0, 1)")
     for guard in dataclasses.fields(GuardsConfig):
         if isinstance(value := getattr(c.guards, guard.name), GuardConfig):
@@ -195,10 +198,10 @@ def _check_dead_keys(c: Config) -> Iterator[Problem]:
             ["train.part_timeout"],
         ),
     ]
-    default = Config()
+    default, seen = Config(), redacted(c)
     for dead, needed, keys in rules:
         for key in keys:
-            if dead and (value := _lookup(c, key)) != _lookup(default, key):
+            if dead and (value := lookup(seen, key)) != lookup(default, key):
                 yield Problem(key, value, f"has no effect here: it needs {needed}", unread=key)
 
 
@@ -318,7 +321,7 @@ def _check_plugins(c: Config) -> Iterator[Problem]:
         ("selection.strategy", STRATEGIES, c.selection),
         ("advantage.function", ("fused",), c.advantage),
     ):
-        name = _lookup(c, key)
+        name = lookup(c, key)
         if name not in names and not is_import_path(name):
             yield Problem(key, name, f"must be one of {', '.join(names)}, or package.module:attribute{nearest(name, names)}")
         if name in names and section.kwargs:
@@ -336,9 +339,3 @@ def _check_rewards(c: Config) -> Iterator[Problem]:
             yield Problem(
                 f"rewards.{i}.timeout", reward.timeout, f"must be from 0 (waits for ever) to {LONGEST_TIMEOUT:g} seconds"
             )
-
-
-def _lookup(config: Any, key: str) -> Any:
-    for part in key.split("."):
-        config = config[int(part)] if part.isdigit() else getattr(config, part)
-    return config

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import io
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from adagrpo.cli import main
-from adagrpo.recipe.load import load_recipe, to_toml
+from adagrpo.recipe.load import load_recipe, recipe_names, to_toml
 
 BASES = {name: tomllib.loads(to_toml(load_recipe(name))) for name in ("tiny", "tiny-grpo", "flux1-dev-official")}
 VALUES = st.one_of(
@@ -53,6 +54,28 @@ VALUES = st.one_of(
     st.sampled_from([[], [0], [0, 2], [2, 0], [0, 0], ["x"], [[0]], {}, {"x": 1}, {"limit": -1}, [{"name": "tiny"}]]),
     st.text(max_size=6),
 )
+TURNS = [
+    "model.family = 'parts:model'", "selection.candidates = 1", "selection.probe = 'memory'", "evaluation.every = 0",
+    "rollout = {plan = 'window', window_size = 2}\nloss.old_logp = 'recompute'", "model.tuning = 'full'",
+    "selection.strategy = 'random'",
+    "data = {prompts = 'tiny:even', held_out = 'tiny:held_out'}", "rollout.fork_velocity = 'fresh'", "model.path = 'tiny-flux'",
+    "optimizer.schedule = 'constant'", "train.steps_per_iteration = 1", "selection.probe = 'full'",
+]  # fmt: skip
+BASE_NAMES = [
+    *["below.toml"] * 6, *["tiny", "flux1-dev-fast"] * 2, "fuzz.toml", "nowhere", "", ".", "/dev/zero", "x\0", "\u2028",
+    "x" * 5000, 3, {}, [],
+]  # fmt: skip
+FULL = tomllib.loads("""
+name = "full"
+output.keep_best = true
+optimizer = {schedule = "linear", final_share = 0.5}
+train.steps_per_iteration = 2
+loss = {average = "iteration", old_logp = "recompute", kl_weight = 0.1, kl_variance = "diffusion"}
+model = {tuning = "lora", lora_rank = 4, guidance = 2.0}
+rollout.tail_steps = 3
+selection = {probe = "memory", finalists = 2, half_life = 9.0}
+data = {prompts = "parts:prompts", held_out = "parts:held_out"}
+""")
 MARKS = [
     b"\xef\xbb\xbf", b"\xff\xfe", b"\0", b"\xff", b"[" * 5000, b"9" * 5000, b"{a=" * 2000, b'"', b"\\ud800", b"\r", b"\x1a",
     b"\n[[rewards]]\n", b"1e400", b"nan", b"0x" + b"f" * 4000,
@@ -87,6 +110,28 @@ def test_dry_run_or_one_clear_error(recipe: dict[str, Any], tmp_path_factory) ->
     judge(tomli_w.dumps(recipe).encode(), tmp_path_factory.getbasetemp())
 
 
+@settings(max_examples=300, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+@given(
+    turns=st.lists(st.sampled_from(TURNS), max_size=3),
+    own=st.one_of(st.just({}), st.just({}), mutated()),
+    kept=st.sets(st.sampled_from(sorted(BASES["tiny"]))),
+    base=st.sampled_from(BASE_NAMES),
+    below=st.one_of(st.sampled_from([*BASES.values(), FULL]), mutated()),
+    lowest=st.sampled_from([None, None, None, *recipe_names(), "./fuzz.toml", 3]),
+)
+def test_bases_work_or_one_clear_error(
+    turns: list[str], own: dict[str, Any], kept: set[str], base: Any, below: dict[str, Any], lowest: Any, tmp_path_factory
+) -> None:
+    """A few keys, or some sections of a mutated recipe, over another one that may have a base itself."""
+    folder = tmp_path_factory.getbasetemp()
+    (folder / "below.toml").write_bytes(tomli_w.dumps(({} if lowest is None else {"base": lowest}) | below).encode())
+    recipe = {"base": base} | {key: own[key] for key in kept & own.keys()}
+    for turn in turns:
+        for section, keys in tomllib.loads(turn).items():
+            recipe[section] = (recipe[section] if isinstance(recipe.get(section), dict) else {}) | keys
+    judge(tomli_w.dumps(recipe).encode(), folder)
+
+
 @settings(max_examples=150, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 @given(
     name=st.sampled_from(sorted(BASES)),
@@ -108,9 +153,11 @@ def judge(content: bytes, folder: Path) -> None:
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main(["train", str(file), "--dry-run"])
+    notice, error = re.fullmatch(r"(note: inherited keys [^\n]*\n)?(.*)", err.getvalue(), re.DOTALL).groups()
+    assert notice is None or (b"base = " in content and len(notice) < 2000)
     if code == 0:
-        assert "evaluations per iteration" in out.getvalue() and err.getvalue() == ""
+        assert "evaluations per iteration" in out.getvalue() and error == ""
     else:
         assert code == 2
-        assert err.getvalue().startswith("adagrpo: ") and len(err.getvalue().strip("\n").splitlines()) == 1, err.getvalue()
-        assert len(err.getvalue()) < 2000, err.getvalue()
+        assert error.startswith("adagrpo: ") and len(error.strip("\n").splitlines()) == 1, error
+        assert len(error) < 2000, error
