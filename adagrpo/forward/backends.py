@@ -160,7 +160,9 @@ def make_copy(
     if forward == "fused" and fp8 == "tensorwise":
         raise InputError(f"engine.fp8_scaling = tensorwise: {TENSORWISE_FUSED}")
     try:
-        if forward == "fused" and (family := family_of(model)):
+        if forward == "fused":
+            if (family := family_of(model)) is None or not family.fused:
+                raise ValueError("there is none for this model")
             fused: Callable[..., Forward] = attribute(family.fused)
             return fused(model, table, dtype, fp8 is not None, attend, compiled, impl, say=say)
         return CopyForward(model, table, dtype, fp8, forward == "compile" and compiled, impl=impl, say=say)

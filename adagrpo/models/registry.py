@@ -49,7 +49,7 @@ class Family:
         repeated_blocks: classes of the transformer's blocks that ``engine.forward = compile`` compiles; empty refuses it.
         fp8: whether FP8 may take the layers that ``forward.forwards.is_quantised`` names.
         fused: import path of its ``Forward`` for ``engine.forward = fused``; empty refuses it.
-        lora_targets: modules that get an adapter where the recipe names none, by the end of their name.
+        lora_targets: modules that get an adapter, by the end of their name; those of FLUX are the default of the recipes' key.
         architectures: values of ``model.path`` whose shapes, hence memory, are known without files, and where they are written:
             settings by component. Those that begin with ``random:`` are loaded with random weights.
     """

@@ -53,6 +53,7 @@ def problems(config: Config) -> Iterator[Problem]:
         _check_unfused,
         _check_ranges,
         _check_plugins,
+        _check_family,
         _check_dead_keys,
         _check_sizes,
         _check_rollout,
@@ -327,6 +328,15 @@ def _check_plugins(c: Config) -> Iterator[Problem]:
         if name in names and section.kwargs:
             unread = f"{key.split('.')[0]}.kwargs"
             yield Problem(unread, redacted_kwargs(section.kwargs), f"acts only when {key} is an import path", unread)
+
+
+def _check_family(c: Config) -> Iterator[Problem]:
+    """What the family's rollouts cannot be computed with."""
+    family, e = FAMILIES.get(c.model.family), c.engine
+    if family and e.forward not in ("auto", *family.forwards):
+        yield Problem("engine.forward", e.forward, f"{family.title} models have auto, {', '.join(family.forwards)}")
+    if family and e.precision == "fp8" and not family.fp8:
+        yield Problem("engine.precision", "fp8", f"no layers of {family.title} models are known to bear it: use auto or bf16")
 
 
 def _check_rewards(c: Config) -> Iterator[Problem]:
