@@ -77,18 +77,19 @@ def write_recipe(path: Path, name: str, seed: int = 0) -> Path:
 class Command:
     """``adagrpo ARGS`` in a process group of its own; forked from a parent that has the libraries loaded, or started anew."""
 
-    def __init__(self, log: Path, *args: str, fresh: bool = False) -> None:
+    def __init__(self, log: Path, *args: str, fresh: bool = False, enter: Callable[[], object] = lambda: None) -> None:
+        """``enter`` is called in the forked process, before it imports ``adagrpo``."""
         self.log, self.args = log, args
         with log.open("ab") as file:
             if fresh:
                 command = [sys.executable, "-m", "adagrpo", *args]
                 self.pid = subprocess.Popen(command, stdout=file, stderr=file, stdin=subprocess.DEVNULL, process_group=0).pid
             else:
-                self.pid = self._forked(file.fileno(), args)
+                self.pid = self._forked(file.fileno(), args, enter)
         self.code: int | None = None
 
     @staticmethod
-    def _forked(output: int, args: tuple[str, ...]) -> int:
+    def _forked(output: int, args: tuple[str, ...], enter: Callable[[], object]) -> int:
         pid = os.fork()
         if pid:
             return pid
@@ -100,6 +101,7 @@ class Command:
             null = os.open(os.devnull, os.O_RDONLY)
             for source, target in ((null, 0), (output, 1), (output, 2)):
                 os.dup2(source, target)
+            enter()
             from adagrpo.cli import main
 
             code = main(args)
