@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
     {"__main__", "cli"},
     {"commands", "bench", "study"},
+    {"arguments"},
     {"doctor", "profiling"},
     {"run", "report"},
     {"evaluate"},

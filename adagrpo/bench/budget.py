@@ -13,8 +13,8 @@ from ..recipe.derived import Derived
 from ..recipe.keys import Config
 from ..run.folder import prompts_digest
 from ..study.hosts import hosts, with_probe, without_adagrpo
-from .iteration import Options
 from .measure import PHASES, HostRead, Iteration, bench_trainer, host_read, interleaved, measure, phase_series, rows_seen
+from .options import Options
 from .records import Record, new_record
 from .statistics import Series, ratios
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,19 +13,9 @@ from ..recipe.keys import Config
 from ..run.folder import prompts_digest
 from .flops import ForwardFlops, count_flops, stated_peak
 from .measure import PHASES, EnergyMeter, Iteration, bench_trainer, host_syncs, measure, overlapping, peak_bytes, phase_series
+from .options import Options
 from .records import Record, new_record
 from .statistics import Series
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What every measuring command takes: rounds, the records' folder, a note, the command line, the peak in TFLOP/s."""
-
-    rounds: int
-    out: Path
-    note: str = ""
-    argv: tuple[str, ...] = ()
-    peak: float = 0.0
 
 
 def iteration_command(config: Config, options: Options) -> int:

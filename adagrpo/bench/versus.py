@@ -12,8 +12,8 @@ from ..recipe.keys import Config
 from ..run.folder import prompts_digest
 from ..train import Trainer
 from .baseline import PublishedLoop
-from .iteration import Options
 from .measure import PHASES, Iteration, bench_trainer, forget_prompts, interleaved, measure, phase_series
+from .options import Options
 from .records import Record, new_record
 from .statistics import Series, ratios
 

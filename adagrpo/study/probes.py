@@ -12,8 +12,8 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from ..algorithm.sde import Stream
-from ..bench.iteration import Options
 from ..bench.measure import Iteration, bench_trainer, measure
+from ..bench.options import Options
 from ..bench.records import new_record
 from ..bench.statistics import Series
 from ..errors import InputError

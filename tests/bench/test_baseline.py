@@ -8,7 +8,7 @@ from toy import PROMPTS, ToyModel, half_bright, recorded, toy_config, toy_traine
 
 from adagrpo.bench import baseline
 from adagrpo.bench.baseline import PublishedLoop
-from adagrpo.bench.iteration import Options
+from adagrpo.bench.options import Options
 from adagrpo.bench.versus import different_work, measure_versus, plain_loop, versus_report
 from adagrpo.build import build_trainer
 from adagrpo.curriculum.cheap import rows_of

@@ -8,8 +8,9 @@ import torch
 from toy import toy_config, toy_trainer
 
 from adagrpo.bench.flops import ForwardFlops, count_flops, stated_peak
-from adagrpo.bench.iteration import Options, iteration_report, measure_iterations, rate_series
+from adagrpo.bench.iteration import iteration_report, measure_iterations, rate_series
 from adagrpo.bench.measure import PHASES, EnergyMeter, Iteration, host_syncs, interleaved, measure, phase_series, rows_seen
+from adagrpo.bench.options import Options
 from adagrpo.build import build_trainer
 from adagrpo.cli import main
 from adagrpo.recipe.load import load_recipe
