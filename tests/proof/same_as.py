@@ -280,8 +280,11 @@ def main() -> int:
     if args.keep:
         args.keep.mkdir(parents=True)
         return same_as(args.base, chosen, args.keep.resolve(), args.strict)
-    with tempfile.TemporaryDirectory(prefix="same-as-") as work:
-        return same_as(args.base, chosen, Path(work).resolve(), args.strict)
+    work = Path(tempfile.mkdtemp(prefix="same-as-")).resolve()  # a TemporaryDirectory would go as the first command ends
+    try:
+        return same_as(args.base, chosen, work, args.strict)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 if __name__ == "__main__":
