@@ -21,11 +21,13 @@ from .algorithm.sde import Stream, philox_uniform
 from .algorithm.selection import STRATEGIES, CapabilityState, capability_step, closest_distance
 from .curriculum.cheap import Candidates, CheapProbe, nearest_picks, rows_of
 from .curriculum.evidence import CheapFilter
-from .engine.executor import Rollout, RolloutExecutor
+from .engine.batch_limit import BatchLimit
+from .engine.executor import Backends, RolloutExecutor
 from .engine.graphs import StepGraphs
 from .engine.optimizer import PolicyOptimizer
 from .engine.overlap import Overlap
 from .engine.plans import host_integers, probe_plan, window_steps
+from .engine.rollout import Rollout
 from .engine.sampling import Samples, merge_slots, sample_forks, sample_trajectories
 from .engine.scoring import Scorer
 from .engine.timing import PhaseTimer
@@ -511,7 +513,8 @@ def build_executor(
         on_device = table.to(model.device, torch.float64 if model.dtype is torch.float64 else torch.float32)
         forward = build_forward(model, on_device, e.forward, d.precision, e.fp8_scaling, e.attention, impl, say)
         graphs = StepGraphs(model.device, say) if e.cuda_graphs else None
-    return RolloutExecutor(model, table, config.train.seed, d.storage, e.max_rows, phase, impl, forward, graphs, e.decode_rows)
+    limit, backends = BatchLimit(e.max_rows, e.decode_rows), Backends(impl, forward, graphs)
+    return RolloutExecutor(model, table, config.train.seed, d.storage, limit, phase, backends)
 
 
 def build_optimizer(config: Config, model: FlowModel) -> PolicyOptimizer:

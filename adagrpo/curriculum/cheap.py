@@ -16,9 +16,10 @@ from torch import Tensor
 
 from ..algorithm.sde import Draw, Stream, philox_uniform
 from ..algorithm.selection import CapabilityState, Selection, capability_step, closest_distance, nearest
-from ..engine.executor import Rollout, RolloutExecutor
+from ..engine.executor import RolloutExecutor
 from ..engine.overlap import Overlap
 from ..engine.plans import probe_plan
+from ..engine.rollout import Rollout
 from ..engine.scoring import Scorer
 from ..models.base import Conditioning
 from ..rewards import PromptRows

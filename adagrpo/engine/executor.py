@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,15 +15,16 @@ from torch import Tensor
 
 from ..algorithm.sde import Draw, Stream, affine_mean, group_log_prob, philox_normal, sde_step
 from ..algorithm.tables import RolloutTable
-from ..errors import RunError
 from ..forward.forwards import Forward, PolicyForward
 from ..models.base import Conditioning, FlowModel
+from .batch_limit import BatchLimit
 from .graphs import StepGraphs
-from .plans import KEPT_PLANS, Plan, chunk_slices, device_integers, entered
+from .lanes import Chunk, Lane, Lanes
+from .plans import Plan, device_integers
+from .rollout import Rollout, Transitions, merged
 from .timing import PhaseTimer
 
 Finished = Callable[[Tensor, Tensor], None]
-MAX_LANES = 16
 
 
 @dataclasses.dataclass
@@ -35,96 +36,18 @@ class Count:
 
 
 @dataclasses.dataclass(frozen=True)
-class Transitions:
-    """Stored stochastic steps: N latents with G successors each, after rounding to the storage dtype.
+class Backends:
+    """How an executor computes.
 
     Attributes:
-        latent: [N, L, C], x_k.
-        successors: [N, G, L, C].
-        mean: [N, L, C], compute dtype.
-        logp: [N, G], compute dtype.
-        index: int64 [N], row of the step table.
-        slot: int64 [N], row of the conditioning batch.
-        sample: int64 [N, G], the rollout row (final image) each successor led to.
+        impl: implementation of the operators (``adagrpo_kernels._dispatch``).
+        rollout: what computes the velocities of rollouts; None is the policy itself.
+        graphs: capture the rollout's steps.
     """
 
-    latent: Tensor
-    successors: Tensor
-    mean: Tensor
-    logp: Tensor
-    index: Tensor
-    slot: Tensor
-    sample: Tensor
-
-    def rows(self, index: Tensor) -> Transitions:
-        """The transitions ``index``, an int64 vector on their device."""
-        fields = (f.name for f in dataclasses.fields(self))
-        return Transitions(**{name: getattr(self, name).index_select(0, index) for name in fields})
-
-    def with_logp(self, logp: Tensor) -> Transitions:
-        """The same transitions with other stored log-probabilities."""
-        return dataclasses.replace(self, logp=logp)
-
-
-@dataclasses.dataclass(frozen=True)
-class Rollout:
-    """What a plan produced, in the plan's row order.
-
-    Attributes:
-        final: [R, L, C], latents after the last step.
-        latents, velocities: [R, L, C] at each step of ``plan.keep``.
-        transitions: steps of ``plan.record``, ordered (row, step); None without any.
-    """
-
-    final: Tensor
-    latents: dict[int, Tensor]
-    velocities: dict[int, Tensor]
-    transitions: Transitions | None
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Chunk:
-    """Rows of a plan that advance in one batch, ordered by the step they enter; indices on the device.
-
-    Attributes:
-        rows: int64 [r], their place in the plan.
-        entered: how many of them have entered at each step.
-        index: int64 [r, S]. conditioning, noise_row: int64 [r].
-    """
-
-    rows: Tensor
-    entered: tuple[int, ...]
-    index: Tensor
-    conditioning: Tensor
-    noise_row: Tensor
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Lane:
-    """The tensors of a rolling chunk that steps read and write in place.
-
-    Attributes:
-        chunk: the rows.
-        x: [r, L, C], latents.
-        clean: [r, L, C] in the compute dtype, previews of the step before; None for first-order plans.
-        step, iteration: int64 0-dim.
-        prepared: what the calls share, by forward.
-        static: every run with this chunk uses these very tensors, so that its steps may be captured.
-    """
-
-    chunk: _Chunk
-    x: Tensor
-    clean: Tensor | None
-    step: Tensor
-    iteration: Tensor
-    prepared: tuple[Conditioning, ...]
-    static: bool
-
-    def statics(self) -> list[Tensor]:
-        """Every tensor a captured step refers to."""
-        chunk = (self.chunk.index, self.chunk.conditioning, self.chunk.noise_row)
-        own = [t for t in (self.x, self.clean, self.step, self.iteration) if t is not None]
-        return [*own, *chunk, *(t for c in self.prepared for t in c.tensors.values())]
+    impl: str | None = None
+    rollout: Forward | None = None
+    graphs: StepGraphs | None = None
 
 
 class RolloutExecutor:
@@ -135,12 +58,9 @@ class RolloutExecutor:
         table: every step a rollout can take; moved to the model's device.
         seed: of the counter-based noise.
         storage: dtype in which latents are kept between steps.
-        max_rows: largest batch of one transformer call; 0 is unlimited.
+        limit: of its batches; None is none.
         phase: timer of the trainer's phases.
-        impl: implementation of the operators (``adagrpo_kernels._dispatch``).
-        rollout: what computes the velocities of rollouts; None is the policy itself.
-        graphs: capture the rollout's steps.
-        decode_rows: largest batch of decoder and rewards, where it is less than ``max_rows``; 0 is ``max_rows``.
+        backends: how it computes; the default is by the policy itself.
     """
 
     def __init__(
@@ -149,16 +69,12 @@ class RolloutExecutor:
         table: RolloutTable,
         seed: int,
         storage: torch.dtype,
-        max_rows: int = 0,
+        limit: BatchLimit | None = None,
         phase: PhaseTimer | None = None,
-        impl: str | None = None,
-        rollout: Forward | None = None,
-        graphs: StepGraphs | None = None,
-        decode_rows: int = 0,
+        backends: Backends = Backends(),
     ) -> None:
-        self.model, self.seed, self.storage, self.max_rows, self.decode_rows = model, seed, storage, max_rows, decode_rows
-        self.phase, self.impl = phase or PhaseTimer(model.device), impl
-        self._largest, self._halved = 0, False
+        self.model, self.seed, self.storage, self.limit = model, seed, storage, limit or BatchLimit()
+        self.phase, self.impl, self.graphs = phase or PhaseTimer(model.device), backends.impl, backends.graphs
         self.num_steps = table.num_steps
         if self.num_steps > MAX_STEP:
             raise ValueError(f"{self.num_steps} steps: the counter of the noise holds {MAX_STEP}")
@@ -166,11 +82,9 @@ class RolloutExecutor:
         self.rollout_table = table.to(model.device, wide)
         self.table = self.rollout_table.steps
         self.policy: Forward = PolicyForward(model, self.rollout_table)
-        self.rollout, self.graphs = rollout or self.policy, graphs
+        self.rollout = backends.rollout or self.policy
+        self.lanes = Lanes(self.table.a, self.limit, self.graphs)
         self._seed, self._zero = self._word(seed), self._word(0)
-        self._chunks: OrderedDict[tuple[int, int], tuple[Plan, list[_Chunk]]] = OrderedDict()
-        self._lanes: dict[Hashable, _Lane] = {}
-        self._prefix: dict[Hashable, list[Tensor]] = {}
         self.counts: dict[str, Count] = defaultdict(Count)
 
     def refresh(self) -> None:
@@ -181,23 +95,19 @@ class RolloutExecutor:
         """Forget all counts."""
         self.counts.clear()
 
-    def decode_chunks(self, rows: int) -> list[slice]:
-        """Slices of at most ``max_rows`` and ``decode_rows`` rows."""
-        return chunk_slices(rows, self.max_rows, self.decode_rows)
-
-    def chunks(self, rows: int) -> list[slice]:
-        """Slices of at most ``max_rows`` rows."""
-        self._largest = max(self._largest, min(self.max_rows or rows, rows))
-        return chunk_slices(rows, self.max_rows)
+    @property
+    def max_rows(self) -> int:
+        """Largest batch of one transformer call; 0 is unlimited."""
+        return self.limit.max_rows
 
     @property
     def batch_limit(self) -> tuple[int, bool]:
-        """``max_rows``, and whether it was halved for lack of memory: part of what a resumed run must repeat."""
-        return self.max_rows, self._halved
+        """See ``BatchLimit.state``."""
+        return self.limit.state
 
     @batch_limit.setter
-    def batch_limit(self, limit: tuple[int, bool]) -> None:
-        self.max_rows, self._halved = limit
+    def batch_limit(self, state: tuple[int, bool]) -> None:
+        self.limit.state = state
 
     def halve_rows(self, error: Exception) -> None:
         """After an out-of-memory error: halve the largest batch, once per executor.
@@ -205,15 +115,8 @@ class RolloutExecutor:
         Raises:
             RunError: it was halved before, or is one row already.
         """
-        if self._halved or self._largest < 2:
-            graphs = "" if self.graphs is None else ", turn engine.cuda_graphs off,"
-            raise RunError(
-                f"out of memory while sampling, also in batches of {self._largest}: lower engine.max_rows or "
-                f"model.prompt_cache{graphs} and go on with --resume auto; in a new run lower the resolution or take "
-                "model.tuning = lora"
-            ) from error
-        self._halved, self.max_rows, self._largest = True, self._largest // 2, 0
-        self._forget_lanes()
+        self.limit.halve(error, graphs=self.graphs is not None)
+        self.lanes.forget()
 
     def initial_noise(self, noise_row: Tensor, iteration: int, stream: Stream) -> Tensor:
         """Starting latents [R, L, C] in the storage dtype for global rows ``noise_row``."""
@@ -226,7 +129,7 @@ class RolloutExecutor:
     def velocity(self, x: Tensor, index: Tensor, conditioning: Conditioning, slot: Tensor, phase: str) -> Tensor:
         """The policy's velocity [R, L, C] at table rows ``index`` for conditioning rows ``slot``, in chunks, counted."""
         parts = []
-        for part in self.chunks(x.shape[0]):
+        for part in self.limit.chunks(x.shape[0]):
             parts.append(self.policy.velocity(x[part], index[part], conditioning, slot[part]))
             self.counts[phase].calls += 1
             self.counts[phase].evaluations += x[part].shape[0]
@@ -239,9 +142,7 @@ class RolloutExecutor:
             return self.velocity(x, index, conditioning, slot, "prefix")
         fresh = [x, index, slot, *conditioning.tensors.values()]
         key = ("prefix", tuple(conditioning.tensors), tuple((tuple(t.shape), t.dtype) for t in fresh))
-        buffers = self._prefix.setdefault(key, [t.clone() for t in fresh])
-        for buffer, t in zip(buffers, fresh, strict=True):
-            buffer.copy_(t)
+        buffers = self.lanes.buffers(key, fresh)
 
         def call() -> Tensor:
             kept_x, kept_index, kept_slot, *tensors = buffers
@@ -278,19 +179,19 @@ class RolloutExecutor:
             forwards += (self.policy,)  # a Gaussian that is to be reinforced has the policy's own mean
         with self.phase(phase):
             prepared = tuple(forward.prepare(conditioning) for forward in forwards)
-        chunks = self._chunked(plan)
+        chunks = self.lanes.chunks(plan)
         parts = []
         for chunk in chunks:
             with self.phase(phase):
-                lane = self._lane(plan, chunk, x, prepared, iteration, keep=not on_policy)
+                lane = self.lanes.lane(plan, chunk, x, prepared, iteration, keep=not on_policy)
                 parts.append(self._advance(plan, lane, forwards, phase))
             if finished is not None:
                 finished(parts[-1].final, chunk.rows)
         if len(parts) == 1 and _in_order(plan):
             return parts[0]
-        return _merged(parts, torch.cat([chunk.rows for chunk in chunks]), len(plan.record))
+        return merged(parts, torch.cat([chunk.rows for chunk in chunks]), len(plan.record))
 
-    def _advance(self, plan: Plan, lane: _Lane, forwards: tuple[Forward, ...], phase: str) -> Rollout:
+    def _advance(self, plan: Plan, lane: Lane, forwards: tuple[Forward, ...], phase: str) -> Rollout:
         """All steps of one chunk; results in the chunk's row order."""
         latents, velocities, stored = {}, {}, []
         graphs, own = (self.graphs, torch.clone) if lane.static else (None, lambda t: t)  # static tensors are written again
@@ -317,7 +218,7 @@ class RolloutExecutor:
         return Rollout(own(lane.x), latents, velocities, transitions)
 
     def _step(
-        self, plan: Plan, lane: _Lane, live: int, noisy: bool, recorded: bool, forward: Forward, prepared: Conditioning
+        self, plan: Plan, lane: Lane, live: int, noisy: bool, recorded: bool, forward: Forward, prepared: Conditioning
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One step of the first ``live`` rows, in place; a function of the lane's tensors alone, so that it can be captured."""
         chunk, x = lane.chunk, lane.x[:live]
@@ -386,63 +287,7 @@ class RolloutExecutor:
         """A number of the noise's counter on the device, by a fill: no copy from the host, and a graph can change it."""
         return device_word(value, self.table.a)
 
-    def _chunked(self, plan: Plan) -> list[_Chunk]:
-        """The plan's rows in batches, in the order they enter; copied to the device once."""
-        key = (id(plan), self.max_rows)
-        if key not in self._chunks:
-            order = torch.argsort(plan.start, stable=True)
-            chunks = []
-            for part in self.chunks(plan.num_rows):
-                rows = order[part]
-                tensors = (plan.index[rows], plan.conditioning[rows], plan.noise_row[rows])
-                on_device = (t.to(self.model.device) for t in tensors)
-                chunks.append(_Chunk(rows.to(self.model.device), entered(plan.start[rows], plan.num_steps), *on_device))
-            self._chunks[key] = (plan, chunks)  # holding the plan keeps its id
-            if len(self._chunks) > KEPT_PLANS:
-                self._chunks.popitem(last=False)
-        self._chunks.move_to_end(key)
-        for chunk in (chunks := self._chunks[key][1]):
-            self._largest = max(self._largest, chunk.rows.shape[0])
-        return chunks
-
-    def _lane(
-        self, plan: Plan, chunk: _Chunk, x: Tensor, prepared: tuple[Conditioning, ...], iteration: int, keep: bool
-    ) -> _Lane:
-        """The chunk's tensors, filled; with graphs always the same ones."""
-        shapes = tuple((name, tuple(t.shape)) for c in prepared for name, t in c.tensors.items())
-        key = (id(chunk), tuple(x.shape[1:]), shapes)
-        if self.graphs is None or not keep:
-            return self._new_lane(plan, chunk, x, prepared, iteration, static=False)
-        lane = self._lanes.get(key)
-        if lane is None:
-            if len(self._lanes) >= MAX_LANES:
-                self._forget_lanes()
-            own = tuple(Conditioning({name: t.clone() for name, t in c.tensors.items()}) for c in prepared)
-            lane = self._lanes[key] = self._new_lane(plan, chunk, x, own, iteration, static=True)
-            return lane
-        lane.x.copy_(x.index_select(0, chunk.rows))
-        if lane.clean is not None:
-            lane.clean.zero_()  # a first step gives the past no weight, but 0 * NaN of a failed sample would stay
-        lane.iteration.copy_(self._word(iteration))
-        for mine, fresh in zip(lane.prepared, prepared, strict=True):
-            for name, t in fresh.tensors.items():
-                mine.tensors[name].copy_(t)
-        return lane
-
-    def _forget_lanes(self) -> None:
-        self._lanes.clear()
-        self._prefix.clear()
-        if self.graphs is not None:
-            self.graphs.forget()
-
-    def _new_lane(
-        self, plan: Plan, chunk: _Chunk, x: Tensor, prepared: tuple[Conditioning, ...], iteration: int, static: bool
-    ) -> _Lane:
-        x = x.index_select(0, chunk.rows)
-        clean = torch.zeros_like(x, dtype=self.table.a.dtype) if plan.history else None
-        return _Lane(chunk, x, clean, self._word(0), self._word(iteration), prepared, static)
-
-    def _collect(self, plan: Plan, chunk: _Chunk, stored: Sequence[tuple[Tensor, ...]]) -> Transitions:
+    def _collect(self, plan: Plan, chunk: Chunk, stored: Sequence[tuple[Tensor, ...]]) -> Transitions:
         """Transitions ordered (row, step) from per-step tensors; recorded plans start all rows at step 0."""
         latent, successor, mean, logp = (torch.stack(parts, 1).flatten(0, 1) for parts in zip(*stored, strict=True))
         steps = device_integers(plan.record, chunk.rows.device)
@@ -460,21 +305,3 @@ class RolloutExecutor:
 def _in_order(plan: Plan) -> bool:
     """Whether rows enter in the plan's order."""
     return bool((plan.start[1:] >= plan.start[:-1]).all())
-
-
-def _merged(parts: list[Rollout], rows: Tensor, recorded: int) -> Rollout:
-    """Chunks of a rollout put together in the plan's order; ``rows`` int64 [R] are the places of their rows."""
-    undo = torch.argsort(rows)
-    order = lambda tensors: torch.cat(list(tensors)).index_select(0, undo)  # noqa: E731
-    by_step = lambda kept: {k: order(getattr(part, kept)[k] for part in parts) for k in getattr(parts[0], kept)}  # noqa: E731
-    transitions = None
-    if parts[0].transitions is not None:
-        steps = torch.arange(recorded, device=rows.device)
-        moved = (undo.unsqueeze(1) * recorded + steps).flatten()
-        transitions = Transitions(
-            **{
-                f.name: torch.cat([getattr(part.transitions, f.name) for part in parts]).index_select(0, moved)
-                for f in dataclasses.fields(Transitions)
-            }
-        )
-    return Rollout(order(part.final for part in parts), by_step("latents"), by_step("velocities"), transitions)

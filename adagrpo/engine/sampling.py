@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ..algorithm.sde import Stream
 from ..models.base import Conditioning
-from .executor import Finished, Rollout, RolloutExecutor, Transitions
+from .executor import Finished, RolloutExecutor
 from .plans import branch_plan, device_integers, trajectory_plan, update_batches
+from .rollout import Rollout, Transitions
 
 
 @dataclasses.dataclass(frozen=True)

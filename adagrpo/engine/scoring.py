@@ -44,7 +44,7 @@ class Scorer:
             RunError: a reward fails, or does not return one number per image.
         """
         parts = []
-        for part in self.executor.decode_chunks(latents.shape[0]):
+        for part in self.executor.limit.decode_chunks(latents.shape[0]):
             with self.executor.phase("decode"):
                 images = self.executor.model.decode(latents[part])
             with self.executor.phase("reward"):

@@ -8,8 +8,9 @@ from torch import Tensor
 from ..algorithm.losses import clipped_surrogate, mean_space_kl, step_weights
 from ..algorithm.sde import affine_mean, group_log_prob
 from ..models.base import Conditioning, FlowModel
-from .executor import RolloutExecutor, Transitions
+from .executor import RolloutExecutor
 from .optimizer import PolicyOptimizer
+from .rollout import Transitions
 from .sampling import Samples
 
 

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ..algorithm.sde import Stream
 from ..algorithm.selection import STRATEGIES, CapabilityState, capability_step
-from ..engine.executor import Rollout, RolloutExecutor
+from ..engine.executor import RolloutExecutor
 from ..engine.plans import probe_plan
+from ..engine.rollout import Rollout
 from ..engine.sampling import sample_forks
 from ..engine.scoring import Scorer
 from ..errors import InputError

@@ -58,7 +58,7 @@ def sample_images(executor: RolloutExecutor, prompts: Sequence[str], noises: int
 
 def decode(executor: RolloutExecutor, latents: Tensor) -> Tensor:
     """Pictures [R, 3, H, W] in [0, 1] of latents [R, L, C], in batches the executor allows."""
-    return torch.cat([executor.model.decode(latents[part]) for part in executor.decode_chunks(latents.shape[0])])
+    return torch.cat([executor.model.decode(latents[part]) for part in executor.limit.decode_chunks(latents.shape[0])])
 
 
 def evaluate(executor: RolloutExecutor, score: Scorer, prompts: Sequence[str], noises: int, stream: Stream) -> Tensor:

@@ -344,11 +344,11 @@ class Fit:
         if checkpoint is None:
             return dataclasses.replace(trip, action="stop", message=f"{trip.message}; stopping: {reason}")
         draws, position, rollbacks = self.trainer.draws, self.trainer.stream.position, self.rollbacks + 1
-        limit = self.trainer.executor.batch_limit
+        limit = self.trainer.executor.limit.state
         self._restore(checkpoint)
         self._restore_records(checkpoint)
         self.trainer.draws, self.trainer.stream.position, self.rollbacks = draws, position, rollbacks
-        self.trainer.executor.batch_limit = limit  # memory is what it is, whatever the weights
+        self.trainer.executor.limit.state = limit  # memory is what it is, whatever the weights
         message = f"{trip.message}; back to iteration {self.trainer.iterations_done}, with new prompts and noise"
         return dataclasses.replace(trip, message=message)
 

@@ -226,7 +226,7 @@ def test_an_iteration_whose_capture_runs_out_of_memory_goes_on_with_half_the_row
     trainer = toy_trainer(toy_config(engine=EngineConfig(cuda_graphs=True)), Hungry(cuda, 8))
     told: list[str] = []
     trainer.say = told.append
-    trainer.executor.graphs = graphs(told)
+    trainer.executor.graphs = trainer.executor.lanes.graphs = graphs(told)
     for _ in range(3):
         trainer.iteration()  # the stand-in replays nothing: what matters here is where errors go
     assert trainer.executor.max_rows == 8 and trainer.executor.graphs.enabled
@@ -240,13 +240,13 @@ def test_a_retry_waits_for_every_stream_before_it_drops_and_frees(cuda: Cuda) ->
     """The second stream may still decode a chunk of the failed attempt."""
     trainer = toy_trainer(toy_config())
     trainer.model.device, trainer.say = torch.device("cuda"), lambda line: None
-    forget = trainer.executor._forget_lanes
-    trainer.executor._forget_lanes = lambda: cuda.calls.append("forget") or forget()
+    forget = trainer.executor.lanes.forget
+    trainer.executor.lanes.forget = lambda: cuda.calls.append("forget") or forget()
     attempts: list[int] = []
 
     def sampling() -> str:
         attempts.append(1)
-        trainer.executor.chunks(16)
+        trainer.executor.limit.chunks(16)
         if len(attempts) == 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return "drawn"

@@ -20,9 +20,11 @@ from adagrpo.algorithm.advantages import reward_advantage
 from adagrpo.algorithm.sde import group_log_prob, sde_step, sigma_schedule, step_table
 from adagrpo.algorithm.selection import CapabilityState, capability_step
 from adagrpo.algorithm.tables import rollout_table
-from adagrpo.engine.executor import RolloutExecutor, Transitions
+from adagrpo.engine.batch_limit import BatchLimit
+from adagrpo.engine.executor import RolloutExecutor
 from adagrpo.engine.optimizer import PolicyOptimizer
 from adagrpo.engine.plans import update_batches
+from adagrpo.engine.rollout import Transitions
 from adagrpo.engine.sampling import Samples
 from adagrpo.engine.update import update_policy
 from adagrpo.models.base import Conditioning
@@ -77,7 +79,7 @@ def gradients(config: Config, dtype: torch.dtype, eta: float = ETA, **changed: A
     """Gradient by the velocities [4, 8, 4] that each optimizer step receives, rows of each backward, and the metrics."""
     model = TableModel(dtype)
     table = rollout_table(sigma_schedule(STEPS, 3.0), "flow", eta)
-    executor = RolloutExecutor(model, table, 0, dtype, config.engine.max_rows)
+    executor = RolloutExecutor(model, table, 0, dtype, BatchLimit(config.engine.max_rows))
     index = torch.arange(FORKS) + STEPS
     logp = torch.full((FORKS, GROUP), torch.nan, dtype=dtype)  # the released code keeps none
     rows = torch.arange(FORKS * GROUP).reshape(FORKS, GROUP)

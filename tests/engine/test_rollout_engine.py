@@ -152,8 +152,8 @@ def test_equal_plans_are_one_object_and_reach_the_device_once() -> None:
     assert probe_plan([0, 1], 4) is probe_plan(range(2), 4)
     trainer = toy_trainer(small())
     plan = branch_plan(1, (0, 2), 3, 6)
-    first = trainer.executor._chunked(plan)
-    assert trainer.executor._chunked(branch_plan(1, (0, 2), 3, 6)) is first
+    first = trainer.executor.lanes.chunks(plan)
+    assert trainer.executor.lanes.chunks(branch_plan(1, (0, 2), 3, 6)) is first
 
 
 # Shortened tails
@@ -278,9 +278,9 @@ def test_running_out_of_memory_drops_the_buffers_of_larger_batches() -> None:
     trainer = toy_trainer(small(engine=engine(cuda_graphs=True)))
     trainer.iteration()
     executor = trainer.executor
-    assert executor._lanes and executor.graphs.captured
+    assert len(executor.lanes) and executor.graphs.captured
     executor.halve_rows(torch.OutOfMemoryError())
-    assert not executor._lanes and not executor.graphs.captured
+    assert not len(executor.lanes) and not executor.graphs.captured
     trainer.iteration()
 
 

@@ -254,11 +254,11 @@ def test_the_point_at_the_former_end_is_told(tmp_path) -> None:
 def test_a_lower_limit_of_rows_wins_over_the_halved_one(tmp_path) -> None:
     fit = start(LONG, tmp_path / "run")
     fit.trainer.iteration()
-    fit.trainer.executor.batch_limit = (12, True)  # memory ran out
+    fit.trainer.executor.limit.state = (12, True)  # memory ran out
     fit.save()
     for wanted, limit in ((0, (12, True)), (24, (12, True)), (5, (5, False))):
         resumed = resume(changed(LONG, "engine.max_rows", wanted), tmp_path / "run")
-        assert resumed.trainer.executor.batch_limit == limit
+        assert resumed.trainer.executor.limit.state == limit
 
 
 def test_a_best_of_other_prompts_is_forgotten(tmp_path) -> None:
