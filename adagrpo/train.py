@@ -24,7 +24,7 @@ from .curriculum.evidence import CheapFilter
 from .engine.batch_limit import BatchLimit
 from .engine.executor import Backends, RolloutExecutor
 from .engine.graphs import StepGraphs
-from .engine.optimizer import PolicyOptimizer
+from .engine.optimizer import OptimizerSettings, PolicyOptimizer
 from .engine.overlap import Overlap
 from .engine.plans import host_integers, probe_plan, window_steps
 from .engine.rollout import Rollout
@@ -520,8 +520,7 @@ def build_executor(
 def build_optimizer(config: Config, model: FlowModel) -> PolicyOptimizer:
     """The optimizer of a recipe over the model's trainable parameters."""
     o = config.optimizer
-    return PolicyOptimizer(
-        (p for _, p in model.trainable()),
+    settings = OptimizerSettings(
         lr=o.lr,
         betas=o.betas,
         eps=o.eps,
@@ -533,3 +532,4 @@ def build_optimizer(config: Config, model: FlowModel) -> PolicyOptimizer:
         final_share=o.final_share,
         ema_decay=o.ema_decay,
     )
+    return PolicyOptimizer((p for _, p in model.trainable()), settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -25,6 +26,34 @@ def lr_share(step: int, total: int, schedule: str, warmup: int, final_share: flo
     return 1 - (1 - final_share) * fall
 
 
+@dataclasses.dataclass(frozen=True)
+class OptimizerSettings:
+    """How a policy is stepped.
+
+    Attributes:
+        lr: peak learning rate.
+        betas, eps, weight_decay: of AdamW.
+        max_grad_norm: gradients are clipped to it.
+        total_steps, schedule, warmup, final_share: see ``lr_share``.
+        ema_decay: of the weight average; 0 keeps none.
+    """
+
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    total_steps: int = 1
+    schedule: str = "constant"
+    warmup: int = 0
+    final_share: float = 0.0
+    ema_decay: float = 0.0
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of optimizer step ``step``, from 0."""
+        return self.lr * lr_share(step, self.total_steps, self.schedule, self.warmup, self.final_share)
+
+
 class PolicyOptimizer:
     """Steps the trainable parameters of a policy.
 
@@ -33,45 +62,30 @@ class PolicyOptimizer:
 
     Args:
         parameters: trainable parameters.
-        total_steps, schedule, warmup, final_share: see ``lr_share``.
-        ema_decay: of the weight average; 0 keeps none.
+        settings: how they are stepped.
     """
 
-    def __init__(
-        self,
-        parameters: Iterable[nn.Parameter],
-        lr: float,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        max_grad_norm: float = 1.0,
-        total_steps: int = 1,
-        schedule: str = "constant",
-        warmup: int = 0,
-        final_share: float = 0.0,
-        ema_decay: float = 0.0,
-    ) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter], settings: OptimizerSettings) -> None:
         self.parameters = list(parameters)
         wide = (torch.float32, torch.float64)
         self.masters = [p if p.dtype in wide else p.detach().float().requires_grad_() for p in self.parameters]
-        self.max_grad_norm, self.ema_decay, self.steps = max_grad_norm, ema_decay, 0
-        self._schedule = lambda step: lr_share(step, total_steps, schedule, warmup, final_share)
-        self._lr = lr
+        self.settings, self.steps = settings, 0
         # On CUDA torch's default works on all parameters at once, with temporaries as large as they are; one kernel needs none.
         fused = all(m.is_cuda for m in self.masters) and bool(self.masters)
         keywords = {"fused": True} if fused else {}
-        self.adamw = torch.optim.AdamW(self.masters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **keywords)
-        self.averages = [m.detach().clone() for m in self.masters] if ema_decay else []
+        s = settings
+        self.adamw = torch.optim.AdamW(self.masters, lr=s.lr, betas=s.betas, eps=s.eps, weight_decay=s.weight_decay, **keywords)
+        self.averages = [m.detach().clone() for m in self.masters] if s.ema_decay else []
 
     @property
     def lr(self) -> float:
         """Learning rate of the next step."""
-        return self._lr * self._schedule(self.steps)
+        return self.settings.lr_at(self.steps)
 
     def step(self) -> Tensor:
         """Clip, step, write back, average, clear the gradients; returns the gradient norm before clipping (0-dim)."""
         self.collect()
-        norm = nn.utils.clip_grad_norm_(self.masters, self.max_grad_norm)
+        norm = nn.utils.clip_grad_norm_(self.masters, self.settings.max_grad_norm)
         for group in self.adamw.param_groups:
             group["lr"] = self.lr
         self.adamw.step()
@@ -80,7 +94,7 @@ class PolicyOptimizer:
         self._write_back(self.masters)
         with torch.no_grad():
             for average, master in zip(self.averages, self.masters, strict=bool(self.averages)):
-                average.lerp_(master, 1 - self.ema_decay)
+                average.lerp_(master, 1 - self.settings.ema_decay)
         return norm
 
     def collect(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..engine.optimizer import PolicyOptimizer
+from ..engine.optimizer import OptimizerSettings, PolicyOptimizer
 from ..models.base import Conditioning, FlowModel
 from .counting import PeakMemory, module_tensors
 
@@ -78,7 +78,7 @@ class Rehearsal:
 
     def optimizer(self, averages: bool = False) -> PolicyOptimizer:
         """An optimizer of the copy after its first step, so that the moments exist."""
-        optimizer = PolicyOptimizer(self._trainable(), lr=0.0, ema_decay=0.5 if averages else 0.0)
+        optimizer = PolicyOptimizer(self._trainable(), OptimizerSettings(lr=0.0, ema_decay=0.5 if averages else 0.0))
         for group in optimizer.adamw.param_groups:
             group["foreach"] = False  # nearest to the fused kernel that runs on CUDA, which meta tensors do not have
         self.step(optimizer)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from adagrpo.engine.optimizer import PolicyOptimizer, lr_share
+from adagrpo.engine.optimizer import OptimizerSettings, PolicyOptimizer, lr_share
 
 
 def test_schedule_by_hand() -> None:
@@ -26,7 +26,7 @@ def step_with(optimizer: PolicyOptimizer, parameter: nn.Parameter, gradient: flo
 
 def test_small_updates_of_bf16_weights_are_not_lost() -> None:
     p = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
-    optimizer = PolicyOptimizer([p], lr=1e-4)
+    optimizer = PolicyOptimizer([p], OptimizerSettings(lr=1e-4))
     for _ in range(50):
         step_with(optimizer, p, 1.0)
     # AdamW with a constant gradient moves lr per step; one bf16 step below 1 is 2**-8.
@@ -37,8 +37,8 @@ def test_small_updates_of_bf16_weights_are_not_lost() -> None:
 def test_gradient_is_clipped_and_its_norm_reported() -> None:
     free, clipped = (nn.Parameter(torch.zeros(4)) for _ in range(2))
     one, other = (
-        PolicyOptimizer([free], lr=0.1, eps=1.0, max_grad_norm=1e9),
-        PolicyOptimizer([clipped], lr=0.1, eps=1.0),
+        PolicyOptimizer([free], OptimizerSettings(lr=0.1, eps=1.0, max_grad_norm=1e9)),
+        PolicyOptimizer([clipped], OptimizerSettings(lr=0.1, eps=1.0)),
     )
     assert step_with(one, free, 3.0) == pytest.approx(6.0)
     assert step_with(other, clipped, 3.0) == pytest.approx(6.0)
@@ -49,7 +49,7 @@ def test_gradient_is_clipped_and_its_norm_reported() -> None:
 
 def test_averaged_weights_are_swapped_in_and_out() -> None:
     p = nn.Parameter(torch.zeros(1))
-    optimizer = PolicyOptimizer([p], lr=1.0, ema_decay=0.75)
+    optimizer = PolicyOptimizer([p], OptimizerSettings(lr=1.0, ema_decay=0.75))
     step_with(optimizer, p, 1.0)
     now = float(p)
     with optimizer.averaged_weights():
@@ -60,7 +60,7 @@ def test_averaged_weights_are_swapped_in_and_out() -> None:
 def test_state_continues_bit_for_bit() -> None:
     def fresh() -> tuple[nn.Parameter, PolicyOptimizer]:
         p = nn.Parameter(torch.linspace(-1, 1, 8).to(torch.bfloat16))
-        return p, PolicyOptimizer([p], lr=1e-2, ema_decay=0.9, schedule="cosine", total_steps=10)
+        return p, PolicyOptimizer([p], OptimizerSettings(lr=1e-2, ema_decay=0.9, schedule="cosine", total_steps=10))
 
     p, optimizer = fresh()
     for i in range(4):

@@ -22,7 +22,7 @@ from adagrpo.algorithm.selection import CapabilityState, capability_step
 from adagrpo.algorithm.tables import rollout_table
 from adagrpo.engine.batch_limit import BatchLimit
 from adagrpo.engine.executor import RolloutExecutor
-from adagrpo.engine.optimizer import PolicyOptimizer
+from adagrpo.engine.optimizer import OptimizerSettings, PolicyOptimizer
 from adagrpo.engine.plans import update_batches
 from adagrpo.engine.rollout import Transitions
 from adagrpo.engine.sampling import Samples
@@ -92,7 +92,9 @@ def gradients(config: Config, dtype: torch.dtype, eta: float = ETA, **changed: A
     rewards = released("rewards", dtype)[None, PROMPT]
     advantage = reward_advantage(rewards, capability(), torch.ones(1), a.clip, a.weight, a.calibration).advantage
     o = config.optimizer
-    optimizer = PolicyOptimizer(model.transformer.parameters(), lr=0.0, eps=o.eps, max_grad_norm=o.max_grad_norm)
+    optimizer = PolicyOptimizer(
+        model.transformer.parameters(), OptimizerSettings(lr=0.0, eps=o.eps, max_grad_norm=o.max_grad_norm)
+    )
     found: list[Tensor] = []
     step = optimizer.step
 
