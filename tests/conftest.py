@@ -24,11 +24,10 @@ def pytest_configure(config: pytest.Config) -> None:
     if (seed := config.getoption("--other-rounding")) is None:
         return
     os.environ[other_rounding.VARIABLE] = str(seed)
-    from adagrpo.models.flux import FluxModel
-    from adagrpo.models.fused_flux import FusedFluxForward
+    from adagrpo.models.registry import FAMILIES, attribute
 
-    for model in (FluxModel, FusedFluxForward):
-        other_rounding.rounded_elsewhere(model)
+    for path in [path for family in FAMILIES.values() for path in (family.adapter, family.fused) if path]:
+        other_rounding.rounded_elsewhere(attribute(path))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -74,15 +74,19 @@ def test_imports_point_downwards() -> None:
 
 
 def test_a_family_is_known_to_its_own_modules_only() -> None:
-    """All others, those of ``models`` included, reach it through the registry and ask for no type."""
+    """All others, those of ``models`` included, reach it through the registry: they neither import nor name its classes."""
     from adagrpo.models.registry import FAMILIES
 
     for family in FAMILIES.values():
         paths = [family.adapter, family.fused, *family.architectures.values()]
         own = {f"adagrpo.models{path.partition(':')[0]}" for path in paths if path}
+        names = {path.partition(":")[2] for path in paths if path}
         for path, module in modules():
             if module not in own:
                 assert not imports_of(path, module) & own, f"{module} must not import a module of {family.title}"
+            if module not in own | {"adagrpo.models.registry"}:
+                words = set(re.findall(r"\w+", path.read_text("utf-8")))
+                assert not words & names, f"{module} must not name a class of {family.title}"
 
 
 def test_the_report_knows_nothing_of_runs() -> None:
