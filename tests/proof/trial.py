@@ -101,6 +101,8 @@ class Command:
             null = os.open(os.devnull, os.O_RDONLY)
             for source, target in ((null, 0), (output, 1), (output, 2)):
                 os.dup2(source, target)
+            if (torch := sys.modules.get("torch")) is not None:
+                torch.set_num_threads(1)  # replaces the parent's thread pool, which two threads must not do at once
             enter()
             from adagrpo.cli import main
 
