@@ -10,8 +10,9 @@ from toy import ToyModel, half_bright, toy_config, toy_trainer
 
 from adagrpo.errors import InputError, RunError
 from adagrpo.recipe.keys import EngineConfig
-from adagrpo.run.fit import Fit, read_metrics
+from adagrpo.run.fit import Fit
 from adagrpo.run.folder import RunFolder
+from adagrpo.run.metrics import read_metrics
 
 
 def started(tmp_path, trainer) -> Fit:

@@ -22,7 +22,7 @@ from ..forward.forwards import PolicyForward
 from ..models.base import FlowModel
 from ..profiling.power import gpu_uuid
 from ..recipe.keys import Config, EngineConfig, RewardConfig
-from ..run.fit import read_metrics
+from ..run.metrics import read_metrics
 from ..train import Trainer
 from .statistics import Series
 

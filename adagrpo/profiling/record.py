@@ -15,7 +15,7 @@ from torch.autograd import DeviceType
 
 from ..engine.executor import Count
 from ..errors import RunError
-from ..run.fit import read_metrics
+from ..run.metrics import read_metrics
 from ..train import Trainer
 from .memory import AllocatorHistory, MemoryTimeline, Sample, from_out_of_memory
 from .points import KernelMeter, Point

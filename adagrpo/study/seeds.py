@@ -27,9 +27,9 @@ from ..evaluate.held_out import evaluate
 from ..prompts import load_prompts
 from ..recipe.keys import Config
 from ..run.changes import changed_keys
-from ..run.fit import read_metrics
 from ..run.folder import prompts_digest
 from ..run.machine import describe_machine
+from ..run.metrics import read_metrics
 from ..text.strict_json import from_json, to_json
 from ..text.user_text import read_text
 from .hosts import with_probe

@@ -20,7 +20,7 @@ from adagrpo.models.base import Conditioning
 from adagrpo.prompts import PromptStream
 from adagrpo.recipe.keys import Config, EngineConfig
 from adagrpo.recipe.rules import check, memory_notice, require_memory
-from adagrpo.run.fit import read_metrics
+from adagrpo.run.metrics import read_metrics
 from adagrpo.train import Trainer
 
 OFFICIAL = {"steps": 16, "sde_steps": (0, 2, 4, 6), "group_size": 12}

@@ -10,7 +10,7 @@ from adagrpo.algorithm import sde
 from adagrpo.engine import executor as executor_module
 from adagrpo.engine import update as update_module
 from adagrpo.recipe.keys import Config, EngineConfig
-from adagrpo.run.fit import read_metrics
+from adagrpo.run.metrics import read_metrics
 
 ETA = {"flow": 0.7, "dance": 0.3, "cps": 0.8}
 PLANS = {"fork": "rollout", "trajectory": "recompute", "window": "recompute"}

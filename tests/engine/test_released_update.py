@@ -31,7 +31,7 @@ from adagrpo.models.base import Conditioning
 from adagrpo.recipe.keys import Config
 from adagrpo.recipe.load import load_recipe
 from adagrpo.recipe.rules import check
-from adagrpo.run.fit import read_metrics
+from adagrpo.run.metrics import read_metrics
 
 RELEASED = load_file(Path(__file__).resolve().parents[1] / "assets" / "released_adagrpo.safetensors")
 STEPS, ETA, FORKS, GROUP, PROMPT = 8, 0.8, 4, 4, 1

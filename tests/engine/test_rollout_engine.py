@@ -23,7 +23,7 @@ from adagrpo.models.registry import FLUX
 from adagrpo.recipe.keys import Config, EngineConfig, ModelConfig
 from adagrpo.recipe.rules import check
 from adagrpo.rewards import PromptRows, build_reward
-from adagrpo.run.fit import read_metrics
+from adagrpo.run.metrics import read_metrics
 from adagrpo.train import Trainer
 
 WORDS = [f"a {colour} {shape}" for colour in ("red", "blue", "green") for shape in ("circle", "square", "cross", "ring")]

@@ -207,8 +207,8 @@ def test_notices_of_a_run_are_events(tmp_path) -> None:
     for message in ("engine.forward = fused: uncompiled", "out of memory while sampling: continuing"):
         trainer.say(message)
     trainer.notices.append("engine.forward = auto is eager here")  # told before there was a run
-    fit._tell_notices()
-    fit._tell_notices()
+    fit.telling.notices()
+    fit.telling.notices()
     lines = (run.path / "events.jsonl").read_text("utf-8").splitlines()
     assert [json.loads(line)["kind"] for line in lines] == ["warning", "memory", "warning"]
 

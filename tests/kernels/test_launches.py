@@ -10,7 +10,7 @@ from adagrpo_kernels import implementations, launch_counts, reset_counts
 from toy import ToyModel, recorded, toy_config, toy_trainer
 
 from adagrpo.recipe.keys import Config, EngineConfig, RewardConfig
-from adagrpo.run.fit import read_metrics
+from adagrpo.run.metrics import read_metrics
 from adagrpo.train import Trainer
 
 OPERATORS = {"philox_normal", "sde_step", "group_log_prob", "fused_advantage", "capability_step"}

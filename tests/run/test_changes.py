@@ -255,7 +255,7 @@ def test_a_lower_limit_of_rows_wins_over_the_halved_one(tmp_path) -> None:
     fit = start(LONG, tmp_path / "run")
     fit.trainer.iteration()
     fit.trainer.executor.limit.state = (12, True)  # memory ran out
-    fit.save()
+    fit.state.save()
     for wanted, limit in ((0, (12, True)), (24, (12, True)), (5, (5, False))):
         resumed = resume(changed(LONG, "engine.max_rows", wanted), tmp_path / "run")
         assert resumed.trainer.executor.limit.state == limit
@@ -264,14 +264,14 @@ def test_a_lower_limit_of_rows_wins_over_the_halved_one(tmp_path) -> None:
 def test_a_best_of_other_prompts_is_forgotten(tmp_path) -> None:
     fit = start(LONG, tmp_path / "run")
     fit.trainer.iteration()
-    fit.best, fit.guards.best, fit.guards.rows["ratio"] = 0.75, (0.75, 0.5), 3
-    fit.save()
+    fit.state.best, fit.state.guards.best, fit.state.guards.rows["ratio"] = 0.75, (0.75, 0.5), 3
+    fit.state.save()
     same = resume(changed(LONG, "evaluation.every", 3), tmp_path / "run")
-    assert same.best == 0.75 and same.guards.best == (0.75, 0.5) and same.guards.rows["ratio"] == 3
+    assert same.state.best == 0.75 and same.state.guards.best == (0.75, 0.5) and same.state.guards.rows["ratio"] == 3
     other = resume(changed(LONG, "evaluation.noises", 3), tmp_path / "run")
-    assert other.best == -float("inf") and other.guards.best is None
+    assert other.state.best == -float("inf") and other.state.guards.best is None
     limits = dataclasses.replace(LONG, guards=GuardsConfig(ratio=GuardConfig(limit=0.5)))
-    assert resume(changed(limits, "evaluation.noises", 3), tmp_path / "run").guards.rows["ratio"] == 0
+    assert resume(changed(limits, "evaluation.noises", 3), tmp_path / "run").state.guards.rows["ratio"] == 0
 
 
 def test_a_refused_change_touches_nothing(tmp_path) -> None:

@@ -111,7 +111,7 @@ def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch) -> None:
     fit.trainer.iteration()
     monkeypatch.setattr(torch, "save", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(RunError, match="No space left on device"):
-        fit.save()
+        fit.state.save()
     assert list(fit.run.checkpoints.iterdir()) == []
 
 

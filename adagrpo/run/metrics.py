@@ -1,0 +1,44 @@
+"""The metrics of an iteration as numbers, and what it took."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..rewards import PromptRows
+from ..train import Trainer
+
+
+def read_metrics(metrics: Mapping[str, Any]) -> tuple[dict[str, float], list[str]]:
+    """Metrics that are tensors or numbers, as numbers, and the picked prompts: the one copy to the host of an iteration."""
+    picked: PromptRows = metrics["selection/picked"]
+    tensors = {name: value for name, value in metrics.items() if isinstance(value, Tensor)}
+    values = [value.detach().double().reshape(1) for value in tensors.values()]
+    read = torch.cat([*values, picked.text_index.double()]).tolist()
+    numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
+    texts = [picked.texts[int(i)] for i in read[len(tensors) :]]
+    return dict(zip(tensors, read, strict=False)) | numbers, texts
+
+
+def performance(trainer: Trainer, seconds: float) -> dict[str, float]:
+    """What the last iteration, of ``seconds``, took: time by phase, counted work, and on CUDA memory in bytes."""
+    phases = trainer.phase.read()
+    record = {"perf/seconds": seconds}
+    record |= {f"perf/{phase}_seconds": spent for phase, spent in phases.items()}
+    record["perf/other_seconds"] = max(0.0, seconds - sum(phases.values()))
+    for phase, count in trainer.executor.counts.items():
+        record |= {f"perf/{phase}_evaluations": count.evaluations, f"perf/{phase}_calls": count.calls}
+    if trainer.model.device.type == "cuda":
+        if trainer.executor.graphs is not None:
+            record["mem/graph_bytes"] = trainer.executor.graphs.pool_bytes
+        record["mem/peak_bytes"] = torch.cuda.max_memory_allocated(trainer.model.device)
+    return record
+
+
+def is_finite(record: Mapping[str, Any]) -> bool:
+    """Whether the iteration left weights that can be gone on from."""
+    return math.isfinite(record["policy/loss"]) and math.isfinite(record["policy/grad_norm"])
