@@ -88,25 +88,7 @@ def _summary(
     counted = phase_points(config, trainer.model, trainer.stream.prompts[0], recording.phases, counts)
     points = [*(counted if not isinstance(counted, str) else ()), *recording.kernels]
     images = sum(planned_calls(config)["decode"])
-    phases = [
-        {
-            "phase": phase,
-            "seconds": seconds,
-            "share": seconds / recording.seconds,
-            "evaluations": counts[phase].evaluations if phase in counts else None,
-            "calls": counts[phase].calls if phase in counts else None,
-        }
-        for phase, seconds in recording.phases.items()
-    ]
     inside = {phase: dataclasses.asdict(count) for phase, count in counts.items() if phase not in recording.phases}
-    energy = recording.energy
-    power: dict[str, Any] = {"watts": None, "joules_per_iteration": None, "joules_per_image": None}
-    if isinstance(energy, str):
-        power["reason"] = energy
-    else:
-        joules = energy.joules / len(recording.timed)
-        power |= {"watts": energy.watts, "joules_per_iteration": joules, "joules_per_image": joules / images}
-        power |= {"samples": energy.samples}
     seconds = [one.seconds for one in recording.timed]
     summary = {
         "recipe": config.name,
@@ -120,7 +102,7 @@ def _summary(
             "traced": recording.traced.seconds,
         },
         "images": images,
-        "phases": phases,
+        "phases": _phases(recording),
         "counted_inside_update": inside,
         "clock": recording.clock,
         "operators": [dataclasses.asdict(operator) for operator in recording.operators],
@@ -135,10 +117,35 @@ def _summary(
             "peak_bytes": recording.peak,
             "timeline": [dataclasses.asdict(sample) for sample in recording.memory],
         },
-        "power": power,
+        "power": _energy(recording, images),
         "notices": recording.notices,
     }
     return summary, points
+
+
+def _phases(recording: Recording) -> list[dict[str, Any]]:
+    """Seconds of each phase, its share of the iteration, and its work where any was counted."""
+    counts = recording.timed[-1].counts
+    return [
+        {
+            "phase": phase,
+            "seconds": seconds,
+            "share": seconds / recording.seconds,
+            "evaluations": counts[phase].evaluations if phase in counts else None,
+            "calls": counts[phase].calls if phase in counts else None,
+        }
+        for phase, seconds in recording.phases.items()
+    ]
+
+
+def _energy(recording: Recording, images: int) -> dict[str, Any]:
+    """Watts and joules of an iteration of so many images, or why they are not known."""
+    energy = recording.energy
+    if isinstance(energy, str):
+        return {"watts": None, "joules_per_iteration": None, "joules_per_image": None, "reason": energy}
+    joules = energy.joules / len(recording.timed)
+    power = {"watts": energy.watts, "joules_per_iteration": joules, "joules_per_image": joules / images}
+    return power | {"samples": energy.samples}
 
 
 def _pictures(
