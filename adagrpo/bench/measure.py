@@ -90,27 +90,16 @@ class EnergyMeter:
 
 def measure(trainer: Trainer, meter: EnergyMeter | None = None) -> Iteration:
     """Run one iteration, metrics read as a run reads them, and say what it took."""
-    images = 0
-    decode = trainer.model.decode
-
-    def counted(x: Tensor) -> Tensor:
-        nonlocal images
-        images += x.shape[0]
-        return decode(x)
-
     forget_prompts(trainer.model)
     trainer.phase.read()
     reset_counts()
-    trainer.model.decode = counted  # type: ignore[method-assign]
-    try:
-        _wait(trainer.model.device)
-        joules, started = meter.read() if meter else None, time.perf_counter()
-        metrics, _ = read_metrics(trainer.iteration())
-        _wait(trainer.model.device)
-        total = time.perf_counter() - started
-        after = meter.read() if meter else None
-    finally:
-        del trainer.model.decode
+    decoded = trainer.score.decoded
+    _wait(trainer.model.device)
+    joules, started = meter.read() if meter else None, time.perf_counter()
+    metrics, _ = read_metrics(trainer.iteration())
+    _wait(trainer.model.device)
+    total = time.perf_counter() - started
+    after = meter.read() if meter else None
     phases = trainer.phase.read()
     seconds = {phase: phases.get(phase, 0.0) for phase in PHASES[:-1]}
     seconds["other"] = total - sum(phases.values())
@@ -120,7 +109,7 @@ def measure(trainer: Trainer, meter: EnergyMeter | None = None) -> Iteration:
         seconds=seconds,
         evaluations={phase: count.evaluations for phase, count in counts.items()},
         calls={phase: count.calls for phase, count in counts.items()},
-        images=images,
+        images=trainer.score.decoded - decoded,
         launches=sum(launch_counts().values()),
         joules=None if joules is None or after is None else after - joules,
         metrics=metrics,

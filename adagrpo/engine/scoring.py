@@ -21,6 +21,9 @@ class Scorer:
         rewards: M of them.
         names: of each, for errors.
         timeouts: of each, seconds per call; 0, and None, waits for ever.
+
+    Attributes:
+        decoded: images so far.
     """
 
     def __init__(
@@ -30,7 +33,7 @@ class Scorer:
         names: Sequence[str],
         timeouts: Sequence[float] | None = None,
     ) -> None:
-        self.executor, self.rewards = executor, list(rewards)
+        self.executor, self.rewards, self.decoded = executor, list(rewards), 0
         limits = timeouts or [0.0] * len(names)
         self.parts = [
             Part(f"rewards.{m} ({name})", timeout=limit, timeout_key=f"rewards.{m}.timeout")
@@ -45,6 +48,7 @@ class Scorer:
         """
         parts = []
         for part in self.executor.limit.decode_chunks(latents.shape[0]):
+            self.decoded += part.stop - part.start
             with self.executor.phase("decode"):
                 images = self.executor.model.decode(latents[part])
             with self.executor.phase("reward"):
