@@ -163,6 +163,17 @@ def test_links_and_commands_of_the_documents_exist(file: Path) -> None:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
+@pytest.mark.parametrize("file", DOCUMENTS, ids=lambda file: str(file.relative_to(ROOT)))
+def test_recipes_in_the_documents_can_run(file: Path, tmp_path: Path) -> None:
+    from adagrpo.recipe.load import read_recipe
+
+    for i, text in enumerate(re.findall(r"```toml\n(.*?)```", file.read_text("utf-8"), re.DOTALL)):
+        (tmp_path / f"{i}.toml").write_text(text, "utf-8")
+        recipe = read_recipe(tmp_path / f"{i}.toml")
+        recipe.check()
+        assert not recipe.dropped
+
+
 def headings(file: Path) -> set[str]:
     """Anchors of a document's headings, as GitHub makes them."""
     lines = re.findall(r"^#+ (.+)$", file.read_text("utf-8"), re.MULTILINE)
