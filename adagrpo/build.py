@@ -12,7 +12,7 @@ from .algorithm.selection import CapabilityState
 from .errors import InputError, RunError
 from .estimate.memory import MemoryPlan, free_bytes
 from .estimate.rehearsal import rehearse
-from .forecast import memory_plan
+from .forecast import planned_memory
 from .forward.backends import require_backends
 from .models.base import FlowModel
 from .models.fingerprint import base_components
@@ -26,7 +26,7 @@ from .parts.plugins import checked, is_import_path, load_callable, make_part
 from .prompts import load_prompts, require_disjoint
 from .recipe.derived import DTYPES
 from .recipe.keys import BUILT_IN_MODEL, BUILT_IN_MODELS, Config, ModelConfig, bucket_size
-from .recipe.rules import check, require_memory
+from .recipe.rules import check, require_repeats
 from .rewards import build_reward
 from .tiny import tiny_flux_path
 from .train import Fuse, Select, Trainer
@@ -152,7 +152,7 @@ def build_trainer(
     if config.model.buckets:
         model.resize(config.model.height, config.model.width)
     if planned is not None or model.device.type == "cuda":
-        plan = memory_plan(config, model, rehearse(model, prompts[0]), rewards, len(prompts), len(held_out))
+        plan = planned_memory(config, model, rehearse(model, prompts[0]), rewards, len(prompts), len(held_out))
         plan.check(free_bytes(model.device), device=str(model.device))
         if planned is not None:
             planned(plan)
@@ -171,7 +171,7 @@ def load_data(config: Config) -> tuple[list[str], list[str]]:
     held_out = load_prompts(data.held_out, "data.held_out", *shared)
     if not data.allow_overlap:
         require_disjoint(prompts, held_out, data.prompts, data.held_out)
-    require_memory(config, len(prompts))
+    require_repeats(config, len(prompts))
     return prompts, held_out
 
 

@@ -29,7 +29,7 @@ from .estimate.rehearsal import rehearse
 from .estimate.roofline import H100
 from .evaluate.fidelity import changed_levers, compare
 from .evaluate.held_out import sample_images
-from .forecast import iteration_prediction, memory_plan, planned_evaluations
+from .forecast import iteration_prediction, planned_evaluations, planned_memory
 from .forward.backends import resolve_forward
 from .models.base import FlowModel
 from .prompt_file import prompt_problem
@@ -37,7 +37,7 @@ from .prompts import load_prompts
 from .recipe.keys import Config
 from .recipe.layers import Recipe
 from .recipe.load import read_recipe, to_toml
-from .recipe.rules import MOST_SEED, check, memory_notice
+from .recipe.rules import MOST_SEED, check, repeats_notice
 from .report.page import write_report
 from .rewards import build_reward, check_reward_files
 from .run.checkpoint import INDEX, verify
@@ -62,8 +62,8 @@ def train(config: Config, out: Path | None, resume: str | None, take_over: bool 
 
 def _train(config: Config, run: RunFolder, checkpoint: Path | None) -> int:
     """Train in a folder that is this process's own."""
-    plans: list[MemoryPlan] = []
-    trainer, held_out = build_trainer(config, plans.append)
+    memory_plans: list[MemoryPlan] = []
+    trainer, held_out = build_trainer(config, memory_plans.append)
     digest = prompts_digest(trainer.stream.prompts, held_out)
     notice = ""
     backends = {
@@ -79,7 +79,7 @@ def _train(config: Config, run: RunFolder, checkpoint: Path | None) -> int:
     else:
         notice = begin(run, config, trainer.model.device, extra)
     tqdm.write(f"{config.name}: {config.train.iterations} iterations on {trainer.model.device}, run folder {run.path}")
-    fit = Fit(trainer, run, held_out, plan=plans[0])
+    fit = Fit(trainer, run, held_out, memory_plan=memory_plans[0])
     if checkpoint is not None:
         fit.resume(checkpoint, verified=True)
     else:
@@ -105,7 +105,7 @@ def dry_run(config: Config, out: Path | None = None, resume: str | None = None) 
     counts = planned_evaluations(config)
     print(f"{config.name}: {len(prompts)} training prompts, {len(held_out)} held-out prompts")
     print("evaluations per iteration: " + ", ".join(f"{phase} {n}" for phase, n in counts.items()))
-    for notice in (unchecked, memory_notice(config, len(prompts))):
+    for notice in (unchecked, repeats_notice(config, len(prompts))):
         if notice:
             print(f"note: {notice}")
     return 0
@@ -122,7 +122,7 @@ def plan(config: Config) -> int:
     """Print the memory plan and the predicted seconds of an iteration; nothing is downloaded, nothing is trained."""
     model = build_architecture(config.model)
     rehearsal = rehearse(model, "a prompt")
-    memory = memory_plan(config, model, rehearsal)
+    memory = planned_memory(config, model, rehearsal)
     print(f"{config.name}: memory plan for one GPU\n\n{memory.table()}\n")
     for name, size in GPU_BYTES.items():
         try:

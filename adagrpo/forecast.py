@@ -74,7 +74,7 @@ def planned_evaluations(config: Config) -> dict[str, int]:
     return {phase: sum(rows) for phase, rows in planned_calls(config).items() if phase != "decode"}
 
 
-def memory_plan(
+def planned_memory(
     config: Config,
     model: FlowModel,
     rehearsal: Rehearsal | str,

@@ -181,14 +181,16 @@ class PeakMeter:
         if self.device.type == "cuda":
             self._cuda_peak = max(self._cuda_peak, torch.cuda.max_memory_allocated(self.device))
 
-    def report(self, plan: MemoryPlan) -> tuple[dict[str, int], str]:
+    def report(self, planned: MemoryPlan) -> tuple[dict[str, int], str]:
         """Bytes for ``memory.json``, and a line for people."""
         if self.device.type == "cuda":
             self.observe()
-            return {"peak_bytes": self._cuda_peak}, plan.compare(self._cuda_peak)
+            return {"peak_bytes": self._cuda_peak}, planned.compare(self._cuda_peak)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         grown = max(0, peak - self._start)
-        line = f"planned {size_text(plan.peak)} of tensors; the process peaked at {size_text(peak)}, {size_text(grown)} above"
+        line = (
+            f"planned {size_text(planned.peak)} of tensors; the process peaked at {size_text(peak)}, {size_text(grown)} above"
+        )
         line += " what it held before training (Python and libraries included)"
         return {"process_peak_bytes": peak, "process_growth_bytes": grown}, line
 

@@ -64,7 +64,7 @@ def problems(config: Config) -> Iterator[Problem]:
         yield from rule(config)
 
 
-def memory_notice(config: Config, prompts: int) -> str | None:
+def repeats_notice(config: Config, prompts: int) -> str | None:
     """What to tell a run whose probe remembers but will hardly see a prompt twice."""
     s, observed = config.selection, Derived(config).observed
     if s.judge != "memory" or observed >= 2 * prompts:
@@ -75,7 +75,7 @@ def memory_notice(config: Config, prompts: int) -> str | None:
     )
 
 
-def require_memory(config: Config, prompts: int) -> None:
+def require_repeats(config: Config, prompts: int) -> None:
     """Refuse a probe that remembers for prompts that hardly repeat, unless it looks at finalists or the recipe accepts it:
     where such prompts cannot be learnt it does as much harm as blind picks.
 
@@ -84,7 +84,7 @@ def require_memory(config: Config, prompts: int) -> None:
     """
     if config.selection.finalists >= 2 or config.selection.allow_unseen:
         return
-    if notice := memory_notice(config, prompts):
+    if notice := repeats_notice(config, prompts):
         raise InputError(f"{notice}, selection.finalists = 2 (a look at two of them), or selection.allow_unseen = true")
 
 

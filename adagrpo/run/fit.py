@@ -23,7 +23,7 @@ from ..parts.isolation import PartHung, leaving_when
 from ..prompts import prompt_category
 from ..recipe.derived import Derived
 from ..recipe.keys import Config
-from ..recipe.rules import memory_notice
+from ..recipe.rules import repeats_notice
 from ..text.redaction import redacted
 from ..train import Trainer
 from .checkpoint import require_space
@@ -57,7 +57,7 @@ class Fit:
         run: the folder.
         held_out: prompts of the held-out evaluation.
         say: receives lines for the user.
-        plan: of the memory; compared with what the run took.
+        memory_plan: compared with what the run took.
     """
 
     def __init__(
@@ -66,12 +66,12 @@ class Fit:
         run: RunFolder,
         held_out: Sequence[str],
         say: Callable[[str], None] = tqdm.write,
-        plan: MemoryPlan | None = None,
+        memory_plan: MemoryPlan | None = None,
     ) -> None:
         self.trainer, self.run = trainer, run
         self.config: Config = trainer.config
         self.telling = Telling(trainer, run, say)
-        self.plan, self.meter = plan, PeakMeter(trainer.model.device)
+        self.memory_plan, self.meter = memory_plan, PeakMeter(trainer.model.device)
         self.held_out = HeldOut(trainer, run, held_out, self.telling.warn)
         self.state = RunState(trainer, run, self.held_out, self.telling)
         self.exhibits = Exhibits(trainer, run, self.held_out, self.telling)
@@ -104,7 +104,7 @@ class Fit:
         if self.trainer.iterations_done == 0 and (other := self.state.origin.begin(self.run.path)):
             self.telling.warn(f"another base model than at the last start here ({other}): everything is measured anew")
         self._plan_memory()
-        if notice := memory_notice(self.config, len(self.trainer.stream.prompts)):
+        if notice := repeats_notice(self.config, len(self.trainer.stream.prompts)):
             self.telling.warn(notice)
         with telling(self.telling.warn):
             self.trainer.with_memory(self.held_out.try_rewards)
@@ -124,15 +124,15 @@ class Fit:
 
     def _plan_memory(self) -> None:
         """The plan, in a line and in the run folder."""
-        if self.plan is not None:
-            self.telling.say(self.plan.summary())
-            self.run.write_json(MEMORY, {"plan": self.plan.as_dict()})
+        if self.memory_plan is not None:
+            self.telling.say(self.memory_plan.summary())
+            self.run.write_json(MEMORY, {"plan": self.memory_plan.as_dict()})
 
     def _compare_memory(self) -> None:
         """What the run took beside the plan."""
-        if self.plan is not None:
-            measured, line = self.meter.report(self.plan)
-            self.run.write_json(MEMORY, {"plan": self.plan.as_dict(), "measured": measured, "comparison": line})
+        if self.memory_plan is not None:
+            measured, line = self.meter.report(self.memory_plan)
+            self.run.write_json(MEMORY, {"plan": self.memory_plan.as_dict(), "measured": measured, "comparison": line})
             self.telling.say(line)
 
     def _open_loggers(self, closing: contextlib.ExitStack) -> list[Dashboard]:

@@ -19,7 +19,7 @@ from adagrpo.forecast import planned_calls, planned_evaluations
 from adagrpo.models.base import Conditioning
 from adagrpo.prompts import PromptStream
 from adagrpo.recipe.keys import Config, EngineConfig
-from adagrpo.recipe.rules import check, memory_notice, require_memory
+from adagrpo.recipe.rules import check, repeats_notice, require_repeats
 from adagrpo.run.metrics import read_metrics
 from adagrpo.train import Trainer
 
@@ -498,21 +498,21 @@ def test_nearest_rows_by_hand() -> None:
 def test_a_memory_that_will_hardly_see_a_prompt_twice_says_so() -> None:
     """2 slots, 10 iterations: 40 observations, the pick's groups and a uniform image each; 3 with two finalists."""
     config = toy_config(train={"slots": 2, "iterations": 10}, selection={"candidates": 3, "probe": "memory"})
-    assert memory_notice(config, 20) is None
-    notice = memory_notice(config, 21)
+    assert repeats_notice(config, 20) is None
+    notice = repeats_notice(config, 21)
     assert notice is not None and "observe 40 rewards of 21 prompts" in notice and "shorten data.prompts to 20" in notice
-    assert memory_notice(dataclasses.replace(config, selection=recipe("memory", finalists=2).selection), 30) is None
-    assert memory_notice(toy_config(), 10**6) is None
+    assert repeats_notice(dataclasses.replace(config, selection=recipe("memory", finalists=2).selection), 30) is None
+    assert repeats_notice(toy_config(), 10**6) is None
 
 
 def test_a_memory_of_prompts_that_hardly_repeat_is_refused_unless_it_looks_or_is_accepted() -> None:
     config = toy_config(train={"slots": 2, "iterations": 10}, selection={"candidates": 3, "probe": "memory"})
-    require_memory(config, 20)
+    require_repeats(config, 20)
     remedies = r"selection\.probe = full, selection\.finalists = 2 .*, or selection\.allow_unseen = true"
     with pytest.raises(InputError, match=f"observe 40 rewards of 21 prompts.*{remedies}"):
-        require_memory(config, 21)
+        require_repeats(config, 21)
     for selection in ({"finalists": 2}, {"allow_unseen": True}, {"probe": "full"}, {"probe": "racing"}):
-        require_memory(dataclasses.replace(config, selection=dataclasses.replace(config.selection, **selection)), 10**6)
+        require_repeats(dataclasses.replace(config, selection=dataclasses.replace(config.selection, **selection)), 10**6)
 
 
 def test_recipe_fast_starts_with_prompts_that_repeat_and_says_what_others_need(tmp_path, capsys) -> None:

@@ -13,7 +13,7 @@ from adagrpo.errors import InputError
 from adagrpo.estimate.counting import PeakMemory
 from adagrpo.estimate.memory import Entry, MemoryPlan, PeakMeter, checkpoint_bytes, free_bytes
 from adagrpo.estimate.rehearsal import rehearse
-from adagrpo.forecast import memory_plan, planned_calls, published_bytes
+from adagrpo.forecast import planned_calls, planned_memory, published_bytes
 from adagrpo.recipe.keys import EngineConfig, RewardConfig
 from adagrpo.recipe.load import load_recipe
 from adagrpo.run.fit import Fit
@@ -25,7 +25,7 @@ GIB = 2**30
 
 def toy_plan(dtype: torch.dtype = torch.float32, **sections) -> MemoryPlan:
     model = ToyModel(dtype)
-    return memory_plan(toy_config(**sections), model, rehearse(model, "a"), [half_bright], 40, 4)
+    return planned_memory(toy_config(**sections), model, rehearse(model, "a"), [half_bright], 40, 4)
 
 
 def sizes(plan: MemoryPlan) -> dict[str, int]:
@@ -111,7 +111,7 @@ def test_a_model_that_cannot_be_rehearsed_is_planned_by_its_parameters() -> None
             return super().velocity(x, sigma, conditioning)
 
     model = Stubborn()
-    plan = memory_plan(toy_config(), model, rehearse(model, "a"), [half_bright], 40, 4)
+    plan = planned_memory(toy_config(), model, rehearse(model, "a"), [half_bright], 40, 4)
     assert "activations: not known for this model (RuntimeError: CPU only)" in plan.table()
     assert plan.peak == plan.resident + 4 * WEIGHTS and not any(e.name == "activations" for e in plan.entries)
 
@@ -120,7 +120,7 @@ def test_checkpoints_are_as_large_as_planned(tmp_path) -> None:
     trainer = toy_trainer(toy_config(output={"checkpoint_every": 2, "keep_last": 1}))
     run = RunFolder.fresh(tmp_path / "run")
     run.write_start(trainer.config, trainer.model.device, {})
-    plan = memory_plan(trainer.config, trainer.model, rehearse(trainer.model, "a"), trainer.rewards, 40, 4)
+    plan = planned_memory(trainer.config, trainer.model, rehearse(trainer.model, "a"), trainer.rewards, 40, 4)
     lines: list[str] = []
     Fit(trainer, run, ["a", "b", "c", "d"], lines.append, plan)()
     assert plan.checkpoint == checkpoint_bytes(trainer.optimizer.parameters, False) == 16 * WEIGHTS
@@ -224,5 +224,5 @@ def test_several_rewards_are_all_in_the_plan() -> None:
         def __init__(self) -> None:
             self.model = linear
 
-    found = sizes(memory_plan(config, model, rehearse(model, "a"), [half_bright, Judge()], 40, 4))
+    found = sizes(planned_memory(config, model, rehearse(model, "a"), [half_bright, Judge()], 40, 4))
     assert found["reward a"] == 0 and found["reward b"] == 4 * 110

@@ -18,7 +18,7 @@ from adagrpo.build import build_architecture, build_model
 from adagrpo.estimate.counting import OpCounter
 from adagrpo.estimate.rehearsal import fused_attention, rehearse
 from adagrpo.estimate.roofline import H100, H200, TIERS
-from adagrpo.forecast import iteration_prediction, memory_plan
+from adagrpo.forecast import iteration_prediction, planned_memory
 from adagrpo.forward.backends import make_copy
 from adagrpo.forward.forwards import CopyForward, PolicyForward
 from adagrpo.models.flux import FluxModel
@@ -119,7 +119,7 @@ def test_plan_and_prediction_at_the_settings_of_the_recipe(recipe: str) -> None:
     model = build_architecture(config.model)
     rehearsal = rehearse(model, "a prompt")
     assert not isinstance(rehearsal, str), rehearsal
-    plan = memory_plan(config, model, rehearsal)
+    plan = planned_memory(config, model, rehearsal)
     planned = time.perf_counter() - started
     assert planned < 60  # about 10 s on an idle core
     predictions = {device.name: iteration_prediction(config, rehearsal, device) for device in (H100, H200)}
