@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 
 import torch
 from adagrpo_kernels._dispatch import device_problem
 from torch import Tensor
 
 from .algorithm.selection import CapabilityState
+from .assembly import (
+    build_course,
+    build_executor,
+    build_fusion,
+    build_judge,
+    build_objective,
+    build_optimizer,
+    build_sampler,
+)
+from .curriculum.judge import Curriculum
+from .curriculum.picks import Strategy
+from .curriculum.prober import Prober
+from .engine.fusion import Fuse
+from .engine.notices import Notices
+from .engine.ranks import Ranks
+from .engine.scoring import Scorer
 from .errors import InputError, RunError
 from .estimate.memory import MemoryPlan, free_bytes
 from .estimate.rehearsal import rehearse
@@ -23,13 +40,13 @@ from .models.pipeline import Source, check_pipeline
 from .models.policy import Policy, Settings, add_lora
 from .models.registry import FAMILIES
 from .parts.plugins import checked, is_import_path, load_callable, make_part
-from .prompts import load_prompts, require_disjoint
-from .recipe.derived import DTYPES
+from .prompts import PromptStream, load_prompts, require_disjoint
+from .recipe.derived import DTYPES, Derived
 from .recipe.keys import BUILT_IN_MODEL, BUILT_IN_MODELS, Config, ModelConfig, bucket_size
 from .recipe.rules import check, require_repeats
-from .rewards import build_reward
+from .rewards import Reward, build_reward
 from .tiny import tiny_flux_path
-from .train import Fuse, Select, Trainer
+from .train import Trainer
 
 
 def choose_device(name: str) -> torch.device:
@@ -127,13 +144,15 @@ def _prepared(model: Policy, config: ModelConfig) -> Policy:
 
 
 def build_trainer(
-    config: Config, planned: Callable[[MemoryPlan], object] | None = None, model: FlowModel | None = None
+    config: Config,
+    planned: Callable[[MemoryPlan], object] | None = None,
+    model: FlowModel | None = None,
 ) -> tuple[Trainer, list[str]]:
     """A trainer at its initial weights, and the held-out prompts.
 
     Args:
-        model: trained instead of a newly loaded one.
         planned: receives the memory plan, once it is known to fit and before anything is allocated for training.
+        model: trained instead of a newly loaded one.
 
     Raises:
         InputError: anything wrong with the recipe or what it names, or a training state that cannot fit.
@@ -141,7 +160,7 @@ def build_trainer(
     check(config)
     check_engine(config)
     prompts, held_out = load_data(config)
-    select, fuse = load_plugins(config)
+    own = load_plugins(config)
     rewards = [build_reward(r.name, r.kwargs, f"rewards.{i}") for i, r in enumerate(config.rewards)]
     model = model or build_model(config.model)
     for bucket in config.model.buckets:
@@ -156,7 +175,47 @@ def build_trainer(
         plan.check(free_bytes(model.device), device=str(model.device))
         if planned is not None:
             planned(plan)
-    return Trainer(config, model, rewards, prompts, select, fuse), held_out
+    return assemble(config, model, rewards, prompts, own), held_out
+
+
+def assemble(
+    config: Config,
+    model: FlowModel,
+    rewards: Sequence[Reward],
+    prompts: Sequence[str],
+    own: Own | None = None,
+    ranks: Ranks | None = None,
+) -> Trainer:
+    """A trainer of a checked recipe from what is loaded.
+
+    Args:
+        rewards: one per entry of ``config.rewards``.
+        prompts: the training prompts.
+        own: the user's selection and advantage.
+        ranks: who else trains; None is nobody.
+
+    Raises:
+        InputError: this machine cannot run what the recipe's ``engine`` keys ask for.
+    """
+    own, ranks, notices = own or Own(), ranks or Ranks(), Notices()
+    executor = build_executor(config, model, rollouts=True, say=notices)
+    score = Scorer(executor, rewards, [r.name for r in config.rewards], [r.timeout for r in config.rewards])
+    if config.engine.overlap and model.device.type == "cuda":
+        score.stream = torch.cuda.Stream(model.device)
+    weights = torch.tensor([reward.weight for reward in config.rewards], device=model.device)
+    prober = Prober(executor, score, weights, config.selection.alpha, Derived(config).forks, ranks)
+    return Trainer(
+        build_course(config, ranks),
+        executor,
+        score,
+        Curriculum(build_judge(config, own.select), prober),
+        build_sampler(config, ranks),
+        build_fusion(config, weights, executor.impl, own.fuse),
+        build_objective(config),
+        build_optimizer(config, model),
+        PromptStream(prompts, config.train.seed),
+        notices,
+    )
 
 
 def load_data(config: Config) -> tuple[list[str], list[str]]:
@@ -175,20 +234,36 @@ def load_data(config: Config) -> tuple[list[str], list[str]]:
     return prompts, held_out
 
 
-def load_plugins(config: Config) -> tuple[Select | None, Fuse | None]:
-    """The selection strategy and advantage function named by import path; None for built-in ones."""
+@dataclasses.dataclass(frozen=True)
+class Own:
+    """The user's selection strategy and advantage function; None for built-in ones."""
+
+    select: Strategy | None = None
+    fuse: Fuse | None = None
+
+
+def load_plugins(config: Config) -> Own:
+    """What the recipe names by import path."""
     select = fuse = None
     s, a, timeout = config.selection, config.advantage, config.train.part_timeout
     if is_import_path(s.strategy):
         select = _selection(load_callable(s.strategy, "selection.strategy", 2, s.kwargs, timeout))
     if is_import_path(a.function):
-        fused = load_callable(a.function, "advantage.function", 3, a.kwargs, timeout)
-        each = "one advantage per sample"
-        fuse = lambda r, state, w: checked(fused(r, state, w), r.shape[1:], "advantage.function", each).to(r)  # noqa: E731
-    return select, fuse
+        fuse = _advantage(load_callable(a.function, "advantage.function", 3, a.kwargs, timeout))
+    return Own(select, fuse)
 
 
-def _selection(chosen: Select) -> Select:
+def _advantage(fused: Fuse) -> Fuse:
+    """``fused``, whose result is shape is checked."""
+
+    def fuse(rewards: Tensor, level: CapabilityState, weights: Tensor) -> Tensor:
+        found = checked(fused(rewards, level, weights), rewards.shape[1:], "advantage.function", "one advantage per sample")
+        return found.to(rewards)
+
+    return fuse
+
+
+def _selection(chosen: Strategy) -> Strategy:
     """``chosen``, whose picks are read once: one that names no candidate would train another slot's."""
 
     def select(scores: Tensor, state: CapabilityState) -> Tensor:

@@ -10,6 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from .algorithm.sde import Stream
+from .assembly import build_executor
 from .build import (
     build_architecture,
     build_model,
@@ -48,7 +49,6 @@ from .run.loggers import check_loggers
 from .run.opening import begin, check_opening, opened
 from .run.origin import Origin, recipe_file
 from .text.user_text import require_within, shown
-from .train import build_executor
 
 # What the driver leaves of 80 and 141 GB, about.
 GPU_BYTES = {"H100 80 GB": int(78.5 * 2**30), "H200 141 GB": 139 * 2**30}
@@ -79,7 +79,7 @@ def _train(config: Config, run: RunFolder, checkpoint: Path | None) -> int:
     else:
         notice = begin(run, config, trainer.model.device, extra)
     tqdm.write(f"{config.name}: {config.train.iterations} iterations on {trainer.model.device}, run folder {run.path}")
-    fit = Fit(trainer, run, held_out, memory_plan=memory_plans[0])
+    fit = Fit(config, trainer, run, held_out, memory_plan=memory_plans[0])
     if checkpoint is not None:
         fit.resume(checkpoint, verified=True)
     else:
@@ -189,7 +189,7 @@ def profile(config: Config, recipe: Config, iterations: int, out: Path | None) -
     config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, overlap=False))
     with holding(OwnerLock(folder, "profile", f"--out {folder}")):
         trainer, _ = build_trainer(config)
-        print(write_profile(trainer, recipe, iterations, folder))
+        print(write_profile(trainer, config, recipe, iterations, folder))
     print(folder)
     return 0
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from .curriculum.cheap import race_stages
-from .engine.plans import branch_plan, chunk_sizes, probe_plan, trajectory_plan, update_batches
+from .assembly import build_judge
+from .engine.plans import branch_plan, chunk_sizes, trajectory_plan, update_batches
 from .estimate.memory import MemoryPlan
 from .estimate.planning import Demand, Latents, copy_bytes, plan_memory
 from .estimate.rehearsal import Rehearsal
@@ -22,13 +22,10 @@ PUBLISHED_PARAMETERS = {"clip": 427_616_513, "pickscore": 986_109_441, "tiny": 0
 def planned_calls(config: Config) -> dict[str, list[int]]:
     """Rows of each batched call of one iteration by phase, from the plans alone: of the transformer, and of ``decode``."""
     r, train, limit, d = config.rollout, config.train, config.engine.max_rows, Derived(config)
-    slots, candidates, fork, scored = d.slots, d.candidates, r.plan == "fork", d.scores_needed
+    slots, fork, legs = d.slots, r.plan == "fork", build_judge(config).legs(d.slots)
     calls: dict[str, list[int]] = {}
-    judged = [candidates] * scored
-    if config.selection.judge != "full":
-        calls["probe"], judged = cheap_probe_calls(config)
-    elif fork or scored:
-        calls["probe"] = probe_plan(range(candidates), r.steps).calls(limit)
+    if legs:
+        calls["probe"] = [rows for leg in legs for rows in leg.plan().calls(limit)]
     samples = 1 if fork else r.group_size
     batches = update_batches(slots, samples, d.trained_steps, train.steps_per_iteration, train.slots, limit)
     update = [batch.numel() for step in batches for batch in step]
@@ -37,7 +34,8 @@ def planned_calls(config: Config) -> dict[str, list[int]]:
     branches = branch_plan(slots, r.sde_steps, r.group_size, r.steps, tails=d.table.tails)
     plan = branches if fork else trajectory_plan(slots, r.group_size, r.steps, (), ())
     calls["rollout"] = plan.calls(limit)
-    scored_rows = [n for rows in (*judged, plan.num_rows) for n in chunk_sizes(rows, limit)]
+    scored = [*(rows for leg in legs for rows in leg.scored), plan.num_rows]
+    scored_rows = [n for rows in scored for n in chunk_sizes(rows, limit)]
     calls["decode"] = [n for rows in scored_rows for n in chunk_sizes(rows, config.engine.decode_rows)]
     if config.loss.old_logp == "recompute":
         calls["recompute"] = update
@@ -45,28 +43,6 @@ def planned_calls(config: Config) -> dict[str, list[int]]:
     if config.loss.kl_weight:
         calls["reference"] = update
     return calls
-
-
-def cheap_probe_calls(config: Config) -> tuple[list[int], list[int]]:
-    """Rows of each batched transformer call of a probe that does not finish every candidate, and of what it scores."""
-    s, r, slots = config.selection, config.rollout, Derived(config).slots
-    parts: list[tuple[int, int]] = []  # rows, steps
-    scored: list[int] = []
-    fork, first = r.plan == "fork", 0
-    finished = slots * (1 + s.finalists * (fork or s.finalists > 1))
-    if s.judge == "short":
-        parts, scored = [(slots * s.candidates, s.probe_steps)], [slots * s.candidates]
-    elif s.judge == "racing":
-        for number, stage in enumerate(race_stages(s.candidates, s.race_steps)):
-            rows = slots * (stage.per_slot + (number > 0))
-            parts.append((rows, stage.last - stage.first))
-            scored.append(rows)
-        first = s.race_steps[-1]
-    elif s.finalists > 1:
-        scored = [slots * s.finalists]
-    parts.append((finished, r.steps - first))
-    limit = config.engine.max_rows
-    return [n for rows, steps in parts for n in probe_plan(range(rows), steps).calls(limit)], [*scored, slots]
 
 
 def planned_evaluations(config: Config) -> dict[str, int]:
@@ -128,7 +104,8 @@ def _judges(config: Config, rewards: Sequence[object] | None) -> dict[str, objec
 
 def stored_latents(config: Config, model: FlowModel) -> Latents:
     """What an iteration keeps."""
-    s, d = config.selection, Derived(config)
+    d = Derived(config)
+    on_grid = [leg.rows for leg in build_judge(config).legs(d.slots) if leg.steps[-1] < config.rollout.steps]
     length, channels = model.latent_shape
     samples = d.groups * config.rollout.group_size
     return Latents(
@@ -136,7 +113,7 @@ def stored_latents(config: Config, model: FlowModel) -> Latents:
         storage=d.storage,
         wide=d.wide,
         velocity=model.dtype,
-        anchors=d.slots * {"short": 2, "memory": s.finalists + 1}.get(s.judge, s.candidates) if d.forks else 0,
+        anchors=max(on_grid) if d.forks else 0,
         forks=len(d.forks),
         transitions=d.transitions,
         successors=samples if d.forks else d.transitions,

@@ -18,7 +18,7 @@ from adagrpo.run.metrics import read_metrics
 def started(tmp_path, trainer) -> Fit:
     run = RunFolder.fresh(tmp_path / "run")
     run.write_start(trainer.config, trainer.model.device, {})
-    return Fit(trainer, run, ["a", "b"], say=lambda line: None)
+    return Fit(trainer.config, trainer, run, ["a", "b"], say=lambda line: None)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_out_of_memory_while_sampling_halves_the_batch_once(where: str, tmp_path
 
 def test_out_of_memory_again_ends_with_the_remedy() -> None:
     trainer = toy_trainer(toy_config(), HungryModel(2, "sample"))
-    trainer.say = lambda line: None
+    trainer.notices.say = lambda line: None
     with pytest.raises(RunError, match=r"lower engine\.max_rows"):
         trainer.iteration()
 

@@ -19,6 +19,7 @@ FLOORS = [
     {"evaluate"},
     {"build"},
     {"forecast"},
+    {"assembly"},
     {"train", "estimate"},
     {"curriculum"},
     {"engine"},

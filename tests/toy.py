@@ -10,6 +10,7 @@ import torch
 from other_rounding import rounded_elsewhere
 from torch import Tensor, nn
 
+from adagrpo.build import assemble
 from adagrpo.models.base import Conditioning
 from adagrpo.recipe.keys import (
     AdvantageConfig,
@@ -134,17 +135,20 @@ def recorded(trainer: Trainer) -> tuple[list[Tensor], list[Tensor]]:
     """Lists that receive the picks [P] and the group rewards [M, groups, G] of every draw from now on."""
     picks: list[Tensor] = []
     rewards: list[Tensor] = []
-    select, rollout = trainer.select, trainer.rollout
+    groups_of = trainer.groups_of
 
-    def keep_rewards(*args):
-        samples, found = rollout(*args)
-        rewards.append(found)
-        return samples, found
+    def kept(*args):
+        groups, knowledge = groups_of(*args)
+        picks.append(groups.picks)
+        rewards.append(groups.rewards)
+        return groups, knowledge
 
-    trainer.select = lambda *args: picks.append(select(*args)) or picks[-1]  # type: ignore[method-assign,func-returns-value]
-    trainer.rollout = keep_rewards  # type: ignore[method-assign]
+    trainer.groups_of = kept  # type: ignore[method-assign]
     return picks, rewards
 
 
-def toy_trainer(config: Config, model: ToyModel | None = None, reward=half_bright) -> Trainer:
-    return Trainer(config, model or ToyModel(), [reward] * len(config.rewards), PROMPTS)
+def toy_trainer(config: Config, model: ToyModel | None = None, reward=half_bright):
+    """A trainer of the toy; its ``config`` is for tests that make a run of it."""
+    trainer = assemble(config, model or ToyModel(), [reward] * len(config.rewards), PROMPTS)
+    trainer.config = config
+    return trainer

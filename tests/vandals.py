@@ -10,7 +10,7 @@ import numpy
 import torch
 from toy import PROMPTS, ToyModel, half_bright, toy_config
 
-from adagrpo.build import build_model, load_data, load_plugins
+from adagrpo.build import assemble, build_model, load_data, load_plugins
 from adagrpo.recipe.keys import RewardConfig
 from adagrpo.rewards import build_reward
 from adagrpo.train import Trainer
@@ -223,9 +223,8 @@ def trained(
         train={"slots": 2} | ({"part_timeout": timeout} if TIMEOUTS else {}),
         rewards=(RewardConfig("tiny", **({"timeout": timeout} if TIMEOUTS else {})),),
     )
-    select, fuse = load_plugins(config)
     rewards = [build_reward(f"vandals:{reward}", {}, "rewards.0")]
-    trainer = Trainer(config, build_model(config.model), rewards, load_data(config)[0], select, fuse)
+    trainer = assemble(config, build_model(config.model), rewards, load_data(config)[0], load_plugins(config))
     seen = []
     for _ in range(iterations):
         metrics = trainer.iteration()

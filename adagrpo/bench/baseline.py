@@ -26,6 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..algorithm.losses import clipped_surrogate
+from ..assembly import build_optimizer
 from ..engine.timing import PhaseTimer
 from ..errors import InputError
 from ..models.base import Conditioning, FlowModel
@@ -35,7 +36,6 @@ from ..recipe.derived import Derived
 from ..recipe.keys import Config
 from ..rewards import Reward
 from ..run.grid import to_pil
-from ..train import build_optimizer
 
 
 @dataclasses.dataclass(frozen=True)

@@ -122,7 +122,7 @@ def rows_seen(trainer: Trainer) -> int | None:
     None where hooks do not see every call: own forwards, CUDA graphs, the reference of the KL term.
     """
     executor = trainer.executor
-    if executor.graphs is not None or not isinstance(executor.rollout, PolicyForward) or trainer.config.loss.kl_weight:
+    if executor.graphs is not None or not isinstance(executor.rollout, PolicyForward) or trainer.objective.kl_weight:
         return None
     rows = 0
 
@@ -250,11 +250,11 @@ def _first_line(error: Exception) -> str:
 def overlapping(trainer: Trainer) -> Iterator[None]:
     """Within it the trainer decodes and scores on a second stream, as in a run (CUDA only)."""
     device = trainer.model.device
-    trainer.score_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    trainer.score.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     try:
         yield
     finally:
-        trainer.score_stream = None
+        trainer.score.stream = None
 
 
 def _wait(device: torch.device) -> None:

@@ -29,9 +29,9 @@ def baseline_command(config: Config, options: Options) -> int:
     return int(bool(problem))
 
 
-def plain_loop(trainer: Trainer) -> PublishedLoop:
+def plain_loop(config: Config, trainer: Trainer) -> PublishedLoop:
     """The published loop over the same recipe, model, rewards and prompts."""
-    return PublishedLoop(trainer.config, trainer.model, trainer.rewards, trainer.stream.prompts)
+    return PublishedLoop(config, trainer.model, trainer.score.rewards, trainer.stream.prompts)
 
 
 def measure_plain(loop: PublishedLoop) -> Iteration:
@@ -53,7 +53,7 @@ def measure_plain(loop: PublishedLoop) -> Iteration:
 def measure_versus(config: Config, options: Options) -> tuple[Record, str]:
     """Interleaved rounds of ours and the plain loop on one model; and how their work differed, '' for not at all."""
     ours = bench_trainer(config)
-    loop = plain_loop(ours)
+    loop = plain_loop(config, ours)
     mine, plain = interleaved(lambda: measure(ours), lambda: measure_plain(loop), options.rounds)
     series = phase_series(mine, "ours/") | phase_series(plain, "plain/")
     del series["plain/calls"]

@@ -1,1 +1,1 @@
-"""The online curriculum filter: ways to judge candidate prompts, and what they remember."""
+"""The online curriculum filter: ways to judge candidate prompts, equal peers behind one call, and what they remember."""

@@ -1,4 +1,4 @@
-"""What the probes that do not sample every candidate to the end remember (``selection.probe`` short, racing and memory)."""
+"""What judges that do not sample every candidate to the end remember (short, racing and memory)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..algorithm.selection import CapabilityState
 
 
 @dataclasses.dataclass(frozen=True)
-class CheapFilter:
+class Evidence:
     """Immutable, so that a draw that ran out of memory is repeated from the same state.
 
     Attributes:
@@ -45,7 +45,7 @@ class CheapFilter:
         half_life: float = 100.0,
         noise_share: float = 0.56,
         group_evidence: float = 2.0,
-    ) -> CheapFilter:
+    ) -> Evidence:
         """Nothing seen yet; candidates are judged at ``stages``, and ``remembered`` prompts have a posterior (0: none)."""
         recent = torch.full((max(stages, 1), rewards, slots * candidates), torch.nan, dtype=torch.float64, device=device)
         posterior = PromptPosterior.empty(rewards, remembered, device) if remembered else None
@@ -62,11 +62,11 @@ class CheapFilter:
         distance = expected_distance(expected, variance, *level, weights)
         return expected, torch.where(capability.count[0] > 0, distance, 1.0)
 
-    def with_level(self, stage: int, level: CapabilityState) -> CheapFilter:
+    def with_level(self, stage: int, level: CapabilityState) -> Evidence:
         """With another EMA of the scores that judge at ``stage``."""
         return dataclasses.replace(self, levels=(*self.levels[:stage], level, *self.levels[stage + 1 :]))
 
-    def with_recent(self, stage: int, scores: Tensor, draw: int) -> CheapFilter:
+    def with_recent(self, stage: int, scores: Tensor, draw: int) -> Evidence:
         """With the scores [M, P] of the uniformly drawn candidates at ``stage``; -1 is the full length."""
         slots = scores.shape[1]
         first = draw % self.candidates * slots
@@ -74,11 +74,11 @@ class CheapFilter:
         recent[stage, :, first : first + slots] = scores
         return dataclasses.replace(self, recent=recent)
 
-    def with_images(self, places: Tensor, scores: Tensor, draw: int) -> CheapFilter:
+    def with_images(self, places: Tensor, scores: Tensor, draw: int) -> Evidence:
         """With the full-length scores [M, K] of one image of each of the prompts ``places`` [K]."""
         return dataclasses.replace(self, posterior=self._observed(places, scores, 1.0, draw))
 
-    def with_groups(self, places: Tensor, rewards: Tensor, draw: int) -> CheapFilter:
+    def with_groups(self, places: Tensor, rewards: Tensor, draw: int) -> Evidence:
         """With the rewards [M, groups, G] of the picked prompts ``places`` [P]."""
         per_slot = rewards.reshape(rewards.shape[0], places.shape[0], -1).double().nanmean(-1)
         return dataclasses.replace(self, posterior=self._observed(places, per_slot, self.group_evidence, draw))
@@ -94,7 +94,7 @@ class CheapFilter:
         posterior = None if self.posterior is None else self.posterior.state_dict()
         return {"levels": [level.state_dict() for level in self.levels], "posterior": posterior, "recent": self.recent}
 
-    def loaded(self, state: dict[str, Any]) -> CheapFilter:
+    def loaded(self, state: dict[str, Any]) -> Evidence:
         """Inverse of ``state_dict``."""
         device = self.recent.device
         posterior = None if self.posterior is None else PromptPosterior.from_state_dict(state["posterior"], device)

@@ -110,7 +110,7 @@ def _forward(device: torch.device, forward: str, precision: str) -> tuple[str, s
     ]
     if any(problems):
         return FAILED, "; ".join(filter(None, problems))
-    told = "".join(f"; {notice}" for notice in trainer.told_early())
+    told = "".join(f"; {notice}" for notice in trainer.notices.told_early())
     return PASSED, f"ratio deviates by {deviation:.1e}, velocity by {off:.1e}; {seconds:.3f} s{told}"
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,7 +12,8 @@ from torch import Tensor
 from ..algorithm.sde import Stream
 from ..models.base import Conditioning
 from .executor import Finished, RolloutExecutor
-from .plans import branch_plan, device_integers, trajectory_plan, update_batches
+from .plans import branch_plan, device_integers, trajectory_plan, update_batches, window_steps
+from .ranks import Ranks
 from .rollout import Rollout, Transitions
 
 
@@ -34,82 +36,195 @@ class Samples:
     merged: bool = False
 
 
-def sample_forks(
-    anchors: Rollout,
-    anchor_row: Tensor,
-    *,
-    executor: RolloutExecutor,
-    conditioning: Conditioning,
-    iteration: int,
-    steps: Sequence[int],
-    group_size: int,
-    fresh_velocity: bool,
-    optimizer_steps: int = 1,
-    slots_per_batch: int = 1,
-    first_slot: int = 0,
-    finished: Finished | None = None,
-) -> Samples:
-    """Fork ``group_size`` samples off each slot's ODE anchor at each of ``steps``, then follow the ODE to the end.
+@dataclasses.dataclass(frozen=True)
+class StepSchedule:
+    """Which steps of an iteration are stochastic, and which of those are trained.
 
-    Args:
-        anchors: probe rollout that kept latents (and velocities) at ``steps``.
-        anchor_row: int64 [P], the anchor of each slot.
-        conditioning: of the P slots.
-        fresh_velocity: compute the fork velocities anew, in the micro-batches of the update (same rows, same kernels),
-            instead of taking the probe's.
-        first_slot: global number of the first slot, over all ranks.
-        finished: see ``RolloutExecutor.run``.
+    Attributes:
+        steps: T.
+        sde_steps: the stochastic steps, where no window moves.
+        window: size, stride and iterations per move of a window of stochastic steps (MixGRPO); None without.
+        trained: how many of the stochastic steps are trained, drawn anew in each iteration (DanceGRPO).
+        seed: of that draw.
     """
-    slots, forks = anchor_row.shape[0], len(steps)
-    device = anchor_row.device
-    flat = lambda kept: torch.stack([kept[k].index_select(0, anchor_row) for k in steps], 1).flatten(0, 1)  # noqa: E731
-    latent = flat(anchors.latents)
-    index = (device_integers(tuple(steps), device) + executor.num_steps).repeat(slots)
-    slot = torch.arange(slots, device=device).repeat_interleave(forks)
-    batches = update_batches(slots, 1, forks, optimizer_steps, slots_per_batch, executor.max_rows, device)
-    if fresh_velocity:
-        v = torch.empty(latent.shape, dtype=executor.model.dtype, device=device)
-        with torch.no_grad(), executor.phase("prefix"):
-            for rows in (batch for step in batches for batch in step):
-                fresh = executor.prefix_velocity(latent[rows], index[rows], conditioning, slot[rows])
-                v.index_copy_(0, rows, fresh)
-    else:
-        v = flat(anchors.velocities)
-    plan = branch_plan(slots, steps, group_size, executor.num_steps, first_slot, executor.rollout_table.tails)
-    first_row = first_slot * forks * group_size
-    noise_row = torch.arange(first_row, first_row + plan.num_rows, device=device).reshape(slots * forks, group_size)
-    with executor.phase("rollout"):
-        transitions = executor.fork(latent, v, index, slot, noise_row, iteration)
-    start = transitions.successors.flatten(0, 1)
-    rollout = executor.run(plan, start, conditioning, iteration, "rollout", finished=finished)
-    return Samples(rollout.final, slots * forks, transitions, batches)
+
+    steps: int
+    sde_steps: tuple[int, ...]
+    window: tuple[int, int, int] | None
+    trained: int
+    seed: int
+
+    def stochastic(self, iteration: int) -> tuple[int, ...]:
+        """The stochastic steps of an iteration, counted from 0."""
+        return self.sde_steps if self.window is None else window_steps(iteration, self.steps, *self.window)
+
+    def learnt(self, iteration: int) -> tuple[int, ...]:
+        """The trained ones among them."""
+        stochastic = self.stochastic(iteration)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + iteration)
+        order = torch.randperm(len(stochastic), generator=generator)[: self.trained].sort().values
+        return tuple(stochastic[i] for i in order.tolist())
 
 
-def sample_trajectories(
-    slots: int,
-    stochastic: Sequence[int],
-    trained: Sequence[int],
-    *,
+@dataclasses.dataclass(frozen=True)
+class GroupShape:
+    """Sizes of groups, and how their transitions are dealt to the update (``update_batches``).
+
+    Attributes:
+        group_size: G. optimizer_steps: per iteration. slots_per_batch: slots that share a micro-batch.
+        ranks: who else draws groups; slots are numbered over all of them.
+    """
+
+    group_size: int
+    optimizer_steps: int = 1
+    slots_per_batch: int = 1
+    ranks: Ranks = dataclasses.field(default_factory=Ranks)
+
+    def batches(self, slots: int, samples: int, steps: int, executor: RolloutExecutor) -> list[list[Tensor]]:
+        """Micro-batches of ``samples`` transitions per slot at each of ``steps`` steps."""
+        dealt = (self.optimizer_steps, self.slots_per_batch, executor.max_rows)
+        return update_batches(slots, samples, steps, *dealt, executor.model.device)
+
+
+class Sampler(Protocol):
+    """Draws the groups of an iteration by one of the plans."""
+
+    def rows_per_slot(self, iteration: int) -> int:
+        """Samples of each slot."""
+        ...
+
+    def __call__(
+        self,
+        executor: RolloutExecutor,
+        anchors: Rollout | None,
+        anchor_row: Tensor,
+        conditioning: Conditioning,
+        iteration: int,
+        draw: int,
+        finished: Finished | None = None,
+    ) -> Samples:
+        """Groups of P slots.
+
+        Args:
+            anchors, anchor_row: ODE rollout that kept the fork steps, and the row of each slot in it, int64 [P].
+            conditioning: of the P slots.
+            iteration: counted from 0; of the step schedule.
+            draw: number of the draw, of the noise.
+            finished: see ``RolloutExecutor.run``.
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class ForkSampler:
+    """Plan ``fork``: groups branch off an ODE anchor at each trained step, then follow the ODE to the end (AdaGRPO).
+
+    Attributes:
+        fresh_velocity: compute the fork velocities anew, in the micro-batches of the update (same rows, same kernels),
+            instead of taking the anchor's.
+    """
+
+    schedule: StepSchedule
+    shape: GroupShape
+    fresh_velocity: bool = True
+
+    def rows_per_slot(self, iteration: int) -> int:
+        """A group at each trained step."""
+        return self.shape.group_size * len(self.schedule.learnt(iteration))
+
+    def __call__(
+        self,
+        executor: RolloutExecutor,
+        anchors: Rollout | None,
+        anchor_row: Tensor,
+        conditioning: Conditioning,
+        iteration: int,
+        draw: int,
+        finished: Finished | None = None,
+    ) -> Samples:
+        """See ``Sampler``."""
+        assert anchors is not None
+        steps, group_size = self.schedule.learnt(iteration), self.shape.group_size
+        slots, forks, device = anchor_row.shape[0], len(steps), anchor_row.device
+        latent = _at_forks(anchors.latents, steps, anchor_row)
+        index = (device_integers(steps, device) + executor.num_steps).repeat(slots)
+        slot = torch.arange(slots, device=device).repeat_interleave(forks)
+        batches = self.shape.batches(slots, 1, forks, executor)
+        if self.fresh_velocity:
+            v = _fresh_velocities(executor, latent, index, conditioning, slot, batches)
+        else:
+            v = _at_forks(anchors.velocities, steps, anchor_row)
+        first_slot = self.shape.ranks.first(slots)
+        plan = branch_plan(slots, steps, group_size, executor.num_steps, first_slot, executor.rollout_table.tails)
+        first_row = first_slot * forks * group_size
+        noise_row = torch.arange(first_row, first_row + plan.num_rows, device=device).reshape(slots * forks, group_size)
+        with executor.phase("rollout"):
+            transitions = executor.fork(latent, v, index, slot, noise_row, draw)
+        start = transitions.successors.flatten(0, 1)
+        rollout = executor.run(plan, start, conditioning, draw, "rollout", finished=finished)
+        return Samples(rollout.final, slots * forks, transitions, batches)
+
+
+def _at_forks(kept: Mapping[int, Tensor], steps: Sequence[int], rows: Tensor) -> Tensor:
+    """Of what was kept at each of K steps that of the anchors ``rows`` [P]: [P*K, L, C]."""
+    return torch.stack([kept[k].index_select(0, rows) for k in steps], 1).flatten(0, 1)
+
+
+def _fresh_velocities(
     executor: RolloutExecutor,
+    latent: Tensor,
+    index: Tensor,
     conditioning: Conditioning,
-    iteration: int,
-    group_size: int,
-    shared_noise: bool = False,
-    optimizer_steps: int = 1,
-    slots_per_batch: int = 1,
-    first_slot: int = 0,
-    finished: Finished | None = None,
-) -> Samples:
-    """Whole trajectories, ``group_size`` per slot: stochastic at some steps, of which ``trained`` are stored."""
-    plan = trajectory_plan(slots, group_size, executor.num_steps, stochastic, trained, first_slot)
-    start_row = torch.arange(plan.num_rows, device=executor.model.device) + first_slot * group_size
-    start_row = start_row // group_size if shared_noise else start_row
-    x = executor.initial_noise(start_row, iteration, Stream.TRAJECTORY_INIT)
-    rollout = executor.run(plan, x, conditioning, iteration, "rollout", finished=finished)
-    assert rollout.transitions is not None
-    device = x.device
-    batches = update_batches(slots, group_size, len(trained), optimizer_steps, slots_per_batch, executor.max_rows, device)
-    return Samples(rollout.final, slots, rollout.transitions, batches)
+    slot: Tensor,
+    batches: Sequence[Sequence[Tensor]],
+) -> Tensor:
+    """The policy's velocities [N, L, C] of the transitions to come, in the micro-batches of the update."""
+    v = torch.empty(latent.shape, dtype=executor.model.dtype, device=latent.device)
+    with torch.no_grad(), executor.phase("prefix"):
+        for rows in (batch for step in batches for batch in step):
+            v.index_copy_(0, rows, executor.prefix_velocity(latent[rows], index[rows], conditioning, slot[rows]))
+    return v
+
+
+@dataclasses.dataclass(frozen=True)
+class TrajectorySampler:
+    """Plans ``trajectory`` and ``window``: whole trajectories, stochastic at the scheduled steps, of which the trained ones
+    are stored (Flow-GRPO, DanceGRPO, Flow-CPS; MixGRPO).
+
+    Attributes:
+        shared_noise: trajectories of a group start from one initial noise (DanceGRPO).
+    """
+
+    schedule: StepSchedule
+    shape: GroupShape
+    shared_noise: bool = False
+
+    def rows_per_slot(self, iteration: int) -> int:
+        """One group."""
+        return self.shape.group_size
+
+    def __call__(
+        self,
+        executor: RolloutExecutor,
+        anchors: Rollout | None,
+        anchor_row: Tensor,
+        conditioning: Conditioning,
+        iteration: int,
+        draw: int,
+        finished: Finished | None = None,
+    ) -> Samples:
+        """See ``Sampler``; anchors are not used."""
+        slots, group_size = anchor_row.shape[0], self.shape.group_size
+        stochastic, learnt = self.schedule.stochastic(iteration), self.schedule.learnt(iteration)
+        first_slot = self.shape.ranks.first(slots)
+        plan = trajectory_plan(slots, group_size, executor.num_steps, stochastic, learnt, first_slot)
+        start_row = torch.arange(plan.num_rows, device=executor.model.device) + first_slot * group_size
+        start_row = start_row // group_size if self.shared_noise else start_row
+        x = executor.initial_noise(start_row, draw, Stream.TRAJECTORY_INIT)
+        rollout = executor.run(plan, x, conditioning, draw, "rollout", finished=finished)
+        assert rollout.transitions is not None
+        batches = self.shape.batches(slots, group_size, len(learnt), executor)
+        return Samples(rollout.final, slots, rollout.transitions, batches)
 
 
 def merge_slots(samples: Samples, other: Samples, slots: Tensor, number: int) -> Samples:

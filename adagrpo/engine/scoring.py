@@ -11,6 +11,7 @@ from ..parts.isolation import Part, call_part
 from ..parts.plugins import checked
 from ..rewards import PromptRows, Reward
 from .executor import RolloutExecutor
+from .overlap import Overlap
 
 
 class Scorer:
@@ -24,6 +25,7 @@ class Scorer:
 
     Attributes:
         decoded: images so far.
+        stream: a second CUDA stream, on which ``overlapped`` works; None is the current one.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class Scorer:
         timeouts: Sequence[float] | None = None,
     ) -> None:
         self.executor, self.rewards, self.decoded = executor, list(rewards), 0
+        self.stream: torch.cuda.Stream | None = None
         limits = timeouts or [0.0] * len(names)
         self.parts = [
             Part(f"rewards.{m} ({name})", timeout=limit, timeout_key=f"rewards.{m}.timeout")
@@ -54,6 +57,14 @@ class Scorer:
             with self.executor.phase("reward"):
                 parts.append(self.score_images(images, prompts[part], kept=False))
         return torch.cat(parts, 1)
+
+    def overlapped(self, prompts: PromptRows) -> Overlap:
+        """Scores the rows of a rollout, whose prompts these are, chunk by chunk beside the next chunk's rollout."""
+
+        def work(latents: Tensor, rows: Tensor) -> Tensor:
+            return self(latents, prompts.rows(rows))
+
+        return Overlap(work, self.stream)
 
     def score_images(self, images: Tensor, prompts: PromptRows, kept: bool = True) -> Tensor:
         """Scores [M, R], float64, of images [R, 3, H, W] in [0, 1]; not ``kept``: the last reward may write into them."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,28 @@ from .rollout import Transitions
 from .sampling import Samples
 
 
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """The policy-gradient objective, ``loss = mean_N(weight_k * (surrogate + kl_weight * KL))``.
+
+    Attributes:
+        old_logp: the ratio's denominator: ``rollout`` (stored while sampling), ``recompute`` or ``detached``.
+        clip_range: half width of the trust region; None is no clipping.
+        kl_weight, kl_variance: of the divergence from the initial model (``mean_space_kl``).
+        step_weighting: of the transitions (``step_weights``).
+        average: ``update`` over the transitions of each optimizer step, ``iteration`` over those of all of them.
+        skip_empty: average over the transitions with a valid sample only, instead of over all.
+    """
+
+    old_logp: str = "rollout"
+    clip_range: float | None = None
+    kl_weight: float = 0.0
+    kl_variance: str = "step"
+    step_weighting: str = "uniform"
+    average: str = "update"
+    skip_empty: bool = False
+
+
 def update_policy(
     executor: RolloutExecutor,
     optimizer: PolicyOptimizer,
@@ -21,54 +45,46 @@ def update_policy(
     advantage: Tensor,
     valid: Tensor,
     conditioning: Conditioning,
-    old_logp: str = "rollout",
-    clip_range: float | None = None,
-    kl_weight: float = 0.0,
-    kl_variance: str = "step",
-    step_weighting: str = "uniform",
-    skip_empty: bool = False,
-    average: str = "update",
+    objective: Objective,
 ) -> dict[str, Tensor]:
     """One pass over the transitions: one optimizer step per entry of ``samples.batches``.
 
-    ``loss = mean_N(weight_k * (surrogate + kl_weight * KL))``, whatever the micro-batches: summed over the transitions of an
-    optimizer step, and divided by their number, or by that of the iteration.
+    Whatever the micro-batches, the loss is summed over the transitions of an optimizer step and divided by their number, or by
+    that of the iteration.
 
     Args:
         advantage, valid: [R], per final latent.
-        old_logp: ``rollout`` (stored while sampling), ``recompute`` or ``detached``.
-        skip_empty: average over the transitions with a valid sample only, instead of over all.
-        average: ``update`` over the transitions of each optimizer step, ``iteration`` over those of all of them.
 
     Returns:
         0-dim tensors ``loss, ratio_deviation`` (max |ratio - 1| of the first optimizer step), ``ratio_mean, clip_share,
         kl, grad_norm``.
     """
-    transitions, device = samples.transitions, advantage.device
-    batches = samples.batches
+    o, transitions, batches = objective, samples.transitions, samples.batches
+    # Slots of a second draw have log-probabilities of another batch geometry.
+    old_logp = "recompute" if samples.merged and o.old_logp == "rollout" else o.old_logp
     if old_logp == "recompute":
         fresh = executor.recompute_logp(transitions, conditioning, [b for step in batches for b in step])
         transitions = transitions.with_logp(fresh)
-    weight = step_weights(executor.table, transitions.index, step_weighting)
-    tally = _Tally(device)
+    weight = step_weights(executor.table, transitions.index, o.step_weighting)
+    tally = _Tally(advantage.device)
     everything = torch.cat([rows for step in batches for rows in step])
     for number, step in enumerate(batches):
-        share = _share(valid, transitions, everything if average == "iteration" else torch.cat(step), skip_empty)
+        share = _share(valid, transitions, everything if o.average == "iteration" else torch.cat(step), o.skip_empty)
         for batch in step:
             part = transitions.rows(batch)
             v = executor.update_velocity(part, conditioning, "update")
             logp = group_log_prob(part.latent, v, part.successors, executor.table, part.index, executor.impl)
             old = logp.detach() if old_logp == "detached" else part.logp
             mask = valid[part.sample]
-            surrogate = clipped_surrogate(logp, old, advantage[part.sample].to(logp.dtype), clip_range, mask)
+            surrogate = clipped_surrogate(logp, old, advantage[part.sample].to(logp.dtype), o.clip_range, mask)
             loss = surrogate.loss
-            kl = _kl(executor, part, v, conditioning, kl_variance) if kl_weight else torch.zeros_like(loss)
-            loss = ((loss + kl_weight * kl) * weight[batch].to(loss.dtype)).sum() * share
+            kl = _kl(executor, part, v, conditioning, o.kl_variance) if o.kl_weight else torch.zeros_like(loss)
+            loss = ((loss + o.kl_weight * kl) * weight[batch].to(loss.dtype)).sum() * share
             loss.backward()
             optimizer.collect()
             tally.add(loss, kl, surrogate.ratio, surrogate.clipped, mask, first=number == 0)
         tally.grad_norm(optimizer.step())
-    return tally.read(everything.numel(), 1 if average == "iteration" else len(batches))
+    return tally.read(everything.numel(), 1 if o.average == "iteration" else len(batches))
 
 
 def _share(valid: Tensor, transitions: Transitions, rows: Tensor, skip_empty: bool) -> Tensor | float:

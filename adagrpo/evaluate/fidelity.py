@@ -16,17 +16,17 @@ from torch import Tensor
 
 from ..algorithm.sde import Stream
 from ..algorithm.selection import STRATEGIES, CapabilityState, capability_step
+from ..assembly import build_executor
 from ..engine.executor import RolloutExecutor
 from ..engine.plans import probe_plan
 from ..engine.rollout import Rollout
-from ..engine.sampling import sample_forks
+from ..engine.sampling import ForkSampler, GroupShape, StepSchedule
 from ..engine.scoring import Scorer
 from ..errors import InputError
 from ..models.base import Conditioning, FlowModel
 from ..prompts import PromptStream
 from ..recipe.keys import Config, EngineConfig, RolloutConfig
 from ..rewards import PromptRows, Reward
-from ..train import build_executor
 
 LEVERS = {
     "engine": ("forward", "precision", "fp8_scaling", "attention"),
@@ -174,11 +174,10 @@ def _forks(
 ) -> tuple[Side, Side]:
     """The groups of one slot, forked off the same anchor with the same noise, by both sides."""
     r, found = config.rollout, []
+    schedule = StepSchedule(r.steps, r.sde_steps, None, len(r.sde_steps), config.train.seed)
+    sampler = ForkSampler(schedule, GroupShape(r.group_size))
     for executor, scorer in zip(sides, scorers, strict=True):
-        samples = sample_forks(
-            anchors, picked, executor=executor, conditioning=conditioning, iteration=slot, steps=r.sde_steps,
-            group_size=r.group_size, fresh_velocity=True,
-        )  # fmt: skip
+        samples = sampler(executor, anchors, picked, conditioning, iteration=0, draw=slot)
         images = executor.model.decode(samples.final)
         rows = PromptRows(texts, picked.repeat_interleave(images.shape[0]))
         found.append(Side(samples.final, images, scorer.score_images(images, rows)[0]))

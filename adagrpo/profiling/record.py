@@ -126,7 +126,7 @@ def _record(
     say: Callable[[str], object],
 ) -> Recording:
     device, notices = trainer.model.device, list[str]()
-    trainer.say = notices.append
+    trainer.notices.say = notices.append
     warmup = 2 if device.type == "cuda" else 1  # of two, the second has the optimizer's moments and compiled forwards
     meter, found = KernelMeter(), list[Any]()
 

@@ -40,10 +40,11 @@ def processor_name() -> str:
     return re.sub(r"\([RTM]+\)", "", processor())
 
 
-def write_profile(trainer: Trainer, recipe: Config, iterations: int, folder: Path) -> str:
+def write_profile(trainer: Trainer, config: Config, recipe: Config, iterations: int, folder: Path) -> str:
     """Record ``trainer`` into an existing folder, and return what to print. What an earlier profile left there goes.
 
     Args:
+        config: of the trainer.
         recipe: as its file has it, before anything was overridden.
 
     Raises:
@@ -57,7 +58,7 @@ def write_profile(trainer: Trainer, recipe: Config, iterations: int, folder: Pat
             load = os.getloadavg()[0]
             recording = record(trainer, iterations, draft, snapshot=folder / SNAPSHOT)
             roof = stated_rates(trainer.model.device)
-            summary, points = _summary(trainer, recipe, recording, roof, load)
+            summary, points = _summary(trainer, config, recipe, recording, roof, load)
             write_json(draft / JSON, summary)
             page = markdown(summary)
             write_text(draft / PAGE, page)
@@ -78,9 +79,9 @@ def stated_rates(device: torch.device) -> Device | None:
 
 
 def _summary(
-    trainer: Trainer, recipe: Config, recording: Recording, roof: Device | None, load: float
+    trainer: Trainer, config: Config, recipe: Config, recording: Recording, roof: Device | None, load: float
 ) -> tuple[dict[str, Any], list[Point]]:
-    config, device = trainer.config, trainer.model.device
+    device = trainer.model.device
     counts = recording.timed[-1].counts
     machine = describe_machine(device)
     if device.type == "cpu":

@@ -12,6 +12,10 @@ BUILT_IN_MODEL = "tiny-flux"
 RANDOM_MODELS = [name for family in FAMILIES.values() for name in family.architectures if name.startswith("random:")]
 BUILT_IN_MODELS = (BUILT_IN_MODEL, *RANDOM_MODELS)  # of model.path; all else is a folder or Hub id
 Probe = Literal["full", "short", "racing", "pool", "memory", "short+pool", "racing+pool", "memory+pool"]
+JUDGES = {"full": "full:Full", "short": "short:Short", "racing": "racing:Racing", "memory": "memory:Memory"}
+"""Class of each judge, in ``curriculum/``."""
+POOLED = {"pool": "full"} | {f"{judge}+pool": judge for judge in JUDGES if judge != "full"}
+"""Probes whose candidates compete over all slots, and how these are judged."""
 
 
 @dataclass(frozen=True)
@@ -133,13 +137,13 @@ class SelectionConfig:
 
     @property
     def judge(self) -> str:
-        """How candidates are judged, whether pooled or not: full, short, racing or memory."""
-        return "full" if self.probe == "pool" else self.probe.removesuffix("+pool")
+        """How candidates are judged, a key of ``JUDGES``."""
+        return POOLED.get(self.probe, self.probe)
 
     @property
     def pooled(self) -> bool:
         """Whether candidates of all slots compete for all slots."""
-        return self.probe.endswith("pool")
+        return self.probe in POOLED
 
 
 @dataclass(frozen=True)

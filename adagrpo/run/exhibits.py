@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..disk.files import WriteError, replacing
+from ..recipe.keys import OutputConfig
 from ..report.page import write_report
 from ..train import Trainer
 from .folder import RunFolder
@@ -22,15 +23,15 @@ class Exhibits:
     """Writes what a run can do without: a failure is told and ends nothing, but for a full disk.
 
     Args:
+        config: what the recipe wants of them.
         trainer: of the policy.
         run: the folder.
         held_out: draws the grids.
         telling: told of failures.
     """
 
-    def __init__(self, trainer: Trainer, run: RunFolder, held_out: HeldOut, telling: Telling) -> None:
-        self.trainer, self.run, self.held_out, self.telling = trainer, run, held_out, telling
-        self.config = trainer.config.output
+    def __init__(self, config: OutputConfig, trainer: Trainer, run: RunFolder, held_out: HeldOut, telling: Telling) -> None:
+        self.config, self.trainer, self.run, self.held_out, self.telling = config, trainer, run, held_out, telling
 
     def iteration(self) -> dict[str, Any]:
         """One iteration of the trainer, under the profiler if the recipe wants its trace."""

@@ -53,7 +53,8 @@ class Fit:
     """Runs a trainer to the end of its recipe inside a run folder.
 
     Args:
-        trainer: at its initial weights.
+        config: the recipe.
+        trainer: of it, at its initial weights.
         run: the folder.
         held_out: prompts of the held-out evaluation.
         say: receives lines for the user.
@@ -62,19 +63,19 @@ class Fit:
 
     def __init__(
         self,
+        config: Config,
         trainer: Trainer,
         run: RunFolder,
         held_out: Sequence[str],
         say: Callable[[str], None] = tqdm.write,
         memory_plan: MemoryPlan | None = None,
     ) -> None:
-        self.trainer, self.run = trainer, run
-        self.config: Config = trainer.config
+        self.config, self.trainer, self.run = config, trainer, run
         self.telling = Telling(trainer, run, say)
         self.memory_plan, self.meter = memory_plan, PeakMeter(trainer.model.device)
-        self.held_out = HeldOut(trainer, run, held_out, self.telling.warn)
-        self.state = RunState(trainer, run, self.held_out, self.telling)
-        self.exhibits = Exhibits(trainer, run, self.held_out, self.telling)
+        self.held_out = HeldOut(config, trainer, run, held_out, self.telling.warn)
+        self.state = RunState(config, trainer, run, self.held_out, self.telling)
+        self.exhibits = Exhibits(config.output, trainer, run, self.held_out, self.telling)
         self.category = prompt_category(self.config.data.prompts)
         self._kernels_recorded: dict[str, str] = {}
         if self.config.loss.kl_weight:
@@ -107,7 +108,7 @@ class Fit:
         if notice := repeats_notice(self.config, len(self.trainer.stream.prompts)):
             self.telling.warn(notice)
         with telling(self.telling.warn):
-            self.trainer.with_memory(self.held_out.try_rewards)
+            self.held_out.try_rewards()
             with contextlib.ExitStack() as closing:
                 loggers = self._open_loggers(closing)
                 before = self.held_out.before()

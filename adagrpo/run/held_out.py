@@ -13,6 +13,7 @@ from ..algorithm.sde import Stream
 from ..disk.files import read_json
 from ..errors import RunError
 from ..evaluate.held_out import PairedGain, decode, evaluate, paired_gain, sample_latents
+from ..recipe.keys import Config
 from ..rewards import PromptRows
 from ..train import Trainer
 from .folder import RunFolder
@@ -24,6 +25,7 @@ class HeldOut:
     """Scores and pictures of the policy, by its averaged weights where an average is kept.
 
     Args:
+        config: the recipe.
         trainer: of the policy.
         run: the folder.
         prompts: the held-out prompts; the curve, the grids and the comparison take the first of them.
@@ -33,9 +35,11 @@ class HeldOut:
         baseline: scores [prompts, noises] of the initial policy, fp64; None before they are measured or restored.
     """
 
-    def __init__(self, trainer: Trainer, run: RunFolder, prompts: Sequence[str], tell: Callable[[str], None]) -> None:
+    def __init__(
+        self, config: Config, trainer: Trainer, run: RunFolder, prompts: Sequence[str], tell: Callable[[str], None]
+    ) -> None:
         self.trainer, self.run, self.tell = trainer, run, tell
-        e = trainer.config.evaluation
+        self.names, e = [reward.name for reward in config.rewards], config.evaluation
         self.prompts, self.final_prompts = list(prompts)[: e.prompts], list(prompts)[: e.final_prompts]
         self.noises, self.final_noises = e.noises, e.final_noises
         self.baseline: Tensor | None = None
@@ -48,9 +52,10 @@ class HeldOut:
     def scores(self, prompts: Sequence[str], noises: int, stream: Stream) -> Tensor:
         """Scores [M, prompts, noises] by the deterministic sampler."""
         with self.trainer.optimizer.averaged_weights():
-            trainer = self.trainer
-            scores = trainer.with_memory(lambda: evaluate(trainer.executor, trainer.score, prompts, noises, stream))
-        trainer.phase.read()
+            for attempt in self.trainer.attempts():
+                with attempt:
+                    scores = evaluate(self.trainer.executor, self.trainer.score, prompts, noises, stream)
+        self.trainer.phase.read()
         return scores
 
     def curve(self) -> dict[str, float]:
@@ -58,8 +63,8 @@ class HeldOut:
         scores = self.scores(self.prompts, self.noises, Stream.HELD_OUT)
         found = {"reward/held_out": float(scores[0].nanmean())}
         found["reward/held_out_std"] = float(scores[0].nanmean(1).std()) if len(self.prompts) > 1 else 0.0
-        for m, reward in list(enumerate(self.trainer.config.rewards))[1:]:
-            found[f"reward/held_out_{m}_{reward.name}"] = float(scores[m].nanmean())
+        for m, name in list(enumerate(self.names))[1:]:
+            found[f"reward/held_out_{m}_{name}"] = float(scores[m].nanmean())
         return found
 
     def try_rewards(self) -> None:
@@ -70,16 +75,22 @@ class HeldOut:
         Raises:
             RunError: a reward fails, or has no finite score for either.
         """
-        prompts = (self.prompts * 2)[:2]
+        for attempt in self.trainer.attempts():
+            with attempt:
+                scores = self._first_scores((self.prompts * 2)[:2])
+        self.trainer.phase.read()
+        for m, some in enumerate(scores.isfinite().any(1).tolist()):
+            if not some:
+                name = f"rewards.{m} ({self.names[m]})"
+                raise RunError(f"{name} has no finite score, neither of noise nor of the policy's images: {scores[m].tolist()}")
+
+    def _first_scores(self, prompts: Sequence[str]) -> Tensor:
+        """Scores [M, 2] of noise, or of what the policy draws."""
         x = self.trainer.executor.initial_noise(torch.arange(2), 0, Stream.SAMPLE)
         scores = self.trainer.score(x, PromptRows(prompts, torch.arange(2, device=x.device)))
         if not bool(scores.isfinite().any(1).all()):
             scores = evaluate(self.trainer.executor, self.trainer.score, prompts, 1, Stream.SAMPLE).flatten(1)
-        self.trainer.phase.read()
-        for m, some in enumerate(scores.isfinite().any(1).tolist()):
-            if not some:
-                name = f"rewards.{m} ({self.trainer.config.rewards[m].name})"
-                raise RunError(f"{name} has no finite score, neither of noise nor of the policy's images: {scores[m].tolist()}")
+        return scores
 
     def before(self) -> Tensor | None:
         """Scores [prompts, noises] of the initial policy on the final comparison's prompts; None if they are lost.
@@ -116,7 +127,9 @@ class HeldOut:
         """Pictures [count, 3, H, W] of the first prompts with fixed noise, these prompts, and their rewards."""
         trainer, prompts = self.trainer, self.prompts[:count]
         with trainer.optimizer.averaged_weights():
-            latents, rewards = trainer.with_memory(lambda: self._samples(prompts))
+            for attempt in trainer.attempts():
+                with attempt:
+                    latents, rewards = self._samples(prompts)
             images = decode(trainer.executor, latents)
         trainer.phase.read()
         return images, prompts, rewards.tolist()

@@ -9,6 +9,7 @@ from typing import Any
 from ..disk.files import WriteError, writing
 from ..errors import InputError, RunError
 from ..parts.isolation import own
+from ..recipe.keys import Config
 from ..recipe.load import to_toml
 from ..train import Trainer
 from .checkpoint import Retention, abandon_later, load_state, save_checkpoint
@@ -23,6 +24,7 @@ class RunState:
     """What a run is after its last finished iteration, and how that goes into a checkpoint and comes back.
 
     Args:
+        config: the recipe.
         trainer: at its initial weights.
         run: the folder.
         held_out: has the scores of the initial policy.
@@ -39,9 +41,8 @@ class RunState:
         held_out_now: its held-out reward, if it was evaluated.
     """
 
-    def __init__(self, trainer: Trainer, run: RunFolder, held_out: HeldOut, telling: Telling) -> None:
-        self.trainer, self.run, self.held_out, self.telling = trainer, run, held_out, telling
-        self.config = trainer.config
+    def __init__(self, config: Config, trainer: Trainer, run: RunFolder, held_out: HeldOut, telling: Telling) -> None:
+        self.config, self.trainer, self.run, self.held_out, self.telling = config, trainer, run, held_out, telling
         base = self.config.model.path, to_toml(self.config), self.config.loss.kl_weight > 0
         self.origin = Origin(trainer.model, *base, telling.warn)
         self.guards = Guards(self.config.guards)

@@ -21,7 +21,7 @@ class Telling:
 
     def __init__(self, trainer: Trainer, run: RunFolder, say: Callable[[str], None]) -> None:
         self.trainer, self.run, self._say = trainer, run, say
-        trainer.say = lambda message: self.event("memory" if message.startswith("out of memory") else "warning", message)
+        trainer.notices.say = self.noticed
 
     def say(self, line: str) -> None:
         """A line for the user alone; the run's own record is its folder."""
@@ -33,13 +33,17 @@ class Telling:
         self.run.event(self.trainer.iterations_done if iteration is None else iteration, kind, message)
         self.say(scrubbed(message))
 
+    def noticed(self, message: str) -> None:
+        """What the trainer has to tell, as an event."""
+        self.event("memory" if message.startswith("out of memory") else "warning", message)
+
     def warn(self, message: str) -> None:
         """An event that is a warning."""
         self.event("warning", message)
 
     def notices(self) -> None:
         """What the run folder found on opening, to the user and the events; what was told of the trainer's making, to those."""
-        for notice in self.trainer.told_early():
+        for notice in self.trainer.notices.told_early():
             self.run.event(self.trainer.iterations_done, "warning", notice)
         notices, self.run.notices = self.run.notices, []
         for notice in notices:

@@ -16,13 +16,14 @@ from ..bench.measure import Iteration, bench_trainer, measure
 from ..bench.options import Options
 from ..bench.records import new_record
 from ..bench.statistics import Series
+from ..curriculum.base import Choice
+from ..engine.groups import Groups
 from ..errors import InputError
 from ..evaluate.held_out import evaluate
 from ..forecast import planned_calls
 from ..models.base import FlowModel
 from ..recipe.keys import Config
 from ..run.folder import prompts_digest
-from ..train import Draw, Trainer
 from .hosts import with_probe, without_adagrpo
 
 
@@ -104,38 +105,22 @@ def probes_command(config: Config, names: Sequence[str], draws: int, noises: int
 
 def drawn(config: Config, model: FlowModel, draws: int) -> list[Drawn]:
     """What a probe picks in ``draws`` draws while the policy stays as it is."""
-    one = bench_trainer(config, model)
-    if config.selection.judge != "memory":  # nothing else reads the groups
-        one.rollout = _no_groups  # type: ignore[method-assign,assignment]
-    numbers, found = _watched_numbers(one), []
+    one, found = bench_trainer(config, model), []
+    slots = one.course.slots
     for _ in range(draws):
-        numbers.clear()
-        draw: Draw = one.draw(one.slots)
-        judged = None if draw.scores is None else draw.scores[0].cpu()
-        places = torch.tensor(numbers).reshape(one.slots, -1)
-        state = one.capability
-        found.append(Drawn(places, draw.picks.cpu(), judged, float(state.mean[0]), float(state.std[0])))
+        numbers = one.stream.take_numbers(slots * one.course.candidates)
+        picked: Groups | Choice
+        if config.selection.judge == "memory":  # nothing else reads the groups
+            picked, one.knowledge = one.groups_of(numbers, slots)
+        else:
+            picked = one.probe_and_select(one.candidates(numbers, slots))
+            one.knowledge = picked.knowledge
+        one.draws += 1
+        judged = None if picked.scores is None else picked.scores[0].cpu()
+        places, level = torch.tensor(numbers).reshape(slots, -1), one.capability
+        found.append(Drawn(places, picked.picks.cpu(), judged, float(level.mean[0]), float(level.std[0])))
         one.phase.read()
     return found
-
-
-def _watched_numbers(one: Trainer) -> list[int]:
-    """Receives the numbers of the prompts that are drawn."""
-    taken: list[int] = []
-    numbers = one.stream.take_numbers
-
-    def keep(count: int) -> list[int]:
-        found = numbers(count)
-        taken.extend(found)
-        return found
-
-    one.stream.take_numbers = keep  # type: ignore[method-assign]
-    return taken
-
-
-def _no_groups(anchors: Any, anchor_row: Any, picked: Any, picks: Tensor, conditioning: Any) -> tuple[None, Tensor]:
-    """In place of ``Trainer.rollout``: no samples, rewards of nothing."""
-    return None, torch.full((1, len(picks), 1), torch.nan, dtype=torch.float64)
 
 
 def cost(config: Config, plain: Sequence[Iteration]) -> dict[str, float]:

@@ -11,7 +11,7 @@ from adagrpo.bench.baseline import PublishedLoop
 from adagrpo.bench.options import Options
 from adagrpo.bench.versus import different_work, measure_versus, plain_loop, versus_report
 from adagrpo.build import build_trainer
-from adagrpo.curriculum.cheap import rows_of
+from adagrpo.curriculum.picks import rows_of
 from adagrpo.errors import InputError
 from adagrpo.recipe.keys import RewardConfig
 from adagrpo.recipe.load import load_recipe
@@ -67,7 +67,7 @@ def test_same_on_tiny_flux_and_the_same_work() -> None:
     config = dataclasses.replace(config, rollout=rollout)
     bright = dataclasses.replace(config, rewards=(RewardConfig("brightness"),))
     ours, other = build_trainer(bright)[0], build_trainer(bright)[0]
-    loop = plain_loop(other)
+    loop = plain_loop(bright, other)
     picks, rewards = recorded(ours)
     ours.iteration()
     found, scored = loop.iteration()

@@ -11,12 +11,12 @@ from toy import PROMPTS, ToyModel, half_bright, recorded, toy_config, toy_traine
 from adagrpo.algorithm.sde import Stream
 from adagrpo.algorithm.selection import CapabilityState, closest_distance, select_prompt
 from adagrpo.cli import main
-from adagrpo.curriculum.cheap import Candidates, nearest_picks, nearest_rows
+from adagrpo.curriculum.base import selection_metrics
+from adagrpo.curriculum.picks import nearest_in_slots, nearest_of_all, nearest_picks
 from adagrpo.engine.plans import probe_plan
 from adagrpo.errors import InputError
 from adagrpo.estimate.counting import OpCounter
 from adagrpo.forecast import planned_calls, planned_evaluations
-from adagrpo.models.base import Conditioning
 from adagrpo.prompts import PromptStream
 from adagrpo.recipe.keys import Config, EngineConfig
 from adagrpo.recipe.rules import check, repeats_notice, require_repeats
@@ -84,9 +84,9 @@ def test_one_uniform_candidate_of_each_slot_is_scored_and_feeds_the_ema(probe: s
         trainer.iteration()
         images, places = seen[1 if probe == "short" else 0]
         assert images == 2 and [int(p) // 3 for p in places] == [0, 1]
-        finals.append(trainer.filter.recent[-1, 0, draw % 3 * 2 : draw % 3 * 2 + 2])
+        finals.append(trainer.knowledge.evidence.recent[-1, 0, draw % 3 * 2 : draw % 3 * 2 + 2])
     recent = torch.cat(finals[3:])
-    assert torch.equal(trainer.filter.recent[-1, 0].sort().values, recent.sort().values)
+    assert torch.equal(trainer.knowledge.evidence.recent[-1, 0].sort().values, recent.sort().values)
 
 
 @pytest.mark.parametrize("probe", ["short", "memory", "racing", "pool", "memory+pool", "racing+pool"])
@@ -97,14 +97,15 @@ def test_the_ema_is_fed_by_the_images_of_the_uniform_candidates(probe: str) -> N
         cheap.draw(2), full.draw(2)
         torch.testing.assert_close(cheap.capability.mean, full.capability.mean)
         return
-    probes, uniform, apart = cheap.cheap, [], 0
-    cheap.cheap = lambda candidates, *state: uniform.append(probes.uniform(candidates, step=1)) or probes(candidates, *state)
+    prober, uniform, apart = cheap.curriculum.prober, [], 0
+    chosen = cheap.probe_and_select
+    cheap.probe_and_select = lambda c: uniform.append(prober.uniform(c.slots, c.per_slot, c.draw, step=1)) or chosen(c)
     for number in range(4):
         picks, truth = cheap.draw(2).picks, full.draw(2).scores
         first = number % 3 * 2
         rows = uniform[-1]
         torch.testing.assert_close(
-            cheap.filter.recent[-1, 0, first : first + 2], truth[0].flatten()[rows], rtol=1e-5, atol=1e-6
+            cheap.knowledge.evidence.recent[-1, 0, first : first + 2], truth[0].flatten()[rows], rtol=1e-5, atol=1e-6
         )
         apart += int((picks != rows).sum())
     assert apart >= 2
@@ -117,7 +118,7 @@ def test_the_ema_is_that_of_full_length_uniform_scores(probe: str) -> None:
     window, mean, var = [], None, None
     for draw in range(5):
         trainer.iteration()
-        window.append(trainer.filter.recent[-1, 0, draw % 3 * 2 : draw % 3 * 2 + 2].clone())
+        window.append(trainer.knowledge.evidence.recent[-1, 0, draw % 3 * 2 : draw % 3 * 2 + 2].clone())
         scores = torch.cat(window[-3:])
         batch = (scores.mean(), scores.var(correction=0))
         mean, var = batch if mean is None else (0.8 * mean + 0.2 * batch[0], 0.8 * var + 0.2 * batch[1])
@@ -131,11 +132,10 @@ def test_a_memory_without_evidence_draws_its_picks_anew() -> None:
     for draw in range(8):
         trainer = toy_trainer(recipe("memory"))
         trainer.draws = draw
-        probe, drawn = trainer.cheap, []
-        trainer.cheap = lambda c, *state, p=probe, d=drawn: d.append([p.uniform(c, step) for step in (1, 2)]) or p(c, *state)
+        first, second = (trainer.curriculum.prober.uniform(2, 3, draw, step) for step in (1, 2))
         picks = trainer.draw(2).picks
-        assert torch.equal(picks, drawn[0][1])
-        apart += int((picks != drawn[0][0]).sum())
+        assert torch.equal(picks, second)
+        apart += int((picks != first).sum())
     assert apart >= 5  # of 16, two thirds expected
 
 
@@ -143,7 +143,7 @@ def test_uniform_candidates_are_uniform() -> None:
     trainer = toy_trainer(recipe("memory", slots=1))
     counts = torch.zeros(3)
     for draw in range(600):
-        counts[int(trainer.cheap.uniform(Candidates(Conditioning({}), [], torch.zeros(1, 3), draw), step=1))] += 1
+        counts[int(trainer.curriculum.prober.uniform(1, 3, draw, step=1))] += 1
     assert ((counts - 200).abs() < 45).all()  # 4 standard deviations of a binomial
 
 
@@ -156,16 +156,15 @@ def test_forks_start_from_the_picks_own_trajectory(keys: dict) -> None:
     """Only the pick's latents may be forked: its noise and prompt are those the full probe would have used."""
     cheap, full = toy_trainer(recipe(**keys)), toy_trainer(recipe("full"))
     for _ in range(3):
-        picks: list[Tensor] = []
-        probe, found = cheap.cheap, {}
-        cheap.cheap = lambda *args, probe=probe, picks=picks: picks.append((p := probe(*args)).picks) or p
-        full.select = lambda scores, slots, picks=picks: picks[0]
-        for name, one in (("cheap", cheap), ("full", full)):
-            found[name] = one.draw(one.slots)
-        cheap.cheap = probe
-        a, b = (found[name].samples for name in ("cheap", "full"))
-        torch.testing.assert_close(a.transitions.latent, b.transitions.latent)
-        torch.testing.assert_close(a.final, b.final)
+        a = cheap.draw(2)
+        choice = full.probe_and_select
+        full.probe_and_select = lambda c, picks=a.picks, choice=choice: dataclasses.replace(
+            choice(c), picks=picks, anchor_row=picks
+        )
+        b = full.draw(2)
+        full.probe_and_select = choice
+        torch.testing.assert_close(a.samples.transitions.latent, b.samples.transitions.latent)
+        torch.testing.assert_close(a.samples.final, b.samples.final)
 
 
 def toy_race(pooled: bool = False, slots: int = 2) -> tuple[Trainer, list[list[float]]]:
@@ -211,7 +210,7 @@ def test_later_levels_of_a_race_are_of_the_last_draws_uniform_candidates() -> No
         recent = [n for pair in window[-8:] for n in pair]
         batch = sum(recent) / len(recent)
         mean = batch if mean is None else 0.8 * mean + 0.2 * batch
-        assert float(trainer.filter.levels[1].mean[0]) == pytest.approx(mean)
+        assert float(trainer.knowledge.evidence.levels[1].mean[0]) == pytest.approx(mean)
 
 
 def test_a_races_previews_are_the_images_expected_from_the_full_trajectory() -> None:
@@ -262,7 +261,7 @@ def test_finalists_are_looked_at_and_remembered(probe: str) -> None:
     """
     trainer = toy_trainer(recipe(probe, finalists=2), reward=own_number)
     trainer.draw(2)
-    before, level = trainer.filter.posterior.count.clone(), trainer.capability
+    before, level = trainer.knowledge.evidence.posterior.count.clone(), trainer.capability
     seen = scored_prompts(trainer)
     draw = trainer.draw(2)
     (looked, finalists), (_, uniform) = seen[:2]
@@ -282,9 +281,9 @@ def test_finalists_are_looked_at_and_remembered(probe: str) -> None:
     else:
         assert draw.picks.tolist() == sorted(finalists.tolist(), key=distance)[:2]
     again = sum(row in uniform.tolist() for row in finalists.tolist())
-    gained = float(trainer.filter.posterior.count.sum() - before.sum())
+    gained = float(trainer.knowledge.evidence.posterior.count.sum() - before.sum())
     assert gained == pytest.approx(4 - again + 2 + 2 * 2)  # looks, a uniform image per slot, groups worth two
-    posterior, known = trainer.filter.posterior, trainer.filter.posterior.count > 0
+    posterior, known = trainer.knowledge.evidence.posterior, trainer.knowledge.evidence.posterior.count > 0
     estimate = posterior.total[0, known] / posterior.count[known]
     torch.testing.assert_close(estimate, torch.tensor([worth(p) for p in PROMPTS], dtype=torch.float64)[known])
 
@@ -306,14 +305,14 @@ def test_pooled_judges_pick_the_nearest_of_all_slots() -> None:
     doubled = 0
     for _ in range(12):  # the posterior must come to tell prompts apart
         draw = short.draw(4)
-        away = (draw.scores[0].flatten() - short.filter.levels[0].mean[0]).abs()
+        away = (draw.scores[0].flatten() - short.knowledge.evidence.levels[0].mean[0]).abs()
         assert draw.picks.tolist() == away.sort(stable=True).indices[:4].tolist()
         doubled += len({int(row) // 3 for row in draw.picks}) < 4
-        before, level = memory.filter, memory.capability
+        before, level = memory.knowledge.evidence, memory.capability
         places = torch.tensor(next_numbers(memory, 12))
         draw = memory.draw(4)
         if before.posterior.count.any():
-            _, distance = before.judged(places.reshape(4, 3), level, memory.reward_weights, memory.draws - 1)
+            _, distance = before.judged(places.reshape(4, 3), level, memory.curriculum.prober.weights, memory.draws - 1)
             assert distance.flatten()[draw.picks].max() <= distance.flatten().sort().values[3] + 1e-8
     assert doubled  # a slot that gave two picks, as only a pool allows
 
@@ -326,9 +325,9 @@ def test_distance_of_several_rewards_by_hand() -> None:
     weights = words(1.0, 3.0)
     assert closest_distance(scores, state, weights).tolist() == [[0.5, 2.0 + 3 * 0.5, torch.inf]]
     assert select_prompt(scores, state, "closest", weights).tolist() == [0]
-    assert nearest_picks(closest_distance(scores, state, weights), pooled=True).tolist() == [0]
+    assert nearest_picks(closest_distance(scores, state, weights), nearest_of_all).tolist() == [0]
     failed = torch.tensor([[torch.inf, 1.0], [torch.inf, torch.inf]])
-    assert nearest_picks(failed, pooled=True).tolist() == [1, -1] == nearest_picks(failed, pooled=False).tolist()
+    assert nearest_picks(failed, nearest_of_all).tolist() == [1, -1] == nearest_picks(failed, nearest_in_slots).tolist()
 
 
 @pytest.mark.parametrize("race_steps", [(1, 2), (3,)])
@@ -342,7 +341,7 @@ def test_a_race_without_forks_trains_on_its_winner(race_steps: tuple[int, ...]) 
     )  # fmt: skip
     for _ in range(4):
         assert torch.equal(racing.draw(2).picks, forks.draw(2).picks)
-        assert torch.equal(racing.filter.levels[-1].mean, forks.filter.levels[-1].mean)
+        assert torch.equal(racing.knowledge.evidence.levels[-1].mean, forks.knowledge.evidence.levels[-1].mean)
 
 
 def test_the_logged_distance_leaves_failed_slots_out() -> None:
@@ -353,7 +352,8 @@ def test_the_logged_distance_leaves_failed_slots_out() -> None:
     draw = trainer.draw(2)
     assert int(draw.picks[1]) == -1
     away = abs(float(draw.scores[0, 0, int(draw.picks[0])]) - float(trainer.capability.mean[0]))
-    assert float(trainer.selection_metrics(draw)["selection/distance"]) == pytest.approx(away)
+    metrics = selection_metrics(draw.scores, draw.picks, trainer.knowledge)
+    assert float(metrics["selection/distance"]) == pytest.approx(away)
 
 
 @pytest.mark.parametrize("keys", [
@@ -380,7 +380,7 @@ def test_memory_learns_which_prompts_are_near() -> None:
     trainer = toy_trainer(recipe("memory", slots=1), reward=own_number)
     for _ in range(40):
         trainer.iteration()
-    posterior, level = trainer.filter.posterior, trainer.capability.mean[0]
+    posterior, level = trainer.knowledge.evidence.posterior, trainer.capability.mean[0]
     known = posterior.count > 0
     assert known.sum() > 20
     estimate = posterior.total[0, known] / posterior.count[known]
@@ -427,13 +427,15 @@ def test_a_draw_that_ran_out_of_memory_is_repeated_from_the_same_state() -> None
             raise torch.OutOfMemoryError
         return rollout(*args)
 
-    trainer.rollout, trainer.say = once, lambda message: None
+    trainer.rollout, trainer.notices.say = once, lambda message: None
     trainer.iteration()
     halved = EngineConfig(max_rows=trainer.executor.max_rows)  # the same batches round alike on every processor
     calm = toy_trainer(dataclasses.replace(recipe("memory"), engine=halved))
     calm.iteration()
-    assert torch.equal(trainer.filter.posterior.count, calm.filter.posterior.count)
-    torch.testing.assert_close(trainer.filter.recent, calm.filter.recent, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(trainer.knowledge.evidence.posterior.count, calm.knowledge.evidence.posterior.count)
+    torch.testing.assert_close(
+        trainer.knowledge.evidence.recent, calm.knowledge.evidence.recent, rtol=0, atol=0, equal_nan=True
+    )
     assert torch.equal(trainer.capability.mean, calm.capability.mean)
 
 
@@ -490,9 +492,9 @@ def test_phases_that_nest_are_refused_and_no_probe_nests_them() -> None:
 
 def test_nearest_rows_by_hand() -> None:
     distance = torch.tensor([[3.0, 1.0, 1.0, torch.inf], [0.5, 4.0, 2.0, 5.0]])
-    assert nearest_rows(distance, 2, pooled=False).tolist() == [1, 2, 4, 6]
-    assert nearest_rows(distance, 1, pooled=True).tolist() == [4, 1]
-    assert nearest_rows(distance, 2, pooled=True).tolist() == [4, 1, 2, 6]
+    assert nearest_in_slots(distance, 2).tolist() == [1, 2, 4, 6]
+    assert nearest_of_all(distance, 1).tolist() == [4, 1]
+    assert nearest_of_all(distance, 2).tolist() == [4, 1, 2, 6]
 
 
 def test_a_memory_that_will_hardly_see_a_prompt_twice_says_so() -> None:

@@ -225,7 +225,7 @@ class Hungry(ToyModel):
 def test_an_iteration_whose_capture_runs_out_of_memory_goes_on_with_half_the_rows(cuda: Cuda) -> None:
     trainer = toy_trainer(toy_config(engine=EngineConfig(cuda_graphs=True)), Hungry(cuda, 8))
     told: list[str] = []
-    trainer.say = told.append
+    trainer.notices.say = told.append
     trainer.executor.graphs = trainer.executor.lanes.graphs = graphs(told)
     for _ in range(3):
         trainer.iteration()  # the stand-in replays nothing: what matters here is where errors go
@@ -239,17 +239,16 @@ def test_an_iteration_whose_capture_runs_out_of_memory_goes_on_with_half_the_row
 def test_a_retry_waits_for_every_stream_before_it_drops_and_frees(cuda: Cuda) -> None:
     """The second stream may still decode a chunk of the failed attempt."""
     trainer = toy_trainer(toy_config())
-    trainer.model.device, trainer.say = torch.device("cuda"), lambda line: None
+    trainer.model.device, trainer.notices.say = torch.device("cuda"), lambda line: None
     forget = trainer.executor.lanes.forget
     trainer.executor.lanes.forget = lambda: cuda.calls.append("forget") or forget()
-    attempts: list[int] = []
+    tried: list[int] = []
 
-    def sampling() -> str:
-        attempts.append(1)
-        trainer.executor.limit.chunks(16)
-        if len(attempts) == 1:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return "drawn"
-
-    assert trainer.with_memory(sampling) == "drawn"
+    for attempt in trainer.attempts():
+        with attempt:
+            tried.append(1)
+            trainer.executor.limit.chunks(16)
+            if len(tried) == 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+    assert len(tried) == 2
     assert cuda.calls == ["synchronize", "forget", "empty_cache"]

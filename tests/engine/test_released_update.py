@@ -26,7 +26,7 @@ from adagrpo.engine.optimizer import OptimizerSettings, PolicyOptimizer
 from adagrpo.engine.plans import update_batches
 from adagrpo.engine.rollout import Transitions
 from adagrpo.engine.sampling import Samples
-from adagrpo.engine.update import update_policy
+from adagrpo.engine.update import Objective, update_policy
 from adagrpo.models.base import Conditioning
 from adagrpo.recipe.keys import Config
 from adagrpo.recipe.load import load_recipe
@@ -109,7 +109,7 @@ def gradients(config: Config, dtype: torch.dtype, eta: float = ETA, **changed: A
     } | changed  # fmt: skip
     valid = torch.ones(FORKS * GROUP, dtype=torch.bool)
     text = Conditioning({"text": torch.zeros(1, CHANNELS)})
-    metrics = update_policy(executor, optimizer, samples, advantage.flatten(), valid, text, **options)
+    metrics = update_policy(executor, optimizer, samples, advantage.flatten(), valid, text, Objective(**options))
     return found, model.calls, metrics
 
 

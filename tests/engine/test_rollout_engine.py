@@ -9,7 +9,7 @@ from toy import ToyModel, recorded, toy_config, toy_trainer
 
 from adagrpo.algorithm.sde import sigma_schedule
 from adagrpo.algorithm.tables import multistep_table, rollout_table
-from adagrpo.build import build_model
+from adagrpo.build import assemble, build_model
 from adagrpo.engine.graphs import StepGraphs
 from adagrpo.engine.overlap import Overlap
 from adagrpo.engine.plans import branch_plan, probe_plan, trajectory_plan
@@ -35,7 +35,7 @@ def engine(**keys) -> EngineConfig:
 
 def tiny_trainer(config: Config) -> Trainer:
     check(config)
-    return Trainer(config, build_model(config.model), [build_reward("brightness", {})], WORDS)
+    return assemble(config, build_model(config.model), [build_reward("brightness", {})], WORDS)
 
 
 def small(plan: str = "fork", **sections) -> Config:
@@ -123,7 +123,7 @@ def test_a_captured_fused_fp8_iteration_reads_and_feeds_nothing(plan: str) -> No
     config = dataclasses.replace(config, model=ModelConfig(dtype="bf16", device="meta", height=64, width=64))
     blocks = FLUX1_DEV["transformer"] | {"num_layers": 1, "num_single_layers": 1}
     model = random_policy(FLUX, FLUX1_DEV | {"transformer": blocks}, Settings(torch.bfloat16, torch.device("meta"), 64, 64, 8))
-    trainer = Trainer(config, model, [build_reward("brightness", {})], WORDS)
+    trainer = assemble(config, model, [build_reward("brightness", {})], WORDS)
     trainer.iteration()
     with OpCounter() as second:
         metrics = trainer.iteration()

@@ -133,7 +133,7 @@ def fitted(folder: Path, kernels: str) -> Fit:
     trainer = toy_trainer(dataclasses.replace(config, engine=EngineConfig(kernels=kernels)))
     run = RunFolder.fresh(folder)
     run.write_start(trainer.config, trainer.model.device, {})
-    return Fit(trainer, run, ["a", "b"], say=lambda line: None)
+    return Fit(trainer.config, trainer, run, ["a", "b"], say=lambda line: None)
 
 
 def lines(folder: Path, name: str) -> list[dict]:

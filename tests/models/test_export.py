@@ -72,7 +72,7 @@ def trained_run(config, folder: Path) -> Fit:
     run = RunFolder.fresh(folder)
     trainer, held_out = build_trainer(config)
     run.write_start(config, trainer.model.device, {})
-    fit = Fit(trainer, run, held_out, say=lambda line: None)
+    fit = Fit(config, trainer, run, held_out, say=lambda line: None)
     fit()
     return fit
 

@@ -211,7 +211,7 @@ def test_a_reward_that_never_has_a_score_ends_the_run_at_its_start(noise_only: b
     trainer = toy_trainer(toy_config(train={"iterations": 1, "slots": 2}), reward=score)
     run = RunFolder.fresh(tmp_path / "run")
     run.write_start(trainer.config, trainer.model.device, {})
-    fit = Fit(trainer, run, ["a", "b"], say=lambda line: None)
+    fit = Fit(trainer.config, trainer, run, ["a", "b"], say=lambda line: None)
     with contextlib.nullcontext() if noise_only else pytest.raises(RunError, match=r"rewards\.0 \(tiny\) has no finite score"):
         fit()
     assert trainer.iterations_done == noise_only

@@ -87,10 +87,10 @@ def test_every_part_acts() -> None:
     trainer, held_out = build_trainer(config)
     assert len(held_out) == 7 and trainer.stream.prompts[0] == "thing 0"
     assert trainer.model.row_noise == 1e-3
-    scores = torch.zeros(1, 8, 8)
-    assert trainer.select(scores, 8).tolist() == [8 * slot + 6 for slot in range(8)]
-    assert trainer.fuse(torch.rand(1, 4, 8))[0].unique().tolist() == [1.0]
-    assert trainer.rewards[0](torch.zeros(1, 3, 4, 4), [""]).tolist() == [2.0]
+    choice = trainer.probe_and_select(trainer.candidates([i % 7 for i in range(64)], 8))
+    assert choice.picks.tolist() == [8 * slot + 6 for slot in range(8)]
+    assert trainer.advantage(torch.rand(1, 4, 8))[0].unique().tolist() == [1.0]
+    assert trainer.score.rewards[0](torch.zeros(1, 3, 4, 4), [""]).tolist() == [2.0]
     metrics = trainer.iteration()
     assert metrics["policy/ratio_deviation"] <= 1e-6
 

@@ -155,7 +155,7 @@ def fit_of(folder, reward, timeout: float, **sections) -> Fit:
     trainer = toy_trainer(config, reward=reward)
     if not (folder / "config.toml").exists():
         run.write_start(config, trainer.model.device, {})
-    return Fit(trainer, run, ["a", "b", "c"], say=lambda line: None)
+    return Fit(trainer.config, trainer, run, ["a", "b", "c"], say=lambda line: None)
 
 
 def story(fit: Fit) -> list[dict]:

@@ -14,7 +14,7 @@ import torch
 from adagrpo_kernels import launch_counts, reset_counts
 from torch.utils.flop_counter import FlopCounterMode
 
-from adagrpo.build import build_architecture, build_model
+from adagrpo.build import assemble, build_architecture, build_model
 from adagrpo.estimate.counting import OpCounter
 from adagrpo.estimate.rehearsal import fused_attention, rehearse
 from adagrpo.estimate.roofline import H100, H200, TIERS
@@ -26,7 +26,6 @@ from adagrpo.recipe.derived import Derived
 from adagrpo.recipe.load import load_recipe
 from adagrpo.rewards import build_reward
 from adagrpo.study.hosts import with_probe, without_adagrpo
-from adagrpo.train import Trainer
 
 RECORD = Path(__file__).resolve().parents[2] / "bench" / "results" / "meta" / "flux1-dev-iteration.json"
 # One image-forward at 512 x 512 and 256 text tokens (multiply-add = 2 FLOP), and the iteration's counts, worked out by
@@ -40,7 +39,7 @@ def test_one_iteration_syncs_nothing_and_costs_what_arithmetic_says() -> None:
     config = load_recipe("flux1-dev")
     model_config = dataclasses.replace(config.model, path="random:flux1-dev", device="meta", gradient_checkpointing=False)
     config = dataclasses.replace(config, model=model_config, engine=dataclasses.replace(config.engine, max_rows=0))
-    trainer = Trainer(config, build_model(config.model), [build_reward("brightness", {})], [f"p{i}" for i in range(20)])
+    trainer = assemble(config, build_model(config.model), [build_reward("brightness", {})], [f"p{i}" for i in range(20)])
     parameters = sum(p.numel() for _, p in trainer.model.trainable())
     flops: dict[str, float] = {}
     velocity, started, current = trainer.model.velocity, time.perf_counter(), [""]
@@ -98,7 +97,7 @@ def test_every_probe_at_full_size_reads_nothing() -> None:
     found = {}
     for name, expected in PROBES.items():
         config = with_probe(base, name)
-        trainer = Trainer(config, model, [build_reward("brightness", {})], [f"p{i}" for i in range(20)])
+        trainer = assemble(config, model, [build_reward("brightness", {})], [f"p{i}" for i in range(20)])
         trainer.iteration()
         counts = {phase: (count.evaluations, count.calls) for phase, count in trainer.executor.counts.items()}
         assert counts == {**COUNTS, "probe": expected}

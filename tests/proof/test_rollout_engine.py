@@ -14,9 +14,10 @@ from scipy.stats import spearmanr
 
 from adagrpo.build import build_trainer
 from adagrpo.cli import main
+from adagrpo.engine.groups import Groups
 from adagrpo.recipe.load import load_recipe
 from adagrpo.run.machine import describe_machine
-from adagrpo.train import Draw, Trainer
+from adagrpo.train import Trainer
 
 RECORD = Path(__file__).resolve().parents[2] / "bench" / "results" / "cpu" / "rollout-engine-tiny.json"
 CASES = {"fused": {"forward": "fused"}, "fp8": {"forward": "fused", "precision": "fp8"}}
@@ -29,9 +30,9 @@ def trainer(**engine) -> Trainer:
     return build_trainer(dataclasses.replace(config, engine=dataclasses.replace(config.engine, **engine)))[0]
 
 
-def drawn(one: Trainer) -> Draw:
+def drawn(one: Trainer) -> Groups:
     """What the next iteration draws."""
-    kept: list[Draw] = []
+    kept: list[Groups] = []
     draw = one.draw
     one.draw = lambda slots: kept.append(draw(slots)) or kept[-1]  # type: ignore[method-assign,func-returns-value]
     assert float(one.iteration()["policy/ratio_deviation"]) <= 1e-6

@@ -59,7 +59,7 @@ def child(config: Config, folder: Path, moment: str) -> None:
     run = RunFolder.fresh(folder)
     trainer = toy_trainer(config)
     run.write_start(config, trainer.model.device, {})
-    Fit(trainer, run, HELD_OUT, say=lambda line: None)()
+    Fit(trainer.config, trainer, run, HELD_OUT, say=lambda line: None)()
 
 
 if __name__ == "__main__":

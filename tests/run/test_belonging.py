@@ -20,7 +20,7 @@ OTHER_SEED = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train,
 def finished(path: Path, config=CONFIG) -> Path:
     run, trainer = RunFolder.fresh(path), toy_trainer(config)
     run.write_start(config, trainer.model.device, {})
-    Fit(trainer, run, ["a", "b", "c", "d"], say=lambda line: None)()
+    Fit(trainer.config, trainer, run, ["a", "b", "c", "d"], say=lambda line: None)()
     return path
 
 

@@ -118,11 +118,11 @@ def test_the_same_prompts_in_other_micro_batches() -> None:
 def start(config: Config, path: Path) -> Fit:
     trainer, run = toy_trainer(config), RunFolder.fresh(path)
     run.write_start(config, trainer.model.device, {})
-    return Fit(trainer, run, HELD_OUT, say=lambda line: None)
+    return Fit(trainer.config, trainer, run, HELD_OUT, say=lambda line: None)
 
 
 def resume(config: Config, path: Path) -> Fit:
-    fit = Fit(toy_trainer(config), RunFolder.existing(path, config), HELD_OUT, say=lambda line: None)
+    fit = Fit(config, toy_trainer(config), RunFolder.existing(path, config), HELD_OUT, say=lambda line: None)
     fit.resume(fit.run.latest_checkpoint())
     fit.note_opening()
     return fit

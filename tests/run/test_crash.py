@@ -47,7 +47,7 @@ def whole(tmp_path_factory):
     run = RunFolder.fresh(tmp_path_factory.mktemp("whole") / "run")
     trainer = toy_trainer(CONFIG)
     run.write_start(CONFIG, trainer.model.device, {})
-    fit = Fit(trainer, run, HELD_OUT, say=lambda line: None)
+    fit = Fit(trainer.config, trainer, run, HELD_OUT, say=lambda line: None)
     fit()
     yield finished(fit)
     torch.set_num_threads(threads)
@@ -60,7 +60,7 @@ def test_killed_run_resumes_exactly(moment: str, killed: Path, whole) -> None:
     assert checkpoint.name == "step-000002"
     written = len(run.metrics_file.read_text().splitlines())
     assert written == (4 if moment in ("write", "rename") else 3)
-    fit = Fit(toy_trainer(CONFIG), run, HELD_OUT, say=lambda line: None)
+    fit = Fit(CONFIG, toy_trainer(CONFIG), run, HELD_OUT, say=lambda line: None)
     fit.resume(checkpoint)
     assert len(run.metrics_file.read_text().splitlines()) == 2
     fit()

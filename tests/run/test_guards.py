@@ -89,7 +89,7 @@ def start(path, guards: GuardsConfig, spikes: dict[int, float]) -> Fit:
         return policy
 
     trainer.update = spiked
-    return Fit(trainer, run, ["a", "b"], say=lambda line: None)
+    return Fit(trainer.config, trainer, run, ["a", "b"], say=lambda line: None)
 
 
 def events(fit: Fit) -> list[tuple[int, str]]:
@@ -137,7 +137,7 @@ def test_an_iteration_that_is_judged_on_resume_only_is_rolled_back_to_the_one_be
     saved = fit.run.latest_checkpoint()
     assert saved.name == "step-000004" and (fit.run.checkpoints / "step-000002").is_dir()
     config = fit.trainer.config
-    resumed = Fit(toy_trainer(config), RunFolder.existing(tmp_path / "run", config), ["a", "b"], say=lambda line: None)
+    resumed = Fit(config, toy_trainer(config), RunFolder.existing(tmp_path / "run", config), ["a", "b"], say=lambda line: None)
     resumed.resume(saved)
     assert resumed().exit_code == 0
     assert [kind for _, kind in events(resumed)].count("rollback") == 1

@@ -19,14 +19,14 @@ def finished(path) -> Fit:
     run = RunFolder.fresh(path)
     trainer = toy_trainer(CONFIG)
     run.write_start(CONFIG, trainer.model.device, {})
-    fit = Fit(trainer, run, HELD_OUT, say=lambda line: None)
+    fit = Fit(trainer.config, trainer, run, HELD_OUT, say=lambda line: None)
     fit()
     return fit
 
 
 def resumed(path) -> Fit:
     run = RunFolder.existing(path, CONFIG)
-    fit = Fit(toy_trainer(CONFIG), run, HELD_OUT, say=lambda line: None)
+    fit = Fit(CONFIG, toy_trainer(CONFIG), run, HELD_OUT, say=lambda line: None)
     fit.resume(run.checkpoints / "step-000002")
     fit()
     return fit

@@ -33,7 +33,7 @@ def started(folder: Path, config=None, model: ToyModel | None = None, resume: bo
     if not resume:
         run.write_start(config, trainer.model.device, {})
     said: list[str] = []
-    fit = Fit(trainer, run, ["a", "b"], say=said.append)
+    fit = Fit(trainer.config, trainer, run, ["a", "b"], say=said.append)
     fit.said = said
     return fit
 

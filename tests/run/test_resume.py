@@ -20,7 +20,7 @@ def start(config: Config, path) -> Fit:
     run = RunFolder.fresh(path)
     trainer = toy_trainer(config)
     run.write_start(config, trainer.model.device, {})
-    return Fit(trainer, run, HELD_OUT, say=lambda line: None)
+    return Fit(trainer.config, trainer, run, HELD_OUT, say=lambda line: None)
 
 
 def records(fit: Fit) -> list[dict]:
@@ -55,7 +55,7 @@ def test_resume_is_exact(plan: str, tmp_path) -> None:
     with pytest.raises(KeyboardInterrupt):
         broken()
     assert [r["iteration"] for r in records(broken)] == [1, 2, 3]
-    resumed = Fit(toy_trainer(config), RunFolder.existing(tmp_path / "broken", config), HELD_OUT, say=lambda line: None)
+    resumed = Fit(config, toy_trainer(config), RunFolder.existing(tmp_path / "broken", config), HELD_OUT, say=lambda line: None)
     resumed.resume(resumed.run.latest_checkpoint())
     assert resumed.trainer.iterations_done == 2
     again = resumed().gain
@@ -75,7 +75,7 @@ def test_a_resumed_run_keeps_no_removed_checkpoint_on_disk(tmp_path) -> None:
     )
     with pytest.raises(ZeroDivisionError):
         begun()
-    resumed = Fit(toy_trainer(config), RunFolder.existing(tmp_path / "run", config), HELD_OUT, say=lambda line: None)
+    resumed = Fit(config, toy_trainer(config), RunFolder.existing(tmp_path / "run", config), HELD_OUT, say=lambda line: None)
     resumed.resume(resumed.run.latest_checkpoint())
     resumed()
     assert str(tmp_path) not in Path("/proc/self/maps").read_text()

@@ -23,15 +23,15 @@ def start(path, send: dict[int, list[signal.Signals]]) -> Fit:
     run = RunFolder.fresh(path)
     trainer = toy_trainer(config)
     run.write_start(config, trainer.model.device, {})
-    fuse = trainer.fuse
+    advantage = trainer.advantage
 
     def interrupted(rewards):
         for number in send.get(trainer.iterations_done + 1, []):
             os.kill(os.getpid(), number)
-        return fuse(rewards)
+        return advantage(rewards)
 
-    trainer.fuse = interrupted
-    return Fit(trainer, run, ["a", "b"], say=lambda line: None)
+    trainer.advantage = interrupted
+    return Fit(trainer.config, trainer, run, ["a", "b"], say=lambda line: None)
 
 
 @pytest.mark.parametrize(

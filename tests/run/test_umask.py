@@ -29,7 +29,7 @@ def test_files_follow_the_umask(umask: int, tmp_path) -> None:
         run = RunFolder.fresh(tmp_path / "run")
         trainer = toy_trainer(config, Safe())
         run.write_start(config, torch.device("cpu"), {})
-        Fit(trainer, run, ["a", "b"], say=lambda line: None)()
+        Fit(trainer.config, trainer, run, ["a", "b"], say=lambda line: None)()
     finally:
         os.umask(before)
     modes = {p.relative_to(run.path).as_posix(): p.stat().st_mode & 0o777 for p in run.path.rglob("*")}

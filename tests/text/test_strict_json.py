@@ -72,7 +72,7 @@ def test_a_run_with_one_held_out_prompt_says_that_it_has_no_interval(prompts: in
     trainer = toy_trainer(toy_config(evaluation=evaluation, train={"iterations": 2}))
     run = RunFolder.fresh(tmp_path / "run")
     run.write_start(trainer.config, trainer.model.device, {})
-    outcome = Fit(trainer, run, [f"h{i}" for i in range(4)], say=lambda line: None)()
+    outcome = Fit(trainer.config, trainer, run, [f"h{i}" for i in range(4)], say=lambda line: None)()
     assert words in str(outcome.gain) and "nan" not in str(outcome.gain)
     (result,) = parsed(run.path / "result.json")
     assert (result["low"] is None) is (prompts == 1) and math.isfinite(result["gain"])

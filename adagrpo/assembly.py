@@ -1,0 +1,141 @@
+"""From a checked recipe to the parts of a trainer: what each is told of the recipe, and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .algorithm.selection import STRATEGIES
+from .curriculum.judge import Judge
+from .curriculum.picks import Pick, PickedBy, Strategy, nearest_in_slots, nearest_of_all, picked_in_slots, picked_of_all
+from .engine.batch_limit import BatchLimit
+from .engine.course import Course
+from .engine.executor import Backends, RolloutExecutor
+from .engine.fusion import Fuse, Fusion
+from .engine.graphs import StepGraphs
+from .engine.optimizer import OptimizerSettings, PolicyOptimizer
+from .engine.ranks import Ranks
+from .engine.sampling import ForkSampler, GroupShape, Sampler, StepSchedule, TrajectorySampler
+from .engine.timing import PhaseTimer
+from .engine.update import Objective
+from .forward.backends import build_forward
+from .models.base import FlowModel
+from .recipe.derived import Derived
+from .recipe.keys import JUDGES, Config, bucket_size
+
+
+def build_course(config: Config, ranks: Ranks) -> Course:
+    """The numbers of the training."""
+    m, train, equal = config.model, config.train, config.advantage.equal_groups
+    return Course(
+        slots=Derived(config).slots // ranks.size,
+        candidates=config.selection.candidates,
+        seed=train.seed,
+        size=(m.height, m.width),
+        buckets=tuple(map(bucket_size, m.buckets)),
+        max_rows=config.engine.max_rows,
+        refill=equal == "refill",
+        skip_equal=equal != "keep",
+        ranks=ranks,
+    )
+
+
+def build_judge(config: Config, select: Strategy | None = None) -> Judge:
+    """How candidates are judged: the class that ``selection.probe`` names, its fields filled by the keys of their names.
+
+    Args:
+        select: a user's strategy.
+    """
+    s, r, d = config.selection, config.rollout, Derived(config)
+    pick: Pick = picked_of_all if s.pooled else picked_in_slots if select is None else PickedBy(select)
+    given = {field.name: getattr(s, field.name) for field in dataclasses.fields(s)} | {
+        "steps": r.steps,
+        "forks": d.forks,
+        "probe_rows": d.table.probe,
+        "scored": d.scores_needed,
+        "strategy": s.strategy if s.strategy in STRATEGIES else "closest",
+        "pick": pick,
+        "nearest": nearest_of_all if s.pooled else nearest_in_slots,
+    }
+    module, _, name = JUDGES[s.judge].partition(":")
+    judge = getattr(importlib.import_module(f"{__package__}.curriculum.{module}"), name)
+    made: Judge = judge(**{field.name: given[field.name] for field in dataclasses.fields(judge)})
+    return made
+
+
+def build_sampler(config: Config, ranks: Ranks) -> Sampler:
+    """How groups are drawn."""
+    r, train = config.rollout, config.train
+    window = (r.window_size, r.window_stride, r.window_every) if r.plan == "window" else None
+    schedule = StepSchedule(r.steps, r.sde_steps, window, Derived(config).trained_steps, train.seed)
+    shape = GroupShape(r.group_size, train.steps_per_iteration, train.slots, ranks)
+    if r.plan == "fork":
+        return ForkSampler(schedule, shape, r.fork_velocity == "fresh")
+    return TrajectorySampler(schedule, shape, r.shared_noise)
+
+
+def build_fusion(config: Config, weights: Tensor, impl: str | None, fuse: Fuse | None = None) -> Fusion:
+    """How rewards become advantages; ``fuse`` is a user's function."""
+    a, train = config.advantage, config.train
+    shuffle = train.seed if train.shuffle_advantages else None
+    names = tuple(reward.name for reward in config.rewards)
+    return Fusion(names, weights, a.clip, a.weight, a.calibration, impl, fuse, shuffle)
+
+
+def build_objective(config: Config) -> Objective:
+    """What the update minimises."""
+    loss = config.loss
+    return Objective(
+        old_logp=loss.old_logp,
+        clip_range=loss.clip_range or None,
+        kl_weight=loss.kl_weight,
+        kl_variance=loss.kl_variance,
+        step_weighting=loss.step_weights,
+        average=loss.average,
+        skip_empty=config.advantage.equal_groups != "keep",
+    )
+
+
+def build_executor(
+    config: Config,
+    model: FlowModel,
+    phase: PhaseTimer | None = None,
+    rollouts: bool = False,
+    say: Callable[[str], None] = print,
+) -> RolloutExecutor:
+    """The executor of a recipe; ``rollouts`` also builds what the recipe's ``engine`` keys ask for to compute them.
+
+    Raises:
+        InputError: this machine cannot run what they ask for.
+    """
+    e, d = config.engine, Derived(config)
+    table, impl = d.table, d.kernels
+    forward, graphs = None, None
+    if rollouts:
+        on_device = table.to(model.device, torch.float64 if model.dtype is torch.float64 else torch.float32)
+        forward = build_forward(model, on_device, e.forward, d.precision, e.fp8_scaling, e.attention, impl, say)
+        graphs = StepGraphs(model.device, say) if e.cuda_graphs else None
+    limit, backends = BatchLimit(e.max_rows, e.decode_rows), Backends(impl, forward, graphs)
+    return RolloutExecutor(model, table, config.train.seed, d.storage, limit, phase, backends)
+
+
+def build_optimizer(config: Config, model: FlowModel) -> PolicyOptimizer:
+    """The optimizer of a recipe over the model's trainable parameters."""
+    o = config.optimizer
+    settings = OptimizerSettings(
+        lr=o.lr,
+        betas=o.betas,
+        eps=o.eps,
+        weight_decay=o.weight_decay,
+        max_grad_norm=o.max_grad_norm,
+        total_steps=Derived(config).optimizer_steps,
+        schedule=o.schedule,
+        warmup=o.warmup_steps,
+        final_share=o.final_share,
+        ema_decay=o.ema_decay,
+    )
+    return PolicyOptimizer((p for _, p in model.trainable()), settings)

@@ -1,0 +1,80 @@
+"""``memory``: by a posterior of what earlier rewards said of each prompt, without sampling."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from ..rewards import PromptRows
+from .base import Candidates, Choice, Knowledge, Leg, whole_leg
+from .evidence import Evidence
+from .picks import Nearest
+from .prober import Field, Prober
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """By the posterior alone, or after a look at one image of each of the few candidates it likes best.
+
+    Attributes:
+        candidates: B. steps: T. forks: fork steps of the plan.
+        finalists: candidates per slot that are looked at before the posterior decides anew; 1 looks at none.
+        half_life, noise_share, group_evidence: of the evidence.
+        nearest: who competes.
+    """
+
+    candidates: int
+    steps: int
+    forks: tuple[int, ...]
+    finalists: int
+    half_life: float
+    noise_share: float
+    group_evidence: float
+    nearest: Nearest
+
+    def legs(self, slots: int) -> list[Leg]:
+        """The finalists, where anything needs their images or what is behind them, and the uniform candidates."""
+        looks = self.finalists > 1
+        leg = whole_leg(slots, self.finalists if looks or self.forks else 0, self.steps)
+        return [dataclasses.replace(leg, scored=(slots * self.finalists, *leg.scored)) if looks else leg]
+
+    def evidence(self, rewards: int, slots: int, prompts: int, device: torch.device) -> Evidence:
+        """A posterior of every prompt."""
+        known = (self.half_life, self.noise_share, self.group_evidence)
+        return Evidence.empty(rewards, slots, self.candidates, device, 0, prompts, *known)
+
+    def __call__(self, prober: Prober, candidates: Candidates, knowledge: Knowledge) -> Choice:
+        """One draw."""
+        assert knowledge.evidence is not None and candidates.places is not None
+        slots, draw = candidates.slots, candidates.draw
+        uniform = prober.uniform(slots, self.candidates, draw, step=1)
+        (whole,) = self.legs(slots)
+        with prober.executor.phase("select"):
+            judged, distance = knowledge.evidence.judged(candidates.places, knowledge.level, prober.weights, draw)
+            # While nothing tells candidates apart, one is drawn; later ties go to the first, of a stream that is shuffled.
+            lucky = prober.uniform(slots, self.candidates, draw, step=2)
+            distance = distance.flatten().index_add(0, lucky, torch.full_like(distance[:, 0], -1e-9)).unflatten(0, (slots, -1))
+            picks = self.nearest(distance, self.finalists)
+        rows = torch.cat([picks.clamp_min(0), uniform]) if self.forks or self.finalists > 1 else uniform
+        field = prober.sampled_whole(rows, whole, candidates)
+        if self.finalists > 1:
+            field, picks, knowledge = self._looked_at(field, picks, uniform, prober, candidates, knowledge)
+        return prober.choice(field, picks, judged, candidates, knowledge)
+
+    def _looked_at(
+        self, field: Field, finalists: Tensor, uniform: Tensor, prober: Prober, candidates: Candidates, knowledge: Knowledge
+    ) -> tuple[Field, Tensor, Knowledge]:
+        """The field of picks and uniform candidates, the picks and what is known after a look at ``finalists`` [P*K]."""
+        slots, draw, evidence, places = candidates.slots, candidates.draw, knowledge.evidence, candidates.places
+        assert evidence is not None and places is not None
+        scores = prober.score(field.x[:-slots], PromptRows(candidates.prompts, finalists))
+        with prober.executor.phase("select"):
+            again = (finalists.unsqueeze(1) == uniform).any(1)  # the very images that are scored at the end
+            shown = places.flatten()[finalists]
+            evidence = evidence.with_images(shown, scores.masked_fill(again, torch.nan), draw)
+            _, distance = evidence.judged(shown.unflatten(0, (slots, -1)), knowledge.level, prober.weights, draw)
+            best = self.nearest(distance, 1)
+            field = field.only(torch.cat([best, torch.arange(-slots, 0, device=uniform.device) + len(field.rows)]))
+        return field, finalists[best], dataclasses.replace(knowledge, evidence=evidence)
