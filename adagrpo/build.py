@@ -40,7 +40,8 @@ from .models.pipeline import Source, check_pipeline
 from .models.policy import Policy, Settings, add_lora
 from .models.registry import FAMILIES
 from .parts.plugins import checked, is_import_path, load_callable, make_part
-from .prompts import PromptStream, load_prompts, require_disjoint
+from .prompts.sources import load_prompts, require_disjoint
+from .prompts.stream import PromptStream
 from .recipe.derived import DTYPES, Derived
 from .recipe.keys import BUILT_IN_MODEL, BUILT_IN_MODELS, Config, ModelConfig, bucket_size
 from .recipe.rules import check, require_repeats

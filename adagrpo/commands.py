@@ -33,8 +33,8 @@ from .evaluate.held_out import sample_images
 from .forecast import iteration_prediction, planned_evaluations, planned_memory
 from .forward.backends import resolve_forward
 from .models.base import FlowModel
-from .prompt_file import prompt_problem
-from .prompts import load_prompts
+from .prompts.file import prompt_problem
+from .prompts.sources import load_prompts
 from .recipe.keys import Config
 from .recipe.layers import Recipe
 from .recipe.load import read_recipe, to_toml

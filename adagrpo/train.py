@@ -31,7 +31,7 @@ from .engine.sampling import Sampler, Samples
 from .engine.scoring import Scorer
 from .engine.update import Objective, update_policy
 from .models.base import Conditioning
-from .prompts import PromptStream
+from .prompts.stream import PromptStream
 from .rewards import PromptRows
 
 

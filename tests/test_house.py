@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ FLOORS = [
     {"engine"},
     {"models", "rewards"},
     {"forward"},
-    {"models.base", "prompts", "prompt_file", "tiny"},
+    {"models.base", "prompts", "tiny"},
     {"recipe"},
     {"algorithm"},
     {"parts", "disk"},
@@ -102,6 +103,13 @@ def test_kernels_know_torch_only() -> None:
         for target in imports_of(path, module):
             top = target.split(".")[0]
             assert top in sys.stdlib_module_names or top in {"torch", "triton", "adagrpo_kernels"}, f"{path}: {target}"
+
+
+def test_every_room_is_packaged() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]["packages"]
+    roots = {"adagrpo": ROOT, "adagrpo_kernels": ROOT / "kernels"}
+    files = [(path, root) for name, root in roots.items() for path in (root / name).rglob("__init__.py")]
+    assert sorted(listed) == sorted(".".join(path.parent.relative_to(root).parts) for path, root in files)
 
 
 def test_kernels_is_a_plain_folder() -> None:

@@ -31,7 +31,7 @@ from ..engine.timing import PhaseTimer
 from ..errors import InputError
 from ..models.base import Conditioning, FlowModel
 from ..parts.plugins import is_import_path
-from ..prompts import PromptStream
+from ..prompts.stream import PromptStream
 from ..recipe.derived import Derived
 from ..recipe.keys import Config
 from ..rewards import Reward

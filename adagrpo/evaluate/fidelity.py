@@ -24,7 +24,7 @@ from ..engine.sampling import ForkSampler, GroupShape, StepSchedule
 from ..engine.scoring import Scorer
 from ..errors import InputError
 from ..models.base import Conditioning, FlowModel
-from ..prompts import PromptStream
+from ..prompts.stream import PromptStream
 from ..recipe.keys import Config, EngineConfig, RolloutConfig
 from ..rewards import PromptRows, Reward
 

@@ -20,7 +20,7 @@ from ..errors import RunError
 from ..estimate.memory import MemoryPlan, PeakMeter, checkpoint_bytes
 from ..evaluate.held_out import PairedGain
 from ..parts.isolation import PartHung, leaving_when
-from ..prompts import prompt_category
+from ..prompts.sources import prompt_category
 from ..recipe.derived import Derived
 from ..recipe.keys import Config
 from ..recipe.rules import repeats_notice

@@ -24,7 +24,7 @@ from ..disk.files import writing
 from ..disk.lock import OwnerLock, holding
 from ..errors import InputError, RunError
 from ..evaluate.held_out import evaluate
-from ..prompts import load_prompts
+from ..prompts.sources import load_prompts
 from ..recipe.keys import Config
 from ..run.changes import changed_keys
 from ..run.folder import prompts_digest

@@ -17,7 +17,7 @@ from adagrpo.engine.plans import probe_plan
 from adagrpo.errors import InputError
 from adagrpo.estimate.counting import OpCounter
 from adagrpo.forecast import planned_calls, planned_evaluations
-from adagrpo.prompts import PromptStream
+from adagrpo.prompts.stream import PromptStream
 from adagrpo.recipe.keys import Config, EngineConfig
 from adagrpo.recipe.rules import check, repeats_notice, require_repeats
 from adagrpo.run.metrics import read_metrics

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from adagrpo import prompt_file, prompts
 from adagrpo.build import load_data
 from adagrpo.cli import main
 from adagrpo.errors import InputError, RunError
-from adagrpo.prompts import PromptStream, load_prompts
+from adagrpo.prompts import file as prompt_file
+from adagrpo.prompts import sources as prompts
+from adagrpo.prompts.sources import load_prompts
+from adagrpo.prompts.stream import PromptStream
 from adagrpo.recipe.keys import Config, DataConfig
 from adagrpo.tiny.prompts import held_out_prompts, training_prompts
 

@@ -8,9 +8,9 @@ import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
-from .errors import InputError
-from .text.strict_json import from_json
-from .text.user_text import character_problem, read_text
+from ..errors import InputError
+from ..text.strict_json import from_json
+from ..text.user_text import character_problem, read_text
 
 MAX_CHARACTERS = 4096
 MAX_PROMPTS = 2_000_000

@@ -1,4 +1,4 @@
-"""Prompt sources, what they must have in common and what not, and the endless seeded stream that feeds training."""
+"""Where prompts come from, and what training and held-out ones must not have in common."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from .errors import InputError
-from .parts.plugins import is_import_path, make_part
-from .prompt_file import MAX_BYTES, MAX_PROMPTS, prompt_problem, read_prompt_file, same
-from .text.user_text import shown
+from ..errors import InputError
+from ..parts.plugins import is_import_path, make_part
+from ..text.user_text import shown
+from .file import MAX_BYTES, MAX_PROMPTS, prompt_problem, read_prompt_file, same
 
 
 def load_prompts(
@@ -37,7 +35,7 @@ def load_prompts(
         RunError: the callable failed.
     """
     if source.startswith("tiny:"):
-        from .tiny.prompts import held_out_prompts, training_prompts
+        from ..tiny.prompts import held_out_prompts, training_prompts
 
         mix = source.removeprefix("tiny:")
         if mix not in ("even", "wide", "held_out"):
@@ -71,7 +69,7 @@ def prompt_category(source: str) -> Callable[[str], str] | None:
     """The function that names a prompt's category, for sources that have categories."""
     if not source.startswith("tiny:"):
         return None
-    from .tiny.prompts import category
+    from ..tiny.prompts import category
 
     return category
 
@@ -101,32 +99,3 @@ def _read_to_the_end(found: Any, named: str) -> list[str]:
     if not prompts:
         raise InputError(f"{named}: gives no prompt; it must give at least one")
     return prompts
-
-
-class PromptStream:
-    """An endless stream over a list of prompts, shuffled anew each epoch; a function of seed and position alone.
-
-    Attributes:
-        position: prompts taken so far; setting it rewinds or forwards the stream.
-    """
-
-    def __init__(self, prompts: Sequence[str], seed: int, position: int = 0) -> None:
-        self.prompts, self.seed, self.position = list(prompts), seed, position
-        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
-
-    def take(self, count: int) -> list[str]:
-        """The next ``count`` prompts."""
-        return [self.prompts[i] for i in self.take_numbers(count)]
-
-    def take_numbers(self, count: int) -> list[int]:
-        """The next ``count`` prompts by their place in the list."""
-        taken = [self._at(self.position + i) for i in range(count)]
-        self.position += count
-        return taken
-
-    def _at(self, position: int) -> int:
-        epoch, offset = divmod(position, len(self.prompts))
-        if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self._epoch, self._order = epoch, torch.randperm(len(self.prompts), generator=generator)
-        return int(self._order[offset])

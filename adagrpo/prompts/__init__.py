@@ -1,0 +1,1 @@
+"""Prompts: sources, files, and the seeded stream that feeds training."""
