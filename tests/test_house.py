@@ -97,6 +97,30 @@ def test_the_report_knows_nothing_of_runs() -> None:
             assert not [target for target in imports_of(path, module) if target.startswith("adagrpo.run")]
 
 
+def test_no_recipe_reaches_below_build() -> None:
+    """What trains is handed numbers and parts: a part that read the recipe could not be used, or tested, without one."""
+    readers = {"adagrpo.recipe", *(f"adagrpo.recipe.{name}" for name in ("keys", "load", "layers", "derived"))}
+    below = [
+        (path, module) for path, module in modules() if module != "adagrpo" and floor_of(module) > floor_of("adagrpo.assembly")
+    ]
+    rooms = {module.split(".")[1] for _, module in below}
+    assert {"train", "estimate", "curriculum", "engine", "forward", "models", "rewards", "prompts", "algorithm"} <= rooms
+    for path, module in below:
+        if not module.startswith("adagrpo.recipe"):
+            assert not readers & imports_of(path, module), module
+
+
+def test_only_ranks_knows_of_other_processes() -> None:
+    for path, module in modules():
+        if module != "adagrpo.engine.ranks":
+            imported = imports_of(path, module)
+            assert not [name for name in imported if name.startswith("torch.distributed")], module
+            named = [
+                ast.unparse(node) for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Attribute)
+            ]
+            assert not [name for name in named if name.startswith(("torch.distributed", "dist."))], module
+
+
 def test_kernels_know_torch_only() -> None:
     for path in (ROOT / "kernels" / "adagrpo_kernels").rglob("*.py"):
         module = ".".join(path.relative_to(ROOT / "kernels").with_suffix("").parts).removesuffix(".__init__")
