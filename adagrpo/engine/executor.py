@@ -118,11 +118,11 @@ class RolloutExecutor:
         self.limit.halve(error, graphs=self.graphs is not None)
         self.lanes.forget()
 
-    def initial_noise(self, noise_row: Tensor, iteration: int, stream: Stream) -> Tensor:
+    def initial_noise(self, noise_row: Tensor, draw: int, stream: Stream) -> Tensor:
         """Starting latents [R, L, C] in the storage dtype for global rows ``noise_row``."""
         length, channels = self.model.latent_shape
         rows = noise_row.to(self.model.device)
-        number = self._word(iteration)
+        number = self._word(draw)
         noise = philox_normal(self._seed, rows, length * channels, number, stream, self._zero, self.storage, self.impl)
         return noise.reshape(-1, length, channels)
 
@@ -159,7 +159,7 @@ class RolloutExecutor:
         plan: Plan,
         x: Tensor,
         conditioning: Conditioning,
-        iteration: int,
+        draw: int,
         phase: str,
         on_policy: bool = False,
         finished: Finished | None = None,
@@ -169,7 +169,7 @@ class RolloutExecutor:
         Args:
             x: entry latents [R, L, C].
             conditioning: of the prompts that ``plan.conditioning`` counts.
-            iteration: of the noise.
+            draw: its number, of the noise.
             phase: name under which work is counted and timed.
             on_policy: by the policy itself, whatever computes rollouts.
             finished: told the final latents [r, L, C] and the places int64 [r] of each chunk's rows when they are sampled.
@@ -183,7 +183,7 @@ class RolloutExecutor:
         parts = []
         for chunk in chunks:
             with self.phase(phase):
-                lane = self.lanes.lane(plan, chunk, x, prepared, iteration, keep=not on_policy)
+                lane = self.lanes.lane(plan, chunk, x, prepared, draw, keep=not on_policy)
                 parts.append(self._advance(plan, lane, forwards, phase))
             if finished is not None:
                 finished(parts[-1].final, chunk.rows)
@@ -224,7 +224,7 @@ class RolloutExecutor:
         chunk, x = lane.chunk, lane.x[:live]
         index = chunk.index[:live].gather(1, lane.step.reshape(1, 1).expand(live, 1)).squeeze(1)
         v = forward.velocity(x, index, prepared, chunk.conditioning[:live])
-        noise = Draw(self._seed, chunk.noise_row[:live], lane.iteration, plan.noise_stream, lane.step) if noisy else None
+        noise = Draw(self._seed, chunk.noise_row[:live], lane.draw, plan.noise_stream, lane.step) if noisy else None
         keywords: dict[str, Any] = {"with_mean": recorded, "impl": self.impl}
         weight = self.rollout_table.history
         if lane.clean is not None and weight is not None:
@@ -236,7 +236,7 @@ class RolloutExecutor:
         return v, step.mean, step.logp
 
     @torch.no_grad()
-    def fork(self, x: Tensor, v: Tensor, index: Tensor, slot: Tensor, noise_row: Tensor, iteration: int) -> Transitions:
+    def fork(self, x: Tensor, v: Tensor, index: Tensor, slot: Tensor, noise_row: Tensor, draw: int) -> Transitions:
         """Draw G successors of each of N latents that share one mean.
 
         Args:
@@ -244,7 +244,7 @@ class RolloutExecutor:
             index: int64 [N], stochastic rows of the table.
             slot: int64 [N], conditioning rows.
             noise_row: int64 [N, G], global rows of the noise.
-            iteration: of the noise.
+            draw: its number, of the noise.
 
         Returns:
             Transitions whose ``sample`` counts the branches in order (N, G); log-probabilities are computed exactly as
@@ -253,8 +253,8 @@ class RolloutExecutor:
         groups, size = noise_row.shape
         source = torch.arange(groups, device=x.device).repeat_interleave(size)
         forked = index.repeat_interleave(size)
-        draw = Draw(self._seed, noise_row.flatten(), self._word(iteration), Stream.FORK, forked - self.num_steps)
-        step = sde_step(x, v, self.table, forked, draw, source=source, with_mean=False, impl=self.impl)
+        noise = Draw(self._seed, noise_row.flatten(), self._word(draw), Stream.FORK, forked - self.num_steps)
+        step = sde_step(x, v, self.table, forked, noise, source=source, with_mean=False, impl=self.impl)
         successors = step.next.unflatten(0, (groups, size))
         return Transitions(
             latent=x,

@@ -43,7 +43,7 @@ class Lane:
         chunk: the rows.
         x: [r, L, C], latents.
         clean: [r, L, C] in the compute dtype, previews of the step before; None for first-order plans.
-        step, iteration: int64 0-dim.
+        step, draw: int64 0-dim.
         prepared: what the calls share, by forward.
         static: every run with this chunk uses these very tensors, so that its steps may be captured.
     """
@@ -52,14 +52,14 @@ class Lane:
     x: Tensor
     clean: Tensor | None
     step: Tensor
-    iteration: Tensor
+    draw: Tensor
     prepared: tuple[Conditioning, ...]
     static: bool
 
     def statics(self) -> list[Tensor]:
         """Every tensor a captured step refers to."""
         chunk = (self.chunk.index, self.chunk.conditioning, self.chunk.noise_row)
-        own = [t for t in (self.x, self.clean, self.step, self.iteration) if t is not None]
+        own = [t for t in (self.x, self.clean, self.step, self.draw) if t is not None]
         return [*own, *chunk, *(t for c in self.prepared for t in c.tensors.values())]
 
 
@@ -101,23 +101,23 @@ class Lanes:
             self.limit.note(chunk.rows.shape[0])
         return chunks
 
-    def lane(self, plan: Plan, chunk: Chunk, x: Tensor, prepared: tuple[Conditioning, ...], iteration: int, keep: bool) -> Lane:
+    def lane(self, plan: Plan, chunk: Chunk, x: Tensor, prepared: tuple[Conditioning, ...], draw: int, keep: bool) -> Lane:
         """The chunk's tensors, filled; with graphs always the same ones."""
         shapes = tuple((name, tuple(t.shape)) for c in prepared for name, t in c.tensors.items())
         key = (id(chunk), tuple(x.shape[1:]), shapes)
         if self.graphs is None or not keep:
-            return self._new(plan, chunk, x, prepared, iteration, static=False)
+            return self._new(plan, chunk, x, prepared, draw, static=False)
         lane = self._lanes.get(key)
         if lane is None:
             if len(self._lanes) >= MAX_LANES:
                 self.forget()
             own = tuple(Conditioning({name: t.clone() for name, t in c.tensors.items()}) for c in prepared)
-            lane = self._lanes[key] = self._new(plan, chunk, x, own, iteration, static=True)
+            lane = self._lanes[key] = self._new(plan, chunk, x, own, draw, static=True)
             return lane
         lane.x.copy_(x.index_select(0, chunk.rows))
         if lane.clean is not None:
             lane.clean.zero_()  # a first step gives the past no weight, but 0 * NaN of a failed sample would stay
-        lane.iteration.copy_(device_word(iteration, self.like))
+        lane.draw.copy_(device_word(draw, self.like))
         for mine, fresh in zip(lane.prepared, prepared, strict=True):
             for name, t in fresh.tensors.items():
                 mine.tensors[name].copy_(t)
@@ -137,9 +137,7 @@ class Lanes:
         if self.graphs is not None:
             self.graphs.forget()
 
-    def _new(
-        self, plan: Plan, chunk: Chunk, x: Tensor, prepared: tuple[Conditioning, ...], iteration: int, static: bool
-    ) -> Lane:
+    def _new(self, plan: Plan, chunk: Chunk, x: Tensor, prepared: tuple[Conditioning, ...], draw: int, static: bool) -> Lane:
         x = x.index_select(0, chunk.rows)
         clean = torch.zeros_like(x, dtype=self.like.dtype) if plan.history else None
-        return Lane(chunk, x, clean, device_word(0, self.like), device_word(iteration, self.like), prepared, static)
+        return Lane(chunk, x, clean, device_word(0, self.like), device_word(draw, self.like), prepared, static)
