@@ -19,7 +19,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -242,27 +242,25 @@ def run_case(name: str, case: Case, base: Side, head: Side) -> tuple[Verdict, st
     return verdict, " ".join([*(f"- {line}" for line in gone[:1]), *(f"+ {line}" for line in new[:1])]) or moved
 
 
-def table(rows: Sequence[Sequence[object]]) -> str:
-    """Columns of equal width; the last one as it is."""
-    texts = [[str(cell) for cell in row] for row in rows]
-    widths = [max(len(row[i]) for row in texts) for i in range(len(texts[0]) - 1)] + [0]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in texts)
+def row(*cells: object) -> str:
+    """A line of the table; columns are wide enough for every case."""
+    widths = (max(map(len, CASES)), 7, 7, 5, 7, 7)
+    return "  ".join(str(cell).ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
 
 
 def same_as(base: str, cases: Mapping[str, Case], work: Path, strict: bool) -> int:
     """Run and compare ``cases``, print the table; the exit code."""
     sides = Side(LEFT, check_out(base, work), work), Side(RIGHT, ROOT, work)
     started, failed = time.monotonic(), 0
-    rows: list[tuple[object, ...]] = [("case", "metrics", "tensors", "keys", "result", "output")]
+    print(row("case", "metrics", "tensors", "keys", "result", "output"), flush=True)
     for name, case in cases.items():
         verdict, said = run_case(name, case, *sides)
         failed += bool(verdict.difference or (strict and said))
         result, output = "DIFFERS" if verdict.difference else "equal", "differs" if said else "equal"
-        rows.append((name, verdict.lines, verdict.tensors, verdict.keys, result, output))
+        print(row(name, verdict.lines, verdict.tensors, verdict.keys, result, output), flush=True)
         for what, found in (("", verdict.difference), ("output ", said)):
             if found:
-                print(f"{name}: {what}{found}", flush=True)
-    print(table(rows))
+                print(f"    {what}{found}", flush=True)
     print(f"{len(cases) - failed} of {len(cases)} cases equal to {base}, {time.monotonic() - started:.0f} s")
     return int(failed > 0)
 
