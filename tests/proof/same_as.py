@@ -14,6 +14,7 @@ import dataclasses
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -193,8 +194,13 @@ class Side:
             del commands[0]
         for number, command in enumerate(commands, 1):
             ran = Command(self.log(name), *command.split(), enter=lambda: self.enter(folder))
+            try:
+                ran.end()
+            finally:
+                if ran.code is None:
+                    ran.kill()
             expected = case.code if number == len(commands) else 0
-            if ran.end() != expected:
+            if ran.code != expected:
                 return f"{self.name}: `{command}` exits with {ran.code} instead of {expected}:\n{tail(ran.output)}"
             if case.handed_over and other is None and number == 1:
                 shutil.copytree(folder / "run", self.folder(f"{name}-left"), symlinks=True)
@@ -273,6 +279,7 @@ def main() -> int:
     parser.add_argument("--strict", action="store_true", help="also fail where what the commands print differs")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="a new folder for the runs, which stays")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # as Ctrl-C: nothing stays behind
     load_libraries()
     chosen = {name: CASES[name] for name in args.case or CASES}
     if args.keep:
