@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 import torch
 
+from ..recipe.derived import Derived
 from ..recipe.keys import Config
 from ..run.folder import prompts_digest
 from ..train import Trainer
@@ -46,7 +47,7 @@ def measure_plain(loop: PublishedLoop) -> Iteration:
     phases = loop.phase.read()
     seconds = {phase: phases.get(phase, 0.0) for phase in PHASES}
     seconds["other"] = total - sum(phases.values())
-    images = loop.slots * loop.config.selection.candidates + rewards[0].numel()
+    images = Derived(loop.config).candidates + rewards[0].numel()
     return Iteration(total, seconds, dict(loop.evaluations), {}, images, 0, None)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from torch import Tensor
@@ -12,9 +12,7 @@ from torch import Tensor
 from ..engine.executor import Count
 from ..estimate.rehearsal import rehearse
 from ..estimate.roofline import Work, work
-from ..forecast import planned_calls
 from ..models.base import FlowModel
-from ..recipe.keys import Config
 
 # Float operations per element of a kernel's largest tensor [calc]; Philox and rounding are integers and do not count. Kernels
 # that a roofline does not describe (one program, integers only) are missing.
@@ -55,18 +53,21 @@ class Point:
 
 
 def phase_points(
-    config: Config, model: FlowModel, prompt: str, seconds: Mapping[str, float], counts: Mapping[str, Count]
+    model: FlowModel, prompt: str, pictures: Sequence[int], seconds: Mapping[str, float], counts: Mapping[str, Count]
 ) -> list[Point] | str:
     """The phases that run the transformer or the decoder, counted on the meta device; or why they cannot be counted.
 
     Bytes are those of the eager model, each operator's operands once.
+
+    Args:
+        pictures: of each call of the decoder.
+        seconds, counts: of an iteration, by phase.
     """
     rehearsal = rehearse(model, prompt)
     if isinstance(rehearsal, str):
         return rehearsal
     forward = work(rehearsal.forward)
     done = {phase: [(forward, counts[phase])] for phase in ("probe", "prefix", "rollout") if phase in counts}
-    pictures = planned_calls(config)["decode"]
     done["decode"] = [(work(rehearsal.decode), Count(sum(pictures), len(pictures)))]
     done["update"] = [(work(rehearsal.update), counts["update"])] if "update" in counts else []
     done["update"] += [(forward, counts[phase]) for phase in ("recompute", "reference") if phase in counts]

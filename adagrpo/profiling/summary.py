@@ -86,9 +86,10 @@ def _summary(
     machine = describe_machine(device)
     if device.type == "cpu":
         machine |= {"processor": processor_name(), "cores": os.cpu_count(), "load_before": load}
-    counted = phase_points(config, trainer.model, trainer.stream.prompts[0], recording.phases, counts)
+    pictures = planned_calls(config)["decode"]
+    counted = phase_points(trainer.model, trainer.stream.prompts[0], pictures, recording.phases, counts)
     points = [*(counted if not isinstance(counted, str) else ()), *recording.kernels]
-    images = sum(planned_calls(config)["decode"])
+    images = sum(pictures)
     inside = {phase: dataclasses.asdict(count) for phase, count in counts.items() if phase not in recording.phases}
     seconds = [one.seconds for one in recording.timed]
     summary = {
