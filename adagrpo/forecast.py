@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from .assembly import build_judge
-from .engine.plans import branch_plan, chunk_sizes, trajectory_plan, update_batches
+from .assembly import build_judge, build_objective, build_sampler
+from .engine.plans import chunk_sizes
+from .engine.ranks import Ranks
+from .estimate.calls import decoded, iteration_calls
 from .estimate.memory import MemoryPlan
 from .estimate.planning import Demand, Latents, copy_bytes, plan_memory
 from .estimate.rehearsal import Rehearsal
@@ -20,29 +22,10 @@ PUBLISHED_PARAMETERS = {"clip": 427_616_513, "pickscore": 986_109_441, "tiny": 0
 
 
 def planned_calls(config: Config) -> dict[str, list[int]]:
-    """Rows of each batched call of one iteration by phase, from the plans alone: of the transformer, and of ``decode``."""
-    r, train, limit, d = config.rollout, config.train, config.engine.max_rows, Derived(config)
-    slots, fork, legs = d.slots, r.plan == "fork", build_judge(config).legs(d.slots)
-    calls: dict[str, list[int]] = {}
-    if legs:
-        calls["probe"] = [rows for leg in legs for rows in leg.plan().calls(limit)]
-    samples = 1 if fork else r.group_size
-    batches = update_batches(slots, samples, d.trained_steps, train.steps_per_iteration, train.slots, limit)
-    update = [batch.numel() for step in batches for batch in step]
-    if fork and r.fork_velocity == "fresh":
-        calls["prefix"] = update
-    branches = branch_plan(slots, r.sde_steps, r.group_size, r.steps, tails=d.table.tails)
-    plan = branches if fork else trajectory_plan(slots, r.group_size, r.steps, (), ())
-    calls["rollout"] = plan.calls(limit)
-    scored = [*(rows for leg in legs for rows in leg.scored), plan.num_rows]
-    scored_rows = [n for rows in scored for n in chunk_sizes(rows, limit)]
-    calls["decode"] = [n for rows in scored_rows for n in chunk_sizes(rows, config.engine.decode_rows)]
-    if config.loss.old_logp == "recompute":
-        calls["recompute"] = update
-    calls["update"] = update
-    if config.loss.kl_weight:
-        calls["reference"] = update
-    return calls
+    """Rows of each batched call of an iteration by phase, see ``iteration_calls``."""
+    e, d, ranks = config.engine, Derived(config), Ranks()
+    parts = (build_judge(config).legs(d.slots), build_sampler(config, ranks), build_objective(config))
+    return iteration_calls(*parts, d.slots, d.table.tails, e.max_rows, e.decode_rows)
 
 
 def planned_evaluations(config: Config) -> dict[str, int]:
@@ -70,7 +53,7 @@ def planned_memory(
     rows = max(each * e.noises * bool(e.every), final * e.final_noises, grid * bool(o.grid_every))
     calls = planned_calls(config)
     calls["evaluation"] = chunk_sizes(rows, limit)[:1]
-    calls["decode"] += [n for batch in calls["evaluation"] for n in chunk_sizes(batch, config.engine.decode_rows)]
+    calls["decode"] += decoded(calls["evaluation"], limit, config.engine.decode_rows)
     capacity = getattr(getattr(model, "encoder", None), "capacity", 0)
     copied, prepared = 0, 0
     if not isinstance(rehearsal, str):

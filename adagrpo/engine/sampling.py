@@ -12,7 +12,7 @@ from torch import Tensor
 from ..algorithm.sde import Stream
 from ..models.base import Conditioning
 from .executor import Finished, RolloutExecutor
-from .plans import branch_plan, device_integers, trajectory_plan, update_batches, window_steps
+from .plans import Plan, branch_plan, device_integers, trajectory_plan, update_batches, window_steps
 from .ranks import Ranks
 from .rollout import Rollout, Transitions
 
@@ -80,14 +80,26 @@ class GroupShape:
     slots_per_batch: int = 1
     ranks: Ranks = dataclasses.field(default_factory=Ranks)
 
-    def batches(self, slots: int, samples: int, steps: int, executor: RolloutExecutor) -> list[list[Tensor]]:
+    def batches(self, slots: int, samples: int, steps: int, max_rows: int, device: torch.device | str) -> list[list[Tensor]]:
         """Micro-batches of ``samples`` transitions per slot at each of ``steps`` steps."""
-        dealt = (self.optimizer_steps, self.slots_per_batch, executor.max_rows)
-        return update_batches(slots, samples, steps, *dealt, executor.model.device)
+        return update_batches(slots, samples, steps, self.optimizer_steps, self.slots_per_batch, max_rows, device)
 
 
 class Sampler(Protocol):
-    """Draws the groups of an iteration by one of the plans."""
+    """Draws the groups of an iteration by one of the plans, and tells what that runs."""
+
+    @property
+    def fresh_velocity(self) -> bool:
+        """Whether the update's micro-batches are run before the rollout, for the velocities that groups fork with."""
+        ...
+
+    def plan(self, slots: int, tails: Mapping[int, Sequence[int]] | None = None, iteration: int | None = None) -> Plan:
+        """The rollout of an iteration; None is one that trains every stochastic step. ``tails`` as of ``branch_plan``."""
+        ...
+
+    def batches(self, slots: int, max_rows: int, device: torch.device | str = "cpu") -> list[list[Tensor]]:
+        """Micro-batches of the update, see ``update_batches``."""
+        ...
 
     def rows_per_slot(self, iteration: int) -> int:
         """Samples of each slot."""
@@ -132,6 +144,15 @@ class ForkSampler:
         """A group at each trained step."""
         return self.shape.group_size * len(self.schedule.learnt(iteration))
 
+    def plan(self, slots: int, tails: Mapping[int, Sequence[int]] | None = None, iteration: int | None = None) -> Plan:
+        """The tails of the groups."""
+        steps = self.schedule.sde_steps if iteration is None else self.schedule.learnt(iteration)
+        return branch_plan(slots, steps, self.shape.group_size, self.schedule.steps, self.shape.ranks.first(slots), tails)
+
+    def batches(self, slots: int, max_rows: int, device: torch.device | str = "cpu") -> list[list[Tensor]]:
+        """A fork is one transition, whatever its members."""
+        return self.shape.batches(slots, 1, self.schedule.trained, max_rows, device)
+
     def __call__(
         self,
         executor: RolloutExecutor,
@@ -149,14 +170,13 @@ class ForkSampler:
         latent = _at_forks(anchors.latents, steps, anchor_row)
         index = (device_integers(steps, device) + executor.num_steps).repeat(slots)
         slot = torch.arange(slots, device=device).repeat_interleave(forks)
-        batches = self.shape.batches(slots, 1, forks, executor)
+        batches = self.batches(slots, executor.max_rows, device)
         if self.fresh_velocity:
             v = _fresh_velocities(executor, latent, index, conditioning, slot, batches)
         else:
             v = _at_forks(anchors.velocities, steps, anchor_row)
-        first_slot = self.shape.ranks.first(slots)
-        plan = branch_plan(slots, steps, group_size, executor.num_steps, first_slot, executor.rollout_table.tails)
-        first_row = first_slot * forks * group_size
+        plan = self.plan(slots, executor.rollout_table.tails, iteration)
+        first_row = self.shape.ranks.first(slots) * forks * group_size
         noise_row = torch.arange(first_row, first_row + plan.num_rows, device=device).reshape(slots * forks, group_size)
         with executor.phase("rollout"):
             transitions = executor.fork(latent, v, index, slot, noise_row, draw)
@@ -203,6 +223,22 @@ class TrajectorySampler:
         """One group."""
         return self.shape.group_size
 
+    @property
+    def fresh_velocity(self) -> bool:
+        """Nothing forks."""
+        return False
+
+    def plan(self, slots: int, tails: Mapping[int, Sequence[int]] | None = None, iteration: int | None = None) -> Plan:
+        """The trajectories; they have no tails."""
+        stochastic = self.schedule.stochastic(iteration or 0)
+        learnt = stochastic if iteration is None else self.schedule.learnt(iteration)
+        first_slot = self.shape.ranks.first(slots)
+        return trajectory_plan(slots, self.shape.group_size, self.schedule.steps, stochastic, learnt, first_slot)
+
+    def batches(self, slots: int, max_rows: int, device: torch.device | str = "cpu") -> list[list[Tensor]]:
+        """Each trained step of a trajectory is a transition."""
+        return self.shape.batches(slots, self.shape.group_size, self.schedule.trained, max_rows, device)
+
     def __call__(
         self,
         executor: RolloutExecutor,
@@ -215,15 +251,13 @@ class TrajectorySampler:
     ) -> Samples:
         """See ``Sampler``; anchors are not used."""
         slots, group_size = anchor_row.shape[0], self.shape.group_size
-        stochastic, learnt = self.schedule.stochastic(iteration), self.schedule.learnt(iteration)
-        first_slot = self.shape.ranks.first(slots)
-        plan = trajectory_plan(slots, group_size, executor.num_steps, stochastic, learnt, first_slot)
-        start_row = torch.arange(plan.num_rows, device=executor.model.device) + first_slot * group_size
+        plan = self.plan(slots, iteration=iteration)
+        start_row = torch.arange(plan.num_rows, device=executor.model.device) + self.shape.ranks.first(slots) * group_size
         start_row = start_row // group_size if self.shared_noise else start_row
         x = executor.initial_noise(start_row, draw, Stream.TRAJECTORY_INIT)
         rollout = executor.run(plan, x, conditioning, draw, "rollout", finished=finished)
         assert rollout.transitions is not None
-        batches = self.shape.batches(slots, group_size, len(learnt), executor)
+        batches = self.batches(slots, executor.max_rows, x.device)
         return Samples(rollout.final, slots, rollout.transitions, batches)
 
 

@@ -37,6 +37,12 @@ class Objective:
     average: str = "update"
     skip_empty: bool = False
 
+    @property
+    def replays(self) -> tuple[str, ...]:
+        """Phases that run every transition through the transformer."""
+        recompute, reference = self.old_logp == "recompute", self.kl_weight > 0
+        return (*["recompute"] * recompute, "update", *["reference"] * reference)
+
 
 def update_policy(
     executor: RolloutExecutor,
