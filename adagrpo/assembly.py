@@ -9,7 +9,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .algorithm.selection import STRATEGIES
 from .curriculum.judge import Judge
 from .curriculum.picks import Pick, PickedBy, Strategy, nearest_in_slots, nearest_of_all, picked_in_slots, picked_of_all
 from .engine.batch_limit import BatchLimit
@@ -57,7 +56,7 @@ def build_judge(config: Config, select: Strategy | None = None) -> Judge:
         "forks": d.forks,
         "probe_rows": d.table.probe,
         "scored": d.scores_needed,
-        "strategy": s.strategy if s.strategy in STRATEGIES else "closest",
+        "strategy": d.built_in_strategy,
         "pick": pick,
         "nearest": nearest_of_all if s.pooled else nearest_in_slots,
     }

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..algorithm.sde import Stream
-from ..algorithm.selection import STRATEGIES, CapabilityState, capability_step
+from ..algorithm.selection import CapabilityState, capability_step
 from ..assembly import build_executor
 from ..engine.executor import RolloutExecutor
 from ..engine.plans import probe_plan
@@ -25,6 +25,7 @@ from ..engine.scoring import Scorer
 from ..errors import InputError
 from ..models.base import Conditioning, FlowModel
 from ..prompts.stream import PromptStream
+from ..recipe.derived import Derived
 from ..recipe.keys import Config, EngineConfig, RolloutConfig
 from ..rewards import PromptRows, Reward
 
@@ -134,7 +135,8 @@ def compare(
     capability = CapabilityState.for_rewards(len(rewards), model.device)
     plan = probe_plan(range(s.candidates), r.steps, keep=r.sde_steps)
     weights = torch.tensor([reward.weight for reward in config.rewards], device=model.device) if len(rewards) > 1 else None
-    strategy = s.strategy if s.strategy in STRATEGIES and s.strategy != "random" else "closest"
+    built_in = Derived(config).built_in_strategy
+    strategy = "closest" if built_in == "random" else built_in  # a draw would be no judgement
     probes: list[tuple[Side, Side]] = []
     tails: list[tuple[Side, Side]] = []
     same = 0

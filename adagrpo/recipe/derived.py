@@ -11,6 +11,7 @@ import dataclasses
 import torch
 
 from ..algorithm.sde import sigma_schedule
+from ..algorithm.selection import STRATEGIES
 from ..algorithm.tables import RolloutTable, rollout_table
 from .keys import Config
 
@@ -71,6 +72,12 @@ class Derived:
         """Whether anything reads what candidates score."""
         s = self.config.selection
         return (s.candidates > 1 and s.strategy != "random") or self.config.advantage.weight > 0
+
+    @property
+    def built_in_strategy(self) -> str:
+        """By which scores are folded and picked; ``closest`` where picks are those of a strategy named by import path."""
+        strategy = self.config.selection.strategy
+        return strategy if strategy in STRATEGIES else "closest"
 
     @property
     def observed(self) -> int:

@@ -57,6 +57,11 @@ def test_scores_are_needed_by_selection_or_by_the_advantage(
     assert derived(selection=selection, advantage={"weight": weight}).scores_needed is needed
 
 
+def test_what_scores_are_folded_by_where_the_user_picks() -> None:
+    named = [derived(selection={"strategy": name}).built_in_strategy for name in ("hardest", "random", "mine:select")]
+    assert named == ["hardest", "random", "closest"]
+
+
 def test_lengths_of_a_run() -> None:
     found = derived(
         train={"iterations": 30, "slots": 2, "steps_per_iteration": 2}, selection={"probe": "memory", "finalists": 2}
