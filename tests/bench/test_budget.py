@@ -7,7 +7,7 @@ import pytest
 import torch
 from toy import ToyModel, toy_config
 
-import adagrpo.train
+import adagrpo.engine.fusion
 from adagrpo.bench.budget import exceeded, limits, off_schedule, overhead_of, schedule_evaluations, scheduled_probes
 from adagrpo.bench.measure import Iteration, host_read
 from adagrpo.cli import main
@@ -167,13 +167,13 @@ def test_the_gate_fails_for_work_nobody_counted(tmp_path, capsys, monkeypatch) -
 
 
 def test_the_gate_fails_for_a_host_sync(tmp_path, capsys, monkeypatch) -> None:
-    advantage = adagrpo.train.reward_advantage
+    advantage = adagrpo.engine.fusion.reward_advantage
 
     def reading(rewards, *args):
         rewards.sum().item()
         return advantage(rewards, *args)
 
-    monkeypatch.setattr(adagrpo.train, "reward_advantage", reading)
+    monkeypatch.setattr(adagrpo.engine.fusion, "reward_advantage", reading)
     assert run(toy(), tmp_path) == 1
     out = capsys.readouterr().out
     assert "an iteration reads the device: phase advantage, test_budget.py:" in out

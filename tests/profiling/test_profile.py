@@ -128,7 +128,7 @@ def test_flops_of_a_phase_by_hand(toy, tmp_path, monkeypatch) -> None:
     assert found["power"]["joules_per_image"] == pytest.approx(100 / 22)
 
 
-@pytest.mark.parametrize("where", ["update_policy", "sample_forks"])
+@pytest.mark.parametrize("where", ["train.update_policy", "engine.sampling.branch_plan"])
 def test_out_of_memory_leaves_the_snapshot_only(where, toy, tmp_path, capsys, monkeypatch) -> None:
     class History(AllocatorHistory):
         def dump(self, path: Path) -> bool:
@@ -139,7 +139,7 @@ def test_out_of_memory_leaves_the_snapshot_only(where, toy, tmp_path, capsys, mo
         raise torch.OutOfMemoryError("no room\nfor this")
 
     monkeypatch.setattr(record, "AllocatorHistory", History)
-    monkeypatch.setattr(f"adagrpo.train.{where}", run_out)
+    monkeypatch.setattr(f"adagrpo.{where}", run_out)
     out = tmp_path / "profile"
     assert main(["profile", toy, "--out", str(out)]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
