@@ -93,7 +93,7 @@ class Trainer:
     def iteration(self) -> dict[str, Any]:
         """One iteration; its metrics stay on the device. ``selection/picked`` holds the picked prompts."""
         self.executor.reset_counts()
-        self._begun = _Begun(self.draws, self.stream.position, self.knowledge, self.executor.batch_limit)
+        self._begun = _Begun(self.draws, self.stream.position, self.knowledge, self.executor.limit.state)
         self.refresh()
         with self.bucket():
             groups = self.draw(self.course.slots)  # probe → select → rollout → reward
@@ -211,7 +211,7 @@ class Trainer:
         if begun is None:
             return True
         self.draws, self.stream.position, self.knowledge = begun.draws, begun.position, begun.knowledge
-        self.executor.batch_limit = begun.batch_limit
+        self.executor.limit.state = begun.batch_limit
         return not begun.updating
 
     def state_dict(self) -> dict[str, Any]:
@@ -220,7 +220,7 @@ class Trainer:
         return {
             "iterations_done": self.iterations_done,
             "draws": self.draws,
-            "batch_limit": self.executor.batch_limit,
+            "batch_limit": self.executor.limit.state,
             "stream_position": self.stream.position,
             "capability": self.capability.state_dict(),
             "filter": None if evidence is None else evidence.state_dict(),
@@ -233,7 +233,7 @@ class Trainer:
         limit, halved = state["batch_limit"]
         wanted = self.course.max_rows
         keep = halved and (not wanted or limit < wanted)
-        self.executor.batch_limit = (limit, True) if keep else (wanted, False)
+        self.executor.limit.state = (limit, True) if keep else (wanted, False)
         self.stream.position = state["stream_position"]
         level = CapabilityState.from_state_dict(state["capability"]).to(self.model.device)
         evidence = self.knowledge.evidence and self.knowledge.evidence.loaded(state["filter"])

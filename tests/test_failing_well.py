@@ -73,7 +73,7 @@ def test_out_of_memory_while_sampling_halves_the_batch_once(where: str, tmp_path
     fit = started(tmp_path, toy_trainer(config, HungryModel(8, where)))
     roomy = toy_trainer(dataclasses.replace(config, engine=EngineConfig(max_rows=8)))
     fit()
-    assert fit.trainer.executor.max_rows == 8
+    assert fit.trainer.executor.limit.max_rows == 8
     assert "engine.max_rows = 8" in (fit.run.path / "events.jsonl").read_text()
     for _ in range(config.train.iterations):
         roomy.iteration()
@@ -96,7 +96,7 @@ def test_out_of_memory_in_a_reward_counts_as_sampling(tmp_path) -> None:
 
     fit = started(tmp_path, toy_trainer(toy_config(), reward=hungry))
     fit()
-    assert fit.trainer.executor.max_rows == 8
+    assert fit.trainer.executor.limit.max_rows == 8
 
 
 def test_out_of_memory_in_the_update_names_the_remedy() -> None:

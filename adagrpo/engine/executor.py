@@ -95,20 +95,6 @@ class RolloutExecutor:
         """Forget all counts."""
         self.counts.clear()
 
-    @property
-    def max_rows(self) -> int:
-        """Largest batch of one transformer call; 0 is unlimited."""
-        return self.limit.max_rows
-
-    @property
-    def batch_limit(self) -> tuple[int, bool]:
-        """See ``BatchLimit.state``."""
-        return self.limit.state
-
-    @batch_limit.setter
-    def batch_limit(self, state: tuple[int, bool]) -> None:
-        self.limit.state = state
-
     def halve_rows(self, error: Exception) -> None:
         """After an out-of-memory error: halve the largest batch, once per executor.
 

@@ -48,7 +48,7 @@ def attempts(executor: RolloutExecutor, say: Callable[[str], None]) -> Iterator[
         if not attempt.failed:
             return
         torch.cuda.empty_cache()  # only now is the failed attempt's last tensor gone, with the error that held its frames
-        say(f"out of memory while sampling: continuing with engine.max_rows = {executor.max_rows}")
+        say(f"out of memory while sampling: continuing with engine.max_rows = {executor.limit.max_rows}")
 
 
 @contextlib.contextmanager

@@ -170,7 +170,7 @@ class ForkSampler:
         latent = _at_forks(anchors.latents, steps, anchor_row)
         index = (device_integers(steps, device) + executor.num_steps).repeat(slots)
         slot = torch.arange(slots, device=device).repeat_interleave(forks)
-        batches = self.batches(slots, executor.max_rows, device)
+        batches = self.batches(slots, executor.limit.max_rows, device)
         if self.fresh_velocity:
             v = _fresh_velocities(executor, latent, index, conditioning, slot, batches)
         else:
@@ -257,7 +257,7 @@ class TrajectorySampler:
         x = executor.initial_noise(start_row, draw, Stream.TRAJECTORY_INIT)
         rollout = executor.run(plan, x, conditioning, draw, "rollout", finished=finished)
         assert rollout.transitions is not None
-        batches = self.batches(slots, executor.max_rows, x.device)
+        batches = self.batches(slots, executor.limit.max_rows, x.device)
         return Samples(rollout.final, slots, rollout.transitions, batches)
 
 

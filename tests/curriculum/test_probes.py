@@ -429,7 +429,7 @@ def test_a_draw_that_ran_out_of_memory_is_repeated_from_the_same_state() -> None
 
     trainer.rollout, trainer.notices.say = once, lambda message: None
     trainer.iteration()
-    halved = EngineConfig(max_rows=trainer.executor.max_rows)  # the same batches round alike on every processor
+    halved = EngineConfig(max_rows=trainer.executor.limit.max_rows)  # the same batches round alike on every processor
     calm = toy_trainer(dataclasses.replace(recipe("memory"), engine=halved))
     calm.iteration()
     assert torch.equal(trainer.knowledge.evidence.posterior.count, calm.knowledge.evidence.posterior.count)

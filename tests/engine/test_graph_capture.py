@@ -229,7 +229,7 @@ def test_an_iteration_whose_capture_runs_out_of_memory_goes_on_with_half_the_row
     trainer.executor.graphs = trainer.executor.lanes.graphs = graphs(told)
     for _ in range(3):
         trainer.iteration()  # the stand-in replays nothing: what matters here is where errors go
-    assert trainer.executor.max_rows == 8 and trainer.executor.graphs.enabled
+    assert trainer.executor.limit.max_rows == 8 and trainer.executor.graphs.enabled
     assert told == ["out of memory while sampling: continuing with engine.max_rows = 8"]
     rows = {key[2] for key in trainer.executor.graphs.captured if key[0] != "prefix"}
     assert rows and max(rows) <= 8
