@@ -226,19 +226,22 @@ def test_a_run_whose_reward_hangs_goes_on_bitwise(
 
 
 def test_capability_and_evidence_go_back_too(tmp_path, released) -> None:
-    """The memory probe has folded the third draw's images into both when its rollout hangs."""
+    """The memory probe has scored the third draw's uniform candidates when the rewards of its groups hang."""
     kind = {"selection": {"probe": "memory", "candidates": 3}}
     truth = fit_of(tmp_path / "whole", half_bright, 0, **kind)
     truth()
 
     def score(images, prompts):
-        if int(fit.trainer.capability.count) == 3:
+        seen.append((fit.trainer.draws, len(images)))
+        if fit.trainer.draws == 2 and len(images) == 16:
             released.wait()
         return half_bright(images, prompts)
 
+    seen: list[tuple[int, int]] = []
     fit = fit_of(tmp_path / "run", score, 0.4, **kind)
     with pytest.raises(RunError, match="did not return"):
         fit()
+    assert seen[-2:] == [(2, 2), (2, 16)]  # 2 slots; 2 forks of 4 each
     saved = fit.run.latest_checkpoint()
     assert saved.name == "step-000002"
     ended_like(truth, goes_on(tmp_path / "run", saved, 0.4, **kind))
