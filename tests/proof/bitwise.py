@@ -79,6 +79,11 @@ def metric_lines(path: Path) -> list[Leaves]:
     return [leaves({k: "a time" if TIMES.fullmatch(k) else v for k, v in record.items()}) for record in records]
 
 
+def shown(folder: Path, metric: str) -> bool:
+    """Whether a metric is above 0 in some line of the runs below a folder."""
+    return any((line.get(metric) or 0) > 0 for path in folder.rglob("metrics.jsonl") for line in metric_lines(path))
+
+
 def tensor_file(path: Path) -> Leaves:
     """What a safetensors file holds: every tensor, and its metadata."""
     with safe_open(path, "pt") as file:

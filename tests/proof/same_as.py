@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
-from bitwise import Verdict, compare, words
+from bitwise import Verdict, compare, shown, words
 from trial import Command, load_libraries, tail
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,6 +54,16 @@ class Contrast:
         return self.scale * images.flatten(1).std(1)
 
 
+class Stepped:
+    """Mean brightness in steps: many samples of a group are equal."""
+
+    def __init__(self, step=0.1):
+        self.step = step
+
+    def __call__(self, images, prompts):
+        return (images.flatten(1).mean(1) / self.step).round() * self.step
+
+
 def prompts(count=6):
     return [f"a red circle number {i}" for i in range(count)]
 '''  # fmt: skip
@@ -74,7 +84,7 @@ MEMORY = {
     "selection.allow_unseen": True,
 }
 TRAJECTORY = {"rollout.plan": "trajectory", "loss.old_logp": "recompute"}
-TINY = {"rewards": [{"name": "tiny"}]}
+STEPPED = {"rewards": [{"name": "own_parts:Stepped", "kwargs": {"step": 0.1}}]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,12 +93,14 @@ class Case:
 
     Attributes:
         code: what the last command exits with; the others exit with 0.
+        shows: a metric that is above 0 in some line, or else the case proves nothing.
         handed_over: the head goes on in the folder that the base's first command left.
     """
 
     keys: dict[str, Any] = dataclasses.field(default_factory=dict)
     commands: tuple[str, ...] = (TRAIN,)
     code: int = 0
+    shows: str = "policy/grad_norm"
     handed_over: bool = False
 
     def recipe(self, name: str) -> dict[str, Any]:
@@ -127,15 +139,15 @@ CASES = {
         | {"rollout.scheme": "dance", "rollout.eta": 0.3, "rollout.shared_noise": True, "rollout.trained_share": 0.5}
     ),
     "cps": Case({"rollout.scheme": "cps", "rollout.eta": 0.7, "loss.step_weights": "equal_gradient"}),
-    "refill": Case(TINY | {"advantage.equal_groups": "refill"}),
-    "skip": Case(TINY | {"advantage.equal_groups": "skip", "train.accumulation": 2}),
+    "refill": Case(STEPPED | {"advantage.equal_groups": "refill"}, shows="advantage/equal_groups"),
+    "skip": Case(STEPPED | {"advantage.equal_groups": "skip", "train.accumulation": 2}, shows="advantage/equal_groups"),
     "released": Case(
         {"rollout.fork_velocity": "probe", "loss.old_logp": "detached", "train.steps_per_iteration": 2,
          "loss.average": "iteration"}
     ),
-    "steps": Case({"train.steps_per_iteration": 2, "loss.clip_range": 1e-4}),
+    "steps": Case({"train.steps_per_iteration": 2, "loss.clip_range": 1e-4}, shows="policy/clip_share"),
     "recompute": Case({"loss.old_logp": "recompute", "rollout.storage": "bf16"}),
-    "kl": Case({"loss.kl_weight": 0.05, "loss.kl_variance": "diffusion"}),
+    "kl": Case({"loss.kl_weight": 0.05, "loss.kl_variance": "diffusion"}, shows="policy/kl"),
     "ema": Case({"optimizer.ema_decay": 0.5, "optimizer.schedule": "linear", "optimizer.warmup_steps": 1}),
     "chunked": Case({"engine.max_rows": 4, "engine.decode_rows": 2, "engine.overlap": False}),
     "tail": Case({"rollout.steps": 6, "rollout.tail_steps": 2}),
@@ -242,6 +254,8 @@ def run_case(name: str, case: Case, base: Side, head: Side) -> tuple[Verdict, st
     verdict = compare(base.folder(name), head.folder(name), places)
     if not verdict.difference and not (verdict.lines and verdict.tensors):
         verdict.difference = "nothing to compare: no metrics or no tensors"
+    if not verdict.difference and not shown(base.folder(name), case.shows):
+        verdict.difference = f"nothing shown: {case.shows} is never above 0"
     one, other = (words(side.folder(name), side.log(name), places) for side in (base, head))
     gone, new = [line for line in one if line not in other], [line for line in other if line not in one]
     moved = "other order or number of lines" if one != other else ""

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 sys.path.append(str(Path(__file__).resolve().parent))
-from bitwise import compare, plain, same
+from bitwise import compare, plain, same, shown
 
 LINE = {
     "iteration": 1,
@@ -68,6 +68,11 @@ def test_files_are_compared_by_name_and_content(tmp_path: Path) -> None:
     (base / "1.png").unlink()
     (head / "metrics.jsonl").write_text(2 * (json.dumps(LINE) + "\n"), "utf-8")
     assert compare(base, head, {}).difference == "metrics.jsonl: 1 lines != 2"
+
+
+def test_a_metric_is_shown_only_above_zero(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "base", LINE | {"kl": 0.0, "clipped": None})
+    assert shown(folder, "loss") and not any(shown(folder, name) for name in ("kl", "clipped", "missing"))
 
 
 def test_leaves_are_the_same_only_in_type_and_every_bit() -> None:
