@@ -132,8 +132,8 @@ class Trainer:
         prompts = [self.stream.prompts[i] for i in numbers]
         conditioning = self.model.encode(prompts)
         remembered = self.knowledge.evidence is not None
-        places = host_integers(numbers, self.model.device).reshape(slots, -1) if remembered else None
-        return Candidates(conditioning, prompts, slots, self.draws, places)
+        on_device = host_integers(numbers, self.model.device).reshape(slots, -1) if remembered else None
+        return Candidates(conditioning, prompts, slots, self.draws, on_device)
 
     def probe_and_select(self, candidates: Candidates) -> Choice:
         """Judge the candidates, fold what was scored into the capability EMA, pick one per slot."""

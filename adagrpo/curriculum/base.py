@@ -51,14 +51,14 @@ class Candidates:
         conditioning, prompts: of the P*B candidates.
         slots: P.
         draw: number of the draw, of the noise.
-        places: int64 [P, B], the prompts' numbers in the data, where evidence is kept.
+        numbers: int64 [P, B], the prompts' numbers in the data, where evidence is kept.
     """
 
     conditioning: Conditioning
     prompts: Sequence[str]
     slots: int
     draw: int
-    places: Tensor | None = None
+    numbers: Tensor | None = None
 
     @property
     def per_slot(self) -> int:
@@ -82,9 +82,9 @@ class Knowledge:
 
     def with_groups(self, candidates: Candidates, choice: Choice, rewards: Tensor) -> Knowledge:
         """With the group rewards [M, groups, G] of the picked prompts."""
-        if self.evidence is None or candidates.places is None:
+        if self.evidence is None or candidates.numbers is None:
             return self
-        picked = candidates.places.flatten()[choice.rows]
+        picked = candidates.numbers.flatten()[choice.rows]
         return dataclasses.replace(self, evidence=self.evidence.with_groups(picked, rewards, candidates.draw))
 
 

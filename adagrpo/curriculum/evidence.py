@@ -52,13 +52,13 @@ class Evidence:
         levels = tuple(CapabilityState.for_rewards(rewards, device) for _ in range(stages))
         return cls(candidates, half_life, noise_share, group_evidence, levels, posterior, recent)
 
-    def judged(self, places: Tensor, capability: CapabilityState, weights: Tensor, draw: int) -> tuple[Tensor, Tensor]:
-        """What the posterior says of candidates ``places`` (int64 [P, K], their prompts): mean [M, P, K], and their expected
+    def judged(self, numbers: Tensor, capability: CapabilityState, weights: Tensor, draw: int) -> tuple[Tensor, Tensor]:
+        """What the posterior says of candidates ``numbers`` (int64 [P, K], their prompts): mean [M, P, K], and their expected
         distance to the EMA [P, K]; all candidates are equally far while there is no EMA yet."""
         assert self.posterior is not None
-        now = torch.full((), draw, dtype=torch.int64, device=places.device)
+        now = torch.full((), draw, dtype=torch.int64, device=numbers.device)
         level = (capability.mean, capability.var)
-        expected, variance = self.posterior.predict(places, *level, self.noise_share, now, self.half_life)
+        expected, variance = self.posterior.predict(numbers, *level, self.noise_share, now, self.half_life)
         distance = expected_distance(expected, variance, *level, weights)
         return expected, torch.where(capability.count[0] > 0, distance, 1.0)
 
@@ -74,20 +74,20 @@ class Evidence:
         recent[stage, :, first : first + slots] = scores
         return dataclasses.replace(self, recent=recent)
 
-    def with_images(self, places: Tensor, scores: Tensor, draw: int) -> Evidence:
-        """With the full-length scores [M, K] of one image of each of the prompts ``places`` [K]."""
-        return dataclasses.replace(self, posterior=self._observed(places, scores, 1.0, draw))
+    def with_images(self, numbers: Tensor, scores: Tensor, draw: int) -> Evidence:
+        """With the full-length scores [M, K] of one image of each of the prompts ``numbers`` [K]."""
+        return dataclasses.replace(self, posterior=self._observed(numbers, scores, 1.0, draw))
 
-    def with_groups(self, places: Tensor, rewards: Tensor, draw: int) -> Evidence:
-        """With the rewards [M, groups, G] of the picked prompts ``places`` [P]."""
-        per_slot = rewards.reshape(rewards.shape[0], places.shape[0], -1).double().nanmean(-1)
-        return dataclasses.replace(self, posterior=self._observed(places, per_slot, self.group_evidence, draw))
+    def with_groups(self, numbers: Tensor, rewards: Tensor, draw: int) -> Evidence:
+        """With the rewards [M, groups, G] of the picked prompts ``numbers`` [P]."""
+        per_slot = rewards.reshape(rewards.shape[0], numbers.shape[0], -1).double().nanmean(-1)
+        return dataclasses.replace(self, posterior=self._observed(numbers, per_slot, self.group_evidence, draw))
 
-    def _observed(self, places: Tensor, rewards: Tensor, weight: float, draw: int) -> PromptPosterior | None:
+    def _observed(self, numbers: Tensor, rewards: Tensor, weight: float, draw: int) -> PromptPosterior | None:
         if self.posterior is None:
             return None
-        now = torch.full((), draw, dtype=torch.int64, device=places.device)
-        return self.posterior.observed(places, rewards, weight, now, self.half_life)
+        now = torch.full((), draw, dtype=torch.int64, device=numbers.device)
+        return self.posterior.observed(numbers, rewards, weight, now, self.half_life)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides the next pick."""

@@ -47,12 +47,12 @@ class Memory:
 
     def __call__(self, prober: Prober, candidates: Candidates, knowledge: Knowledge) -> Choice:
         """One draw."""
-        assert knowledge.evidence is not None and candidates.places is not None
+        assert knowledge.evidence is not None and candidates.numbers is not None
         slots, draw = candidates.slots, candidates.draw
         uniform = prober.uniform(slots, self.candidates, draw, step=1)
         (whole,) = self.legs(slots)
         with prober.executor.phase("select"):
-            judged, distance = knowledge.evidence.judged(candidates.places, knowledge.level, prober.weights, draw)
+            judged, distance = knowledge.evidence.judged(candidates.numbers, knowledge.level, prober.weights, draw)
             # While nothing tells candidates apart, one is drawn; later ties go to the first, of a stream that is shuffled.
             lucky = prober.uniform(slots, self.candidates, draw, step=2)
             distance = distance.flatten().index_add(0, lucky, torch.full_like(distance[:, 0], -1e-9)).unflatten(0, (slots, -1))
@@ -67,12 +67,12 @@ class Memory:
         self, field: Field, finalists: Tensor, uniform: Tensor, prober: Prober, candidates: Candidates, knowledge: Knowledge
     ) -> tuple[Field, Tensor, Knowledge]:
         """The field of picks and uniform candidates, the picks and what is known after a look at ``finalists`` [P*K]."""
-        slots, draw, evidence, places = candidates.slots, candidates.draw, knowledge.evidence, candidates.places
-        assert evidence is not None and places is not None
+        slots, draw, evidence, numbers = candidates.slots, candidates.draw, knowledge.evidence, candidates.numbers
+        assert evidence is not None and numbers is not None
         scores = prober.score(field.x[:-slots], PromptRows(candidates.prompts, finalists))
         with prober.executor.phase("select"):
             again = (finalists.unsqueeze(1) == uniform).any(1)  # the very images that are scored at the end
-            shown = places.flatten()[finalists]
+            shown = numbers.flatten()[finalists]
             evidence = evidence.with_images(shown, scores.masked_fill(again, torch.nan), draw)
             _, distance = evidence.judged(shown.unflatten(0, (slots, -1)), knowledge.level, prober.weights, draw)
             best = self.nearest(distance, 1)

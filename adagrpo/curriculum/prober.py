@@ -116,11 +116,11 @@ class Prober:
             picks: int64 [P]. judged: [M, P, B], what they were picked by.
         """
         evidence, slots, draw = knowledge.evidence, candidates.slots, candidates.draw
-        assert evidence is not None and candidates.places is not None
+        assert evidence is not None and candidates.numbers is not None
         uniform = field.rows[-slots:]
         scores = self.score(field.x[-slots:], PromptRows(candidates.prompts, uniform))
         with self.executor.phase("select"):
-            evidence = evidence.with_recent(-1, scores, draw).with_images(candidates.places.flatten()[uniform], scores, draw)
+            evidence = evidence.with_recent(-1, scores, draw).with_images(candidates.numbers.flatten()[uniform], scores, draw)
             found = self.folded(knowledge.level, evidence.recent[-1].unsqueeze(1))
         anchors = Rollout(field.x, field.latents, {}, None)  # forks of its picks take fresh velocities
         anchor_row = torch.arange(slots, device=uniform.device)

@@ -117,8 +117,12 @@ def drawn(config: Config, model: FlowModel, draws: int) -> list[Drawn]:
             one.knowledge = picked.knowledge
         one.draws += 1
         judged = None if picked.scores is None else picked.scores[0].cpu()
-        places, level = torch.tensor(numbers).reshape(slots, -1), one.capability
-        found.append(Drawn(places, picked.picks.cpu(), judged, float(level.mean[0]), float(level.std[0])))
+        level = one.capability
+        found.append(
+            Drawn(
+                torch.tensor(numbers).reshape(slots, -1), picked.picks.cpu(), judged, float(level.mean[0]), float(level.std[0])
+            )
+        )
         one.phase.read()
     return found
 
