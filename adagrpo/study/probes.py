@@ -16,7 +16,7 @@ from ..bench.measure import Iteration, bench_trainer, measure
 from ..bench.options import Options
 from ..bench.records import new_record
 from ..bench.statistics import Series
-from ..curriculum.base import Choice
+from ..curriculum.base import Choice, Knowledge
 from ..engine.groups import Groups
 from ..errors import InputError
 from ..evaluate.held_out import evaluate
@@ -24,6 +24,7 @@ from ..forecast import planned_calls
 from ..models.base import FlowModel
 from ..recipe.keys import Config
 from ..run.folder import prompts_digest
+from ..train import Trainer
 from .hosts import with_probe, without_adagrpo
 
 
@@ -109,12 +110,10 @@ def drawn(config: Config, model: FlowModel, draws: int) -> list[Drawn]:
     slots = one.course.slots
     for _ in range(draws):
         numbers = one.stream.take_numbers(slots * one.course.candidates)
-        picked: Groups | Choice
-        if config.selection.judge == "memory":  # nothing else reads the groups
-            picked, one.knowledge = one.groups_of(numbers, slots)
-        else:
-            picked = one.probe_and_select(one.candidates(numbers, slots))
-            one.knowledge = picked.knowledge
+        for attempt in one.attempts():
+            with attempt:
+                picked, knowledge = _picked(one, numbers, slots, groups=config.selection.judge == "memory")
+        one.knowledge = knowledge
         one.draws += 1
         judged = None if picked.scores is None else picked.scores[0].cpu()
         level = one.capability
@@ -125,6 +124,14 @@ def drawn(config: Config, model: FlowModel, draws: int) -> list[Drawn]:
         )
         one.phase.read()
     return found
+
+
+def _picked(one: Trainer, numbers: Sequence[int], slots: int, groups: bool) -> tuple[Groups | Choice, Knowledge]:
+    """Picks of the prompts ``numbers``, and what is known then; with ``groups`` after these, which memory alone reads."""
+    if groups:
+        return one.groups_of(numbers, slots)
+    choice = one.probe_and_select(one.candidates(numbers, slots))
+    return choice, choice.knowledge
 
 
 def cost(config: Config, plain: Sequence[Iteration]) -> dict[str, float]:

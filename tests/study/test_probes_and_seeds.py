@@ -10,16 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 from scipy import stats
+from toy import ToyModel, toy_config
 
 from adagrpo.bench.measure import Iteration
 from adagrpo.bench.picture import Point, pareto_front, scatter, ticks
 from adagrpo.bench.statistics import paired_interval
 from adagrpo.cli import main
 from adagrpo.errors import InputError
-from adagrpo.recipe.keys import SelectionConfig
+from adagrpo.recipe.keys import EngineConfig, RewardConfig, SelectionConfig
 from adagrpo.recipe.load import load_recipe
 from adagrpo.study.hosts import race_steps, with_probe, without_adagrpo
-from adagrpo.study.probes import Drawn, Truth, cost, planned_work, quality
+from adagrpo.study.probes import Drawn, Truth, cost, drawn, planned_work, quality
 from adagrpo.study.seeds import Study, digest, read_log, seeds_report, summary, trained
 
 
@@ -55,6 +56,36 @@ def test_a_pool_of_other_candidates_is_judged_by_its_own_full_scores() -> None:
     found = quality([pool], [paper], truth)
     assert found["same_pick"] is None and found["spearman"] is None
     assert found["paper_regret"] == pytest.approx(((0 + 0.2) / 2 - (0.1 + 0.5) / 2) / 0.2)
+
+
+class HungryOnce(ToyModel):
+    """Out of memory in its first call."""
+
+    hungry = True
+
+    def velocity(self, x, sigma, conditioning):
+        if self.hungry:
+            self.hungry = False
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().velocity(x, sigma, conditioning)
+
+
+@pytest.mark.parametrize("probe", ["full", "memory"])
+def test_a_probe_that_runs_out_of_memory_is_drawn_again_in_smaller_batches(probe: str, capsys) -> None:
+    keys = {"allow_unseen": True} if probe == "memory" else {}
+    config = toy_config(
+        model={"family": "parts:model"},
+        data={"prompts": "parts:prompts", "held_out": "parts:held_out"},
+        selection={"probe": probe, "candidates": 3} | keys,
+        train={"slots": 2},
+        rewards=(RewardConfig("brightness"),),
+    )
+    found = drawn(config, HungryOnce(), 2)
+    rows = {"full": 6, "memory": 4}[probe] // 2  # of 2 slots: 3 candidates, or the pick and the uniform one
+    assert f"out of memory while sampling: continuing with engine.max_rows = {rows}" in capsys.readouterr().out
+    calm = drawn(dataclasses.replace(config, engine=EngineConfig(max_rows=rows)), ToyModel(), 2)
+    assert [d.numbers.tolist() for d in found] == [d.numbers.tolist() for d in calm]
+    assert [d.picks.tolist() for d in found] == [d.picks.tolist() for d in calm]
 
 
 def test_cost_is_priced_by_what_a_plain_iteration_took() -> None:
