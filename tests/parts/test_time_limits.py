@@ -247,6 +247,28 @@ def test_capability_and_evidence_go_back_too(tmp_path, released) -> None:
     ended_like(truth, goes_on(tmp_path / "run", saved, 0.4, **kind))
 
 
+def test_what_a_whole_draw_taught_goes_back_too(tmp_path, released) -> None:
+    """The third draw's rewards are in the capability EMA and in the evidence when its advantage hangs."""
+    kind = {"selection": {"probe": "memory", "candidates": 3}}
+    truth = fit_of(tmp_path / "whole", half_bright, 0, **kind)
+    truth()
+    fit = fit_of(tmp_path / "run", half_bright, 0.4, **kind)
+    advantage = fit.trainer.advantage
+
+    def hanging(rewards):
+        if fit.trainer.draws == 3:
+            call_part(Part("advantage.function", timeout=0.2), released.wait)
+        return advantage(rewards)
+
+    fit.trainer.advantage = hanging
+    with pytest.raises(RunError, match="did not return"):
+        fit()
+    assert int(fit.trainer.capability.count) == 2
+    saved = fit.run.latest_checkpoint()
+    assert saved.name == "step-000002"
+    ended_like(truth, goes_on(tmp_path / "run", saved, 0.4, **kind))
+
+
 def test_selections_advantages_and_prompts_that_hang_are_named() -> None:
     names = {"selection": "selection.strategy", "advantage": "advantage.function", "prompts": "data.prompts"}
     for part, key in names.items():
