@@ -255,7 +255,7 @@ def load_plugins(config: Config) -> Own:
 
 
 def _advantage(fused: Fuse) -> Fuse:
-    """``fused``, whose result is shape is checked."""
+    """``fused``, the shape of whose result is checked."""
 
     def fuse(rewards: Tensor, level: CapabilityState, weights: Tensor) -> Tensor:
         found = checked(fused(rewards, level, weights), rewards.shape[1:], "advantage.function", "one advantage per sample")
