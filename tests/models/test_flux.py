@@ -3,9 +3,9 @@
 import dataclasses
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from stock_flux import PROMPTS, initial_latents, recipe, stock_images
 
 from adagrpo.algorithm.sde import Stream, sigma_schedule
 from adagrpo.algorithm.tables import rollout_table
@@ -21,49 +21,10 @@ from adagrpo.models.registry import FLUX
 from adagrpo.recipe.load import load_recipe
 from adagrpo.tiny import tiny_flux_path
 
-PROMPTS = ["a red circle", "two blue squares"]
-
-
-def recipe(**sections):
-    """`tiny`, cut down to two quick iterations; keyword ``model={...}`` changes single keys."""
-    small = {
-        "train": {"iterations": 2, "slots": 2},
-        "rollout": {"steps": 4, "sde_steps": (0, 1), "group_size": 3},
-        "selection": {"candidates": 2},
-        "evaluation": {"every": 0, "final_prompts": 0},
-        "output": {"grid_every": 0, "checkpoint_every": 0},
-    }
-    config = load_recipe("tiny")
-    for section in {**small, **sections}:
-        changes = {**small.get(section, {}), **sections.get(section, {})}
-        config = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **changes)})
-    return config
-
 
 def load(folder: Path, width: int = 32, prompt_cache: int = 512) -> Policy:
     settings = Settings(torch.float32, torch.device("cpu"), 32, width, 12, prompt_cache=prompt_cache)
     return load_policy(FLUX, Source(str(folder)), settings)
-
-
-def stock_images(pipeline, config, latents: torch.Tensor) -> np.ndarray:
-    """What the stock pipeline makes of the same latents, 8-bit."""
-    pipeline.set_progress_bar_config(disable=True)
-    out = pipeline(
-        prompt=PROMPTS,
-        height=config.model.height,
-        width=config.model.width,
-        num_inference_steps=config.rollout.steps,
-        guidance_scale=config.model.guidance,
-        max_sequence_length=config.model.max_text_tokens,
-        latents=latents,
-        output_type="pil",
-    )
-    return np.stack([np.asarray(image) for image in out.images]).astype(int)
-
-
-def initial_latents(trainer) -> torch.Tensor:
-    plan = probe_plan(range(len(PROMPTS)), trainer.executor.num_steps)
-    return trainer.executor.initial_noise(plan.noise_row, 0, Stream.SAMPLE)
 
 
 def test_models_without_guidance_embedding(tmp_path) -> None:
