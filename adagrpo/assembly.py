@@ -9,6 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .algorithm.sde import sigma_schedule
+from .algorithm.tables import RolloutTable
 from .curriculum.judge import Judge
 from .curriculum.picks import Pick, PickedBy, Strategy, nearest_in_slots, nearest_of_all, picked_in_slots, picked_of_all
 from .engine.batch_limit import BatchLimit
@@ -21,8 +23,10 @@ from .engine.ranks import Ranks
 from .engine.sampling import ForkSampler, GroupShape, Sampler, StepSchedule, TrajectorySampler
 from .engine.timing import PhaseTimer
 from .engine.update import Objective
+from .errors import InputError, RunError
 from .forward.backends import build_forward
 from .models.base import FlowModel
+from .models.schedule import own_levels
 from .recipe.derived import Derived
 from .recipe.keys import JUDGES, Config, bucket_size
 
@@ -99,6 +103,42 @@ def build_objective(config: Config) -> Objective:
     )
 
 
+def sampled_sizes(config: Config) -> list[tuple[int, int]]:
+    """Height and width of every picture size of a recipe, that of evaluations first, each once."""
+    m = config.model
+    return list(dict.fromkeys([(m.height, m.width), *map(bucket_size, m.buckets)]))
+
+
+def build_table(config: Config, model: FlowModel, size: tuple[int, int]) -> RolloutTable:
+    """Every step of rollouts of this size, float64 on the CPU.
+
+    Raises:
+        InputError: the model does not say the noise levels that are to be its own.
+    """
+    d = Derived(config)
+    return d.table_at(lambda steps: own_levels(model, steps, *size)) if config.rollout.shift == "model" else d.table
+
+
+def replaced_levels(config: Config, model: FlowModel) -> str | None:
+    """What to tell a run whose ``rollout.shift`` is not that of the model's own pipeline."""
+    shift, steps = config.rollout.shift, config.rollout.steps
+    if shift == "model" or not callable(getattr(model, "schedule", None)):
+        return None
+    for size in sampled_sizes(config):
+        try:
+            own = own_levels(model, steps, *size)
+        except (InputError, RunError):  # there is nothing to replace
+            return None
+        if not torch.allclose(own, sigma_schedule(steps, shift), rtol=0, atol=1e-5):
+            level, even = float(own[1]), 1 - 1 / steps
+            shifted = level * (1 - even) / (even * (1 - level)) if level < 1 else 1.0
+            alike = torch.allclose(own, sigma_schedule(steps, shifted), rtol=0, atol=1e-5)
+            what = f"those of shift {shifted:.5g}" if alike else "which no shift describes"
+            sized = "x".join(map(str, size))
+            return f'rollout.shift = {shift:g} replaces the model\'s own noise levels at {sized}, {what}; "model" takes them'
+    return None
+
+
 def build_executor(
     config: Config,
     model: FlowModel,
@@ -109,17 +149,19 @@ def build_executor(
     """The executor of a recipe; ``rollouts`` also builds what the recipe's ``engine`` keys ask for to compute them.
 
     Raises:
-        InputError: this machine cannot run what they ask for.
+        InputError: this machine cannot run what they ask for, or the model says no noise levels.
     """
     e, d = config.engine, Derived(config)
-    table, impl = d.table, d.kernels
+    sizes, impl = sampled_sizes(config), d.kernels
+    table = build_table(config, model, sizes[0]).to(model.device, d.wide)  # one for all that reads it: it changes in place
+    by_size = config.rollout.shift == "model" and len(sizes) > 1
+    tables = {size: build_table(config, model, size) for size in sizes if by_size}
     forward, graphs = None, None
     if rollouts:
-        on_device = table.to(model.device, torch.float64 if model.dtype is torch.float64 else torch.float32)
-        forward = build_forward(model, on_device, e.forward, d.precision, e.fp8_scaling, e.attention, impl, say)
+        forward = build_forward(model, table, e.forward, d.precision, e.fp8_scaling, e.attention, impl, say)
         graphs = StepGraphs(model.device, say) if e.cuda_graphs else None
     limit, backends = BatchLimit(e.max_rows, e.decode_rows), Backends(impl, forward, graphs)
-    return RolloutExecutor(model, table, config.train.seed, d.storage, limit, phase, backends)
+    return RolloutExecutor(model, table, config.train.seed, d.storage, limit, phase, backends, tables)
 
 
 def build_optimizer(config: Config, model: FlowModel) -> PolicyOptimizer:

@@ -18,6 +18,7 @@ from .assembly import (
     build_objective,
     build_optimizer,
     build_sampler,
+    replaced_levels,
 )
 from .curriculum.judge import Curriculum
 from .curriculum.picks import Strategy
@@ -196,10 +197,12 @@ def assemble(
         ranks: who else trains; None is nobody.
 
     Raises:
-        InputError: this machine cannot run what the recipe's ``engine`` keys ask for.
+        InputError: this machine cannot run what the recipe's ``engine`` keys ask for, or the model says no noise levels.
     """
     own, ranks, notices = own or Own(), ranks or Ranks(), Notices()
     executor = build_executor(config, model, rollouts=True, say=notices)
+    if replaced := replaced_levels(config, model):
+        notices(replaced)
     score = Scorer(executor, rewards, [r.name for r in config.rewards], [r.timeout for r in config.rewards])
     if config.engine.overlap and model.device.type == "cuda":
         score.stream = torch.cuda.Stream(model.device)

@@ -10,7 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from .algorithm.sde import Stream
-from .assembly import build_executor
+from .assembly import build_executor, build_table, sampled_sizes
 from .build import (
     build_architecture,
     build_model,
@@ -121,6 +121,8 @@ def report(folders: Sequence[Path], out: Path | None) -> int:
 def plan(config: Config) -> int:
     """Print the memory plan and the predicted seconds of an iteration; nothing is downloaded, nothing is trained."""
     model = build_architecture(config.model)
+    for sampled in sampled_sizes(config):
+        build_table(config, model, sampled)  # refuses what training would
     rehearsal = rehearse(model, "a prompt")
     memory = planned_memory(config, model, rehearsal)
     print(f"{config.name}: memory plan for one GPU\n\n{memory.table()}\n")

@@ -191,11 +191,11 @@ class Trainer:
             yield
             return
         generator = torch.Generator().manual_seed(self.course.seed * 1_000_003 + self.iterations_done)
-        self.model.resize(*buckets[int(torch.randint(len(buckets), (), generator=generator))])
+        self.executor.resize(*buckets[int(torch.randint(len(buckets), (), generator=generator))])
         try:
             yield
         finally:
-            self.model.resize(*self.course.size)
+            self.executor.resize(*self.course.size)
 
     def attempts(self) -> Iterator[Attempt]:
         """Tries of sampling, see ``engine.retry``."""

@@ -44,6 +44,15 @@ class RolloutTable:
             history=history,
         )
 
+    def take(self, other: RolloutTable) -> None:
+        """Take over the values of a table of the same rows, in place: captured steps read these very tensors."""
+        for mine, theirs in zip(self._values(), other._values(), strict=True):
+            mine.copy_(theirs)
+
+    def _values(self) -> list[Tensor]:
+        steps = [getattr(self.steps, field.name) for field in dataclasses.fields(self.steps)]
+        return [*steps, self.sigmas, *([] if self.history is None else [self.history])]
+
 
 def rollout_table(
     sigmas: Tensor,

@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..algorithm.losses import clipped_surrogate
-from ..assembly import build_optimizer
+from ..assembly import build_optimizer, build_table
 from ..engine.timing import PhaseTimer
 from ..errors import InputError
 from ..models.base import Conditioning, FlowModel
@@ -87,7 +87,7 @@ class PublishedLoop:
         self.stream = PromptStream(prompts, config.train.seed)
         derived = Derived(config)
         self.slots, self.storage = derived.slots, derived.storage
-        self.table = derived.table.steps.to(model.device, derived.wide)
+        self.table = build_table(config, model, (config.model.height, config.model.width)).steps.to(model.device, derived.wide)
         self.optimizer = build_optimizer(config, model)
         self.phase = PhaseTimer(model.device)
         self.evaluations: Counter[str] = Counter()

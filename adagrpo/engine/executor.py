@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -61,6 +61,7 @@ class RolloutExecutor:
         limit: of its batches; None is none.
         phase: timer of the trainer's phases.
         backends: how it computes; the default is by the policy itself.
+        tables: what ``table`` holds at each picture size (height, width), where its values depend on it.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class RolloutExecutor:
         limit: BatchLimit | None = None,
         phase: PhaseTimer | None = None,
         backends: Backends = Backends(),
+        tables: Mapping[tuple[int, int], RolloutTable] | None = None,
     ) -> None:
         self.model, self.seed, self.storage, self.limit = model, seed, storage, limit or BatchLimit()
         self.phase, self.impl, self.graphs = phase or PhaseTimer(model.device), backends.impl, backends.graphs
@@ -81,6 +83,7 @@ class RolloutExecutor:
         wide = torch.float64 if storage is torch.float64 else torch.float32
         self.rollout_table = table.to(model.device, wide)
         self.table = self.rollout_table.steps
+        self._tables = {size: each.to(model.device, wide) for size, each in (tables or {}).items()}
         self.policy: Forward = PolicyForward(model, self.rollout_table)
         self.rollout = backends.rollout or self.policy
         self.lanes = Lanes(self.table.a, self.limit, self.graphs)
@@ -90,6 +93,12 @@ class RolloutExecutor:
     def refresh(self) -> None:
         """Let the rollout's weights follow the policy's."""
         self.rollout.refresh()
+
+    def resize(self, height: int, width: int) -> None:
+        """Sample pictures of this size, one of ``tables`` if there are any, from now on."""
+        self.model.resize(height, width)
+        if self._tables:
+            self.rollout_table.take(self._tables[height, width])
 
     def reset_counts(self) -> None:
         """Forget all counts."""

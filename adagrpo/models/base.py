@@ -62,6 +62,10 @@ class FlowModel(Protocol):
     def resize(self, height: int, width: int) -> None:
         """Sample pictures of this size, in pixels, from now on; ``latent_shape`` follows. Only needed for model.buckets."""
 
+    def schedule(self, steps: int, height: int, width: int) -> Tensor:
+        """Noise levels [steps + 1], falling to 0, at which the model's own pipeline samples pictures of this size; host only.
+        Only needed for rollout.shift = model."""
+
     def around(self, transformer: torch.nn.Module) -> FlowModel:
         """This model around another transformer of the same architecture. Only needed for engine.forward and precision."""
 
@@ -86,5 +90,6 @@ class FlowModel(Protocol):
     def trainable(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """Named parameters the optimizer updates."""
 
-    def export(self, folder: Path, shift: float, steps: int) -> str:
-        """Write what stock diffusers needs to sample in ``steps`` with time shift ``shift``; returns Python that does."""
+    def export(self, folder: Path, shift: float | str, steps: int) -> str:
+        """Write what stock diffusers needs to sample in ``steps`` with time shift ``shift``, or at the ``model``'s own noise
+        levels; returns Python that does."""

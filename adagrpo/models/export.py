@@ -110,7 +110,7 @@ def stock_call(
     lora: Path | None,
     dtype: torch.dtype,
     device: torch.device,
-    shift: float,
+    shift: float | str,
     arguments: Mapping[str, Any],
     note: str = "",
 ) -> str:
@@ -119,15 +119,18 @@ def stock_call(
     Args:
         base: the pipeline to load.
         lora: folder of a LoRA file for it.
+        shift: of the noise levels; ``model`` leaves a LoRA's base its own scheduler.
         arguments: of the pipeline's call.
         note: a comment on what that call cannot be told.
     """
     place = str(Path(base.path).absolute()) if base.is_local else base.path
     options = {"torch_dtype": dtype} | {k: v for k, v in (("variant", base.variant), ("revision", base.revision)) if v}
-    lines = ["import torch", f"from diffusers import FlowMatchEulerDiscreteScheduler, {family.pipeline}", ""]
+    names = [*["FlowMatchEulerDiscreteScheduler"] * (not isinstance(shift, str)), family.pipeline]
+    lines = ["import torch", f"from diffusers import {', '.join(names)}", ""]
     lines.append(f"pipe = {family.pipeline}.from_pretrained({place!r}, {_keywords(options)})")
     if lora is not None:
         lines.append(f"pipe.load_lora_weights({str(lora.absolute())!r}, weight_name={LORA_FILE!r})")
+    if lora is not None and not isinstance(shift, str):
         lines.append(f"pipe.scheduler = FlowMatchEulerDiscreteScheduler({_keywords(scheduler_options(shift))})")
     if device.type != "cpu":
         lines.append(f"pipe.to({device.type!r})")

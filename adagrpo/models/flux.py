@@ -31,7 +31,15 @@ FLUX1_DEV: dict[str, dict[str, Any]] = {
         "d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_heads": 64, "num_layers": 24, "vocab_size": 32128,
         "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False,
     },
+    "scheduler": {
+        "use_dynamic_shifting": True, "shift": 3.0, "base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256,
+        "max_image_seq_len": 4096,
+    },
 }  # fmt: skip
+FLUX1_SCHNELL: dict[str, dict[str, Any]] = FLUX1_DEV | {
+    "transformer": FLUX1_DEV["transformer"] | {"guidance_embeds": False},
+    "scheduler": {"use_dynamic_shifting": False, "shift": 1.0},
+}
 
 
 class FluxModel(Policy):
@@ -59,6 +67,10 @@ class FluxModel(Policy):
     def text_shapes(config: Any, max_tokens: int) -> tuple[tuple[int, ...], ...]:
         """See ``Policy``."""
         return (max_tokens, config.joint_attention_dim), (config.pooled_projection_dim,)
+
+    def given_levels(self, steps: int) -> list[float]:
+        """See ``Policy``."""
+        return [1 - k / steps for k in range(steps)]
 
     @property
     def multiple(self) -> int:

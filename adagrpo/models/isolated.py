@@ -12,6 +12,7 @@ from .base import FlowModel
 
 # What only computes; a wrong file or a full disk (the rest of the protocol) has handlers of its own.
 COMPUTES = ("encode", "decode", "velocity", "resize")
+MAY_COMPUTE = ("schedule",)
 HANDLES_FILES = ("save_portable", "load_portable", "export", "keep_reference")
 
 
@@ -36,13 +37,14 @@ def isolated_model(model: Any, name: str) -> FlowModel:
         )
     kind = type(model)
     held = getattr(model, "__dict__", {})
-    unguarded = [m for m in (*COMPUTES, *HANDLES_FILES) if hasattr(model, m) and (m in held or not hasattr(kind, m))]
+    computes = [*COMPUTES, *(m for m in MAY_COMPUTE if callable(getattr(model, m, None)))]
+    unguarded = [m for m in (*computes, *HANDLES_FILES) if hasattr(model, m) and (m in held or not hasattr(kind, m))]
     if unguarded:
         raise InputError(
             f"{name}: the {kind.__name__} it made has {', '.join(unguarded)} from elsewhere than its class; "
             "define them as methods of the adapter's class (adagrpo.models.base.FlowModel)"
         )
-    guarded = {method: _guarded(getattr(kind, method), method, name) for method in COMPUTES if hasattr(kind, method)}
+    guarded = {method: _guarded(getattr(kind, method), method, name) for method in computes if hasattr(kind, method)}
     guarded |= {m: _guarded(getattr(kind, m), m, name, (Exception,)) for m in HANDLES_FILES if hasattr(kind, m)}
     try:
         model.__class__ = type(kind.__name__, (kind,), {"__slots__": (), **guarded})

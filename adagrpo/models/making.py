@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import InputError
-from .pipeline import Source, load_pipeline
+from .pipeline import Source, load_pipeline, scheduler_config
 from .policy import Policy, Settings
 from .registry import Component, Family, attribute
 from .text import PipelineEncoder, RandomEncoder, ShapeEncoder
@@ -27,13 +27,15 @@ def load_policy(family: Family, source: Source, settings: Settings) -> Policy:
     s = settings
     if source.path in family.architectures and source.path.startswith("random:"):
         return random_policy(family, family.architecture(source.path), s)
-    pipeline = load_pipeline(family, source, s.dtype, s.device)
+    pipeline, scheduler = load_pipeline(family, source, s.dtype, s.device)
     pipeline.set_progress_bar_config(disable=True)
     for component in family.components:
         getattr(pipeline, component.name).requires_grad_(component.name == "transformer").eval()
     adapter = _adapter(family)
     encoder = PipelineEncoder(pipeline, adapter.embed, family.text_keys, s.max_text_tokens, s.prompt_cache)
-    return adapter(pipeline.transformer, pipeline.vae, encoder, s.height, s.width, s.guidance, pipeline, source)
+    made = adapter(pipeline.transformer, pipeline.vae, encoder, s.height, s.width, s.guidance, pipeline, source)
+    made.scheduler = scheduler
+    return made
 
 
 def random_policy(family: Family, architecture: Mapping[str, Mapping[str, Any]], settings: Settings) -> Policy:
@@ -49,7 +51,9 @@ def random_policy(family: Family, architecture: Mapping[str, Mapping[str, Any]],
         )
     adapter = _adapter(family)
     encoder = RandomEncoder(adapter.named_shapes(transformer.config, s.max_text_tokens), s.dtype, s.device)
-    return adapter(transformer, vae.requires_grad_(False), encoder, s.height, s.width, s.guidance)
+    made = adapter(transformer, vae.requires_grad_(False), encoder, s.height, s.width, s.guidance)
+    made.scheduler = architecture.get("scheduler")
+    return made
 
 
 def meta_policy(family: Family, path: str, settings: Settings) -> Policy:
@@ -78,7 +82,9 @@ def meta_policy(family: Family, path: str, settings: Settings) -> Policy:
     adapter = _adapter(family)
     encoder = ShapeEncoder(adapter.named_shapes(transformer.config, s.max_text_tokens), s.dtype, s.prompt_cache)
     pipeline = types.SimpleNamespace(components=parts)
-    return adapter(transformer, vae, encoder, s.height, s.width, s.guidance, pipeline)
+    made = adapter(transformer, vae, encoder, s.height, s.width, s.guidance, pipeline)
+    made.scheduler = scheduler_config(folder, f"model.path = {path}") if known is None else known.get("scheduler")
+    return made
 
 
 def _adapter(family: Family) -> type[Policy]:

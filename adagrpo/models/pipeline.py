@@ -86,8 +86,8 @@ def check_pipeline(family: Family, source: Source) -> bool:
     return source.is_local
 
 
-def load_pipeline(family: Family, source: Source, dtype: torch.dtype, device: torch.device) -> Any:
-    """A pipeline of the family whose every tensor comes from its files and is finite.
+def load_pipeline(family: Family, source: Source, dtype: torch.dtype, device: torch.device) -> tuple[Any, dict[str, Any]]:
+    """A pipeline of the family whose every tensor comes from its files and is finite, and what its scheduler's file says.
 
     Raises:
         InputError: anything less, naming component and tensor.
@@ -99,11 +99,20 @@ def load_pipeline(family: Family, source: Source, dtype: torch.dtype, device: to
     with quiet():
         from diffusers import FlowMatchEulerDiscreteScheduler
 
-        # The folder's own scheduler is not what we sample with; an export writes ours.
+        # A folder's own scheduler may have options that no scheduler takes; only what asks for its levels makes it.
         pipeline = family.pipeline_class(scheduler=FlowMatchEulerDiscreteScheduler(), **tokenizers, **parts)
         pipeline.to(device)
     check_finite(parts, str(source))
-    return pipeline
+    return pipeline, scheduler_config(folder, str(source))
+
+
+def scheduler_config(folder: Path, where: str) -> dict[str, Any]:
+    """What a pipeline folder says of its scheduler.
+
+    Raises:
+        InputError: nothing that can be read.
+    """
+    return read_json_object(folder / "scheduler" / "scheduler_config.json", f"{where}: scheduler")
 
 
 def load_tokenizers(family: Family, folder: Path, where: str) -> dict[str, Any]:
@@ -142,7 +151,7 @@ def _check_folder(family: Family, folder: Path, source: Source) -> tuple[dict[st
     weights = {c.name: check_component(c, folder / c.name, where, source.variant) for c in family.components}
     if source.variant and not any(files.variant for files in weights.values()):
         raise InputError(f"model.variant = {source.variant}: no component of {source.path} has weights of that variant")
-    read_json_object(folder / "scheduler" / "scheduler_config.json", f"{where}: scheduler")
+    scheduler_config(folder, where)
     return weights, load_tokenizers(family, folder, where)
 
 

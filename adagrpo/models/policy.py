@@ -19,6 +19,7 @@ from .export import existing, load_lora, refuse_other_weights, save_lora, schedu
 from .loading import first_line
 from .pipeline import Source
 from .registry import Family
+from .schedule import make_scheduler, scheduler_levels
 from .text import PipelineEncoder, Shapes
 
 
@@ -56,6 +57,7 @@ class Policy(abc.ABC):
 
     Attributes:
         family: its row of the registry.
+        scheduler: what ``scheduler_config.json`` of its pipeline says; None of random weights without one.
         timestep_rounding: of the transformer's timestep: ``pipeline``, the stock pipeline's (1000 sigma in the model's dtype),
             or ``bf16`` (sigma in bf16).
     """
@@ -77,6 +79,7 @@ class Policy(abc.ABC):
         self.pipeline, self.source = pipeline, source
         self.guidance = guidance
         self.timestep_rounding = "pipeline"
+        self.scheduler: Mapping[str, Any] | None = None
         transformer._repeated_blocks = list(self.family.repeated_blocks)  # some of diffusers' classes name none
         self._active = transformer
         self._reference: nn.Module | None = None
@@ -104,6 +107,10 @@ class Policy(abc.ABC):
     @abc.abstractmethod
     def call_arguments(self) -> Mapping[str, Any]:
         """What the stock pipeline's call takes beyond steps, size and length of the text."""
+
+    def given_levels(self, steps: int) -> Sequence[float] | None:
+        """Noise levels [steps] that the stock pipeline's call hands to its scheduler; None where it leaves them to it."""
+        return None
 
     @staticmethod
     @abc.abstractmethod
@@ -136,6 +143,15 @@ class Policy(abc.ABC):
     def grid(self) -> tuple[int, int]:
         """Rows and columns of latent patches."""
         return self._size[0] // self.multiple, self._size[1] // self.multiple
+
+    def schedule(self, steps: int, height: int, width: int) -> Tensor:
+        """Noise levels [steps + 1], float64 on the CPU, of the stock pipeline's call.
+
+        Raises:
+            InputError: it has no scheduler that says them.
+        """
+        tokens = (height // self.multiple) * (width // self.multiple)
+        return scheduler_levels(make_scheduler(self.scheduler), steps, self.given_levels(steps), tokens)
 
     def around(self, transformer: Any) -> Self:
         """This model around another transformer of the same architecture; the rest, size included, is shared."""
@@ -230,7 +246,7 @@ class Policy(abc.ABC):
         refuse_other_weights(weights, self.transformer.state_dict(), folder)
         self.transformer.load_state_dict(weights)
 
-    def export(self, folder: Path, shift: float, steps: int) -> str:
+    def export(self, folder: Path, shift: float | str, steps: int) -> str:
         """Write a complete pipeline folder whose scheduler takes the noise levels of the training, or the LoRA file; returns
         Python that samples with it.
 
@@ -249,9 +265,7 @@ class Policy(abc.ABC):
         if self.is_lora:
             self.save_portable(folder)
             return stock_call(self.family, self.source, folder, self.dtype, self.device, shift, arguments, note)
-        from diffusers import FlowMatchEulerDiscreteScheduler
-
-        self.pipeline.scheduler = FlowMatchEulerDiscreteScheduler(**scheduler_options(shift))
+        self.pipeline.scheduler = make_scheduler(self.scheduler if isinstance(shift, str) else scheduler_options(shift))
         self.pipeline.save_pretrained(folder)
         return stock_call(self.family, Source(str(folder)), None, self.dtype, self.device, shift, arguments, note)
 

@@ -51,7 +51,7 @@ class Family:
         fused: import path of its ``Forward`` for ``engine.forward = fused``; empty refuses it.
         lora_targets: modules that get an adapter, by the end of their name; those of FLUX are the default of the recipes' key.
         architectures: values of ``model.path`` whose shapes, hence memory, are known without files, and where they are written:
-            settings by component. Those that begin with ``random:`` are loaded with random weights.
+            settings by component and of the scheduler. Those that begin with ``random:`` are loaded with random weights.
     """
 
     name: str
@@ -115,7 +115,12 @@ FLUX = Family(
         "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
         "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
     ),
-    architectures={"black-forest-labs/FLUX.1-dev": ".flux:FLUX1_DEV", "random:flux1-dev": ".flux:FLUX1_DEV"},
+    architectures={
+        "black-forest-labs/FLUX.1-dev": ".flux:FLUX1_DEV",
+        "black-forest-labs/FLUX.1-Krea-dev": ".flux:FLUX1_DEV",
+        "black-forest-labs/FLUX.1-schnell": ".flux:FLUX1_SCHNELL",
+        "random:flux1-dev": ".flux:FLUX1_DEV",
+    },
 )  # fmt: skip
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (FLUX,)}

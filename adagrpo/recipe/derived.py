@@ -7,8 +7,10 @@ slot, G group size, T steps.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from ..algorithm.sde import sigma_schedule
 from ..algorithm.selection import STRATEGIES
@@ -16,6 +18,8 @@ from ..algorithm.tables import RolloutTable, rollout_table
 from .keys import Config
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+Levels = Callable[[int], Tensor]
+"""Steps T to noise levels, float64 [T + 1], falling to 0."""
 PRECISIONS: dict[str, torch.dtype | str | None] = {"auto": None, "bf16": torch.bfloat16, "fp8": "fp8"}
 
 
@@ -117,7 +121,13 @@ class Derived:
 
     @property
     def table(self) -> RolloutTable:
-        """Every step that rollouts can take, float64 on the CPU; made anew each time."""
+        """``table_at`` the levels of ``rollout.shift``; where they are the model's own, a table of as many rows with other
+        values: what a recipe costs does not depend on them."""
+        shift = self.config.rollout.shift
+        return self.table_at(lambda steps: sigma_schedule(steps, 1.0 if shift == "model" else shift))
+
+    def table_at(self, levels: Levels) -> RolloutTable:
+        """Every step that rollouts can take at these noise levels, float64 on the CPU; made anew each time."""
         s, r = self.config.selection, self.config.rollout
-        short = sigma_schedule(s.probe_steps, r.shift) if s.judge == "short" else None
-        return rollout_table(sigma_schedule(r.steps, r.shift), r.scheme, r.eta, r.sde_steps, r.tail_steps, r.tail_solver, short)
+        short = levels(s.probe_steps) if s.judge == "short" else None
+        return rollout_table(levels(r.steps), r.scheme, r.eta, r.sde_steps, r.tail_steps, r.tail_solver, short)

@@ -75,8 +75,9 @@ class RolloutConfig:
     """Noise strength of the scheme."""
     steps: int = 16
     """Denoising steps T."""
-    shift: float = 3.0
-    """Time shift of the noise levels."""
+    shift: float | Literal["model"] = 3.0
+    """Time shift of the noise levels; `model`: those that the model's own pipeline takes, which may depend on the picture's
+    size."""
     sde_steps: tuple[int, ...] = (0, 2, 4, 6)
     """Stochastic steps, each in [0, steps - 1); plans fork and trajectory."""
     window_size: int = 4

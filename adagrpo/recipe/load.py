@@ -189,6 +189,11 @@ def _convert(hint: Any, value: Any, source: str, key: str) -> Any:
         if not isinstance(value, dict):
             raise wrong("a table")
         return {k: _convert(args[1], v, source, f"{key}.{k}") for k, v in value.items()}
+    if origin is typing.Union:  # a number, or one of some words
+        number, words = args[0], typing.get_args(args[1])
+        if isinstance(value, str) and value not in words:
+            raise wrong(f"a number, or {' or '.join(words)}")
+        return value if isinstance(value, str) else _convert(number, value, source, key)
     if origin is types.UnionType:
         if not isinstance(value, args):
             raise wrong("a string, a number, true or false")

@@ -134,7 +134,7 @@ def _check_ranges(c: Config) -> Iterator[Problem]:
         "train.part_timeout": LONGEST_TIMEOUT,
     }  # fmt: skip
     above_zero = (
-        "selection.half_life", "selection.noise_share", "rollout.shift", "advantage.clip", "optimizer.max_grad_norm",
+        "selection.half_life", "selection.noise_share", "advantage.clip", "optimizer.max_grad_norm",
         "model.lora_alpha",
     )  # fmt: skip
     below_one = (
@@ -208,6 +208,8 @@ def _check_dead_keys(c: Config) -> Iterator[Problem]:
 
 def _check_rollout(c: Config) -> Iterator[Problem]:
     r = c.rollout
+    if r.shift != "model" and (isinstance(r.shift, str) or not 0 < r.shift < float("inf")):
+        yield Problem("rollout.shift", r.shift, 'must be a number above 0, or "model"')
     if r.scheme == "cps" and r.eta > 1:
         yield Problem("rollout.eta", r.eta, "must lie in [0, 1] for scheme cps")
     if r.eta == 0:

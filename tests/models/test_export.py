@@ -36,16 +36,19 @@ OTHERS = {
 CASES = {
     "full": {},
     "full, average": {"optimizer": {"ema_decay": 0.9}},
+    "full, own levels": {"rollout": {"shift": "model"}},
     "lora": {"model": {"lora_rank": 4, "lora_alpha": 12.0}},
+    "lora, own levels": {"rollout": {"shift": "model"}},
     "lora, average": {"model": {"lora_rank": 8, "lora_alpha": 16.0}, "optimizer": {"ema_decay": 0.9}},
 }
 
 
-def base_folder(folder: Path) -> Path:
+def base_folder(folder: Path, case: str = "") -> Path:
     """A pipeline whose scheduler samples in its own way, at a path that a printed call must quote."""
     base = shutil.copytree(tiny_flux_path(), folder / "a 'base'")
     file = base / "scheduler" / "scheduler_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | OTHERS))
+    others = OTHERS | {"stochastic_sampling": not case.endswith("own levels")}
+    file.write_text(json.dumps(json.loads(file.read_text()) | others))
     return base
 
 
@@ -98,7 +101,7 @@ def as_printed(text: str, latents: torch.Tensor) -> tuple[np.ndarray, dict]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_stock_diffusers_draws_our_pictures_by_the_printed_program(case: str, tmp_path, capsys) -> None:
-    config = recipe(base_folder(tmp_path), case)
+    config = recipe(base_folder(tmp_path, case), case)
     fit = trained_run(config, tmp_path / "run")
     out, latents = tmp_path / 'to "here"', latents_of(fit.trainer)
     capsys.readouterr()
@@ -110,9 +113,14 @@ def test_stock_diffusers_draws_our_pictures_by_the_printed_program(case: str, tm
     ours = pictures(tmp_path / "png")
     assert abs(ours - found).max() <= 1
     scheduler = scope["pipe"].scheduler
-    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / 4, 4), device="cpu")
-    torch.testing.assert_close(scheduler.sigmas.double(), sigma_schedule(4, 1.7), atol=1e-6, rtol=0)
-    assert not any(scheduler.config[name] for name in OTHERS if name != "shift")
+    if case.endswith("own levels"):
+        base = json.loads((Path(config.model.path) / "scheduler" / "scheduler_config.json").read_text())
+        assert {name: scheduler.config[name] for name in base} == base
+        assert "EulerDiscreteScheduler" not in printed
+    else:
+        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / 4, 4), device="cpu")
+        torch.testing.assert_close(scheduler.sigmas.double(), sigma_schedule(4, 1.7), atol=1e-6, rtol=0)
+        assert not any(scheduler.config[name] for name in OTHERS if name != "shift")
     if case.startswith("lora"):  # what loaders make of it that ignore metadata: alpha is the rank
         bare = tmp_path / "bare"
         bare.mkdir()

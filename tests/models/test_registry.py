@@ -15,6 +15,7 @@ from adagrpo.forward import backends
 from adagrpo.models.making import meta_policy
 from adagrpo.models.policy import Policy, Settings
 from adagrpo.models.registry import FAMILIES, FLUX, Family, attribute, family_of
+from adagrpo.models.schedule import own_levels
 from adagrpo.recipe.keys import EngineConfig, ModelConfig
 from adagrpo.recipe.rules import check
 
@@ -39,6 +40,7 @@ def test_a_row_speaks_of_what_the_libraries_have(family: Family) -> None:
         assert tuple(conditioning.tensors) == family.text_keys
         x = torch.empty(2, *model.latent_shape, device="meta")
         assert model.velocity(x, torch.empty(2, device="meta"), conditioning).shape == x.shape
+        assert own_levels(model, 4, 64, 64).shape == (5,)
 
 
 def test_blocks_are_those_that_diffusers_compiles() -> None:

@@ -5,12 +5,13 @@ import dataclasses
 
 import pytest
 
+from adagrpo.arguments import configured
 from adagrpo.errors import InputError
 from adagrpo.forecast import planned_evaluations
 from adagrpo.recipe.keys import Config
-from adagrpo.recipe.load import load_recipe, recipe_names, to_toml
+from adagrpo.recipe.load import load_recipe, read_recipe, recipe_names, to_toml
 from adagrpo.recipe.rules import check
-from adagrpo.run.changes import changed_keys
+from adagrpo.run.changes import changed_keys, refusals
 from adagrpo.study.hosts import without_adagrpo
 
 
@@ -102,6 +103,7 @@ def test_unknown_recipe_offers_the_nearest() -> None:
         ("rollout", {"scheme": "cps", "eta": 1.5}, "rollout.eta"),
         ("rollout", {"steps": 0}, "rollout.steps"),
         ("rollout", {"shift": 0.0}, "rollout.shift"),
+        ("rollout", {"shift": "models"}, "rollout.shift"),
         ("rollout", {"plan": "window", "window_size": 8}, "rollout.window_size"),
         ("rollout", {"storage": "fp64"}, "rollout.storage"),
         ("rollout", {"plan": "trajectory"}, "loss.old_logp"),
@@ -138,3 +140,23 @@ def test_a_variant_is_refused_only_of_built_in_models(path: str) -> None:
     )
     with refused:
         check(changed)
+
+
+def test_the_shift_is_a_number_or_the_models_own(tmp_path) -> None:
+    file = tmp_path / "recipe.toml"
+    for told, found in (('"model"', "model"), ("2", 2.0), ("1.5", 1.5)):
+        file.write_text(f'base = "tiny"\n[rollout]\nshift = {told}\n')
+        config = load_recipe(file)
+        check(config)
+        assert config.rollout.shift == found and type(config.rollout.shift) is type(found)
+        file.write_text(to_toml(config))
+        assert load_recipe(file) == config
+        for word, changed in (("model", "model"), ("3.0", 3.0), ("2", 2.0)):
+            shift = configured(read_recipe(file), ["--rollout.shift", word], "train").config.rollout.shift
+            assert shift == changed and type(shift) is type(changed)
+    for wrong in ('"models"', "true", "[3.0]"):
+        file.write_text(f'base = "tiny"\n[rollout]\nshift = {wrong}\n')
+        with pytest.raises(InputError, match=r"rollout\.shift = .*: expected a number"):
+            load_recipe(file)
+    numbered = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, shift="model"))
+    assert refusals(config, numbered, changed_keys(config, numbered)) is not None
