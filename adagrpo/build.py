@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from adagrpo_kernels._dispatch import device_problem
@@ -40,6 +41,7 @@ from .models.making import load_policy, meta_policy
 from .models.pipeline import Source, check_pipeline
 from .models.policy import Policy, Settings, add_lora
 from .models.registry import FAMILIES
+from .models.starting import find_file, start_from
 from .parts.plugins import checked, is_import_path, load_callable, make_part
 from .prompts.sources import load_prompts, require_disjoint
 from .prompts.stream import PromptStream
@@ -75,14 +77,21 @@ def choose_device(name: str) -> torch.device:
 
 
 def check_model(config: ModelConfig) -> str | None:
-    """Refuse a model that cannot be loaded, without reading its weights; returns what could not be checked."""
+    """Refuse a model that cannot be loaded, without reading its weights; the file of ``model.lora_from`` is read, and held
+    against the transformer where that is known here. Returns what to tell, such as what could not be checked."""
     if is_import_path(config.family):
         load_callable(config.family, "model.family", 5, config.kwargs)
         return None
     source = Source(config.path, config.variant, config.revision)
-    if config.path in BUILT_IN_MODELS or check_pipeline(FAMILIES[config.family], source):
-        return None
-    return f"model.path = {config.path}: its files are checked once they are downloaded"
+    local = config.path in BUILT_IN_MODELS or check_pipeline(FAMILIES[config.family], source)
+    unchecked = "" if local else f"model.path = {config.path}: its files are checked once they are downloaded"
+    if config.lora_from:
+        find_file(Path(config.lora_from), f"model.lora_from = {config.lora_from}")
+        if local or config.path in FAMILIES[config.family].architectures:
+            start = getattr(build_architecture(config), "start", None)
+            return "; ".join(filter(None, (unchecked, start and start.notice)))
+        unchecked = f"{unchecked}, and model.lora_from against them"
+    return unchecked or None
 
 
 def check_engine(config: Config) -> None:
@@ -98,8 +107,11 @@ def check_engine(config: Config) -> None:
         raise InputError(f"engine.kernels = triton: {problem}; or use auto or reference")
 
 
-def build_model(config: ModelConfig) -> FlowModel:
+def build_model(config: ModelConfig, restored: bool = False) -> FlowModel:
     """Load the policy and mark what is trained.
+
+    Args:
+        restored: adapters of a checkpoint follow, so that the file of ``model.lora_from`` is not needed.
 
     Raises:
         InputError: it cannot be loaded, or is not what its files promise, or holds values that are not finite.
@@ -110,6 +122,7 @@ def build_model(config: ModelConfig) -> FlowModel:
         made = isolated_model(make_part(config.family, "model.family", given, config.kwargs), f"model.family = {config.family}")
         check_finite(base_components(made), f"model.family = {config.family}")
         return made
+    config = dataclasses.replace(config, lora_from="") if restored else config
     torch.manual_seed(0)  # initial LoRA weights are part of the recipe
     source = Source(_model_path(config), config.variant, config.revision)
     return _prepared(load_policy(FAMILIES[config.family], source, _settings(config, choose_device(config.device))), config)
@@ -140,6 +153,7 @@ def _prepared(model: Policy, config: ModelConfig) -> Policy:
     model.timestep_rounding = config.timestep
     if config.tuning == "lora":
         add_lora(model.transformer, config.lora_rank, config.lora_alpha, config.lora_targets)
+        model.start = start_from(model.family, model.transformer, config.lora_from) if config.lora_from else None
     if config.gradient_checkpointing:
         model.transformer.enable_gradient_checkpointing()
     return model
@@ -149,12 +163,14 @@ def build_trainer(
     config: Config,
     planned: Callable[[MemoryPlan], object] | None = None,
     model: FlowModel | None = None,
+    restored: bool = False,
 ) -> tuple[Trainer, list[str]]:
     """A trainer at its initial weights, and the held-out prompts.
 
     Args:
         planned: receives the memory plan, once it is known to fit and before anything is allocated for training.
         model: trained instead of a newly loaded one.
+        restored: see ``build_model``.
 
     Raises:
         InputError: anything wrong with the recipe or what it names, or a training state that cannot fit.
@@ -164,7 +180,7 @@ def build_trainer(
     prompts, held_out = load_data(config)
     own = load_plugins(config)
     rewards = [build_reward(r.name, r.kwargs, f"rewards.{i}") for i, r in enumerate(config.rewards)]
-    model = model or build_model(config.model)
+    model = model or build_model(config.model, restored)
     for bucket in config.model.buckets:
         try:
             model.resize(*bucket_size(bucket))
@@ -200,6 +216,8 @@ def assemble(
         InputError: this machine cannot run what the recipe's ``engine`` keys ask for, or the model says no noise levels.
     """
     own, ranks, notices = own or Own(), ranks or Ranks(), Notices()
+    if (start := getattr(model, "start", None)) and start.notice:
+        notices(start.notice)
     executor = build_executor(config, model, rollouts=True, say=notices)
     if replaced := replaced_levels(config, model):
         notices(replaced)

@@ -63,7 +63,7 @@ def train(config: Config, out: Path | None, resume: str | None, take_over: bool 
 def _train(config: Config, run: RunFolder, checkpoint: Path | None) -> int:
     """Train in a folder that is this process's own."""
     memory_plans: list[MemoryPlan] = []
-    trainer, held_out = build_trainer(config, memory_plans.append)
+    trainer, held_out = build_trainer(config, memory_plans.append, restored=checkpoint is not None)
     digest = prompts_digest(trainer.stream.prompts, held_out)
     notice = ""
     backends = {
@@ -72,8 +72,11 @@ def _train(config: Config, run: RunFolder, checkpoint: Path | None) -> int:
         "forward": resolve_forward(config.engine.forward, trainer.model),
         "rollout_copy_bytes": trainer.executor.rollout.own_bytes,
     }
-    extra = {"latent_shape": list(trainer.model.latent_shape), "backends": backends, "prompts_sha256": digest}
-    if run.continued and (checkpoint is not None or run.began_with(digest)):
+    began = {"prompts_sha256": digest}
+    if (start := getattr(trainer.model, "start", None)) is not None:
+        began["lora_from_sha256"] = start.sha256
+    extra = {"latent_shape": list(trainer.model.latent_shape), "backends": backends, **began}
+    if run.continued and (checkpoint is not None or run.began_with(began)):
         run.check_prompts(digest, checkpoint)
         run.describe(trainer.model.device, extra)
     else:
@@ -227,7 +230,7 @@ def load_model(config: Config, checkpoint: Path | None) -> FlowModel:
     Raises:
         InputError: the checkpoint belongs to another base model.
     """
-    model = build_model(config.model)
+    model = build_model(config.model, restored=checkpoint is not None)
     if checkpoint is not None:
         say = lambda message: print(f"note: {message}", file=sys.stderr)  # noqa: E731
         Origin(model, config.model.path, to_toml(config), False, say).check(checkpoint)

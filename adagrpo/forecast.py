@@ -67,6 +67,7 @@ def planned_memory(
         cached_prompts=min(capacity, capacity if prompts is None else prompts + known),
         averages=config.optimizer.ema_decay > 0,
         kl=config.loss.kl_weight > 0,
+        adapters_begin=bool(config.model.lora_from),
         accumulates=len(calls["update"]) > config.train.steps_per_iteration,
         rollout_copy=copied,
         prepared=prepared,

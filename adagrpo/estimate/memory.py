@@ -149,9 +149,10 @@ class MemoryPlan:
         return {**totals, **disk, "unknown": self.unknown, "not_counted": NOT_COUNTED, "entries": entries}
 
 
-def checkpoint_bytes(trained: Iterable[Tensor], averages: bool) -> int:
-    """Size of one checkpoint: the portable weights, masters, two moments, weight EMA."""
-    return sum(p.numel() * p.element_size() + wide_bytes(p) * (4 if averages else 3) for p in trained)
+def checkpoint_bytes(trained: Iterable[Tensor], averages: bool, reference: bool = False) -> int:
+    """Size of one checkpoint: the portable weights, masters, two moments, weight EMA, and adapters that are the reference."""
+    wide, narrow = (4 if averages else 3), (2 if reference else 1)
+    return sum(p.numel() * p.element_size() * narrow + wide_bytes(p) * wide for p in trained)
 
 
 def free_bytes(device: torch.device) -> int | None:

@@ -29,7 +29,8 @@ class Demand:
         batch_prompts, evaluation_prompts: prompts encoded for an iteration, and for an evaluation.
         cached_prompts: prompt embeddings kept by the encoder.
         averages: a weight EMA is kept.
-        kl: a copy of the initial weights is kept, unless adapters are trained.
+        kl: a copy of the initial weights is kept, unless adapters are trained that begin at zero.
+        adapters_begin: adapters begin as a file, so that ``kl`` keeps a copy of them, here and in checkpoints.
         accumulates: an optimizer step has several micro-batches.
         rollout_copy: bytes of a copy of the weights made for sampling.
         prepared: bytes of what the calls of a rollout share.
@@ -44,6 +45,7 @@ class Demand:
     cached_prompts: int = 0
     averages: bool = False
     kl: bool = False
+    adapters_begin: bool = False
     accumulates: bool = False
     rollout_copy: int = 0
     prepared: int = 0
@@ -99,7 +101,7 @@ def plan_memory(
     of = "of the weights as they multiply"
     backward = Entry("gradients", trained.narrow + twice, of, "update", 0, trained.remedy)
     step = Entry("gradients", trained.wide, "in fp32" if trained.masters else "", "optimizer", 0, trained.remedy)
-    size = checkpoint_bytes(parameters, demand.averages)
+    size = checkpoint_bytes(parameters, demand.averages, demand.kl and demand.adapters_begin)
     if isinstance(rehearsal, str):
         unknown = f"activations: not known for this model ({rehearsal})"
         return MemoryPlan((*kept, backward, step), size, demand.checkpoints, unknown)
@@ -112,7 +114,8 @@ def plan_memory(
 
 def _training_state(model: FlowModel, trained: _Trained, demand: Demand) -> list[Entry]:
     """What training holds beside the weights that were loaded."""
-    reference = tensor_bytes(model.transformer.parameters()) if demand.kl and trained.full else 0
+    copied = model.transformer.parameters() if trained.full else (p for _, p in model.trainable())
+    reference = tensor_bytes(copied) if demand.kl and (trained.full or demand.adapters_begin) else 0
     averages, off = trained.wide * demand.averages, "optimizer.ema_decay = 0 (in a new run)"
     return [
         Entry("fp32 master weights", trained.masters, "what the optimizer steps", "", 0, trained.remedy),

@@ -42,6 +42,8 @@ class FlowModel(Protocol):
         device, dtype: of the transformer.
         latent_shape: (L, C) of one packed latent.
         components: optional; modules by name, transformer included, whose weights a run under adapters stands on.
+        start: optional; what its adapters began as, of ``models.starting``; None is zero.
+        reference_adapters: optional; tensors by name that ``reference`` swaps in, which checkpoints keep.
         family: optional; its row of ``models.registry``, which says what rollouts may be computed with.
         encoder: optional; what ``encode`` calls. The memory plan reads its ``capacity``, the prompts whose embeddings it keeps;
             measurements empty it by ``forget``.

@@ -16,7 +16,7 @@ from .pipeline import Source
 from .registry import Family
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
-_METADATA = "lora_adapter_metadata"
+METADATA = "lora_adapter_metadata"
 
 
 def save_lora(family: Family, transformer: Any, folder: Path) -> None:
@@ -50,7 +50,7 @@ def load_lora(transformer: Any, folder: Path) -> None:
     try:
         with safe_open(file, "pt") as opened:
             weights = {name.removeprefix("transformer."): opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-            settings = json.loads((opened.metadata() or {}).get(_METADATA, "{}"))
+            settings = json.loads((opened.metadata() or {}).get(METADATA, "{}"))
     except Exception as error:  # safetensors' error derives from nothing narrower
         raise InputError(f"{file}: cannot be read ({first_line(error)})") from error
     wanted = dict(get_peft_model_state_dict(transformer))

@@ -20,6 +20,7 @@ from .loading import first_line
 from .pipeline import Source
 from .registry import Family
 from .schedule import make_scheduler, scheduler_levels
+from .starting import Start
 from .text import PipelineEncoder, Shapes
 
 
@@ -60,6 +61,8 @@ class Policy(abc.ABC):
         scheduler: what ``scheduler_config.json`` of its pipeline says; None of random weights without one.
         timestep_rounding: of the transformer's timestep: ``pipeline``, the stock pipeline's (1000 sigma in the model's dtype),
             or ``bf16`` (sigma in bf16).
+        start: the file that the adapters began as; None where they began at zero.
+        reference_adapters: copies of adapters by name that ``reference`` swaps in; empty where it takes the adapters away.
     """
 
     family: ClassVar[Family]
@@ -83,6 +86,8 @@ class Policy(abc.ABC):
         transformer._repeated_blocks = list(self.family.repeated_blocks)  # some of diffusers' classes name none
         self._active = transformer
         self._reference: nn.Module | None = None
+        self.start: Start | None = None
+        self.reference_adapters: dict[str, Tensor] = {}
         self._size = [0, 0]  # one list for this model and those `around` makes: they change size together
         self.resize(height, width)
 
@@ -196,14 +201,19 @@ class Policy(abc.ABC):
         return (self.vae.decode(z, return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
 
     def keep_reference(self) -> None:
-        """Remember the present weights as the reference of the KL term; adapters need no copy."""
-        if not self.is_lora:
+        """Remember the present weights as the reference of the KL term; adapters that began at zero need no copy."""
+        if self.start is not None:
+            self.reference_adapters = {name: p.detach().clone() for name, p in self.trainable()}
+        elif not self.is_lora:
             self._reference = copy.deepcopy(self.transformer).requires_grad_(False).eval()
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:
         """Within it, ``velocity`` is that of the initial weights."""
-        if self.is_lora:
+        swapped, bare = self.reference_adapters, self.is_lora and not self.reference_adapters
+        if swapped:
+            self._active = lambda **given: torch.func.functional_call(self.transformer, swapped, kwargs=given)
+        elif bare:
             self.transformer.disable_adapters()
         elif self._reference is None:
             raise RuntimeError("call keep_reference() before training")
@@ -213,7 +223,7 @@ class Policy(abc.ABC):
             yield
         finally:
             self._active = self.transformer
-            if self.is_lora:
+            if bare:
                 self.transformer.enable_adapters()
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:

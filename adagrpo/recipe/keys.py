@@ -57,6 +57,8 @@ class ModelConfig:
     lora_alpha: float = 128.0
     lora_targets: tuple[str, ...] = FLUX.lora_targets
     """Modules that get an adapter, by the end of their name."""
+    lora_from: str = ""
+    """LoRA file (diffusers, PEFT, kohya) that the adapters begin as, or its folder; empty: they begin at zero."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time for the update."""
     prompt_cache: int = 512

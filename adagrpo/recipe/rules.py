@@ -180,7 +180,7 @@ def _check_dead_keys(c: Config) -> Iterator[Problem]:
             [f"selection.{k}" for k in ("finalists", "allow_unseen", "half_life", "noise_share", "group_evidence")],
         ),
         (r.tail_steps == 0, "rollout.tail_steps above 0", ["rollout.tail_solver"]),
-        (c.model.tuning != "lora", "model.tuning = lora", ["model.lora_rank", "model.lora_alpha", "model.lora_targets"]),
+        (c.model.tuning != "lora", "model.tuning = lora", [f"model.lora_{k}" for k in ("rank", "alpha", "targets", "from")]),
         (plugin, built_in, ["model.tuning", "model.gradient_checkpointing", "model.max_text_tokens"]),
         (plugin, built_in, ["model.guidance", "model.timestep", "model.prompt_cache"]),
         (plugin or c.model.path in BUILT_IN_MODELS, "a pipeline folder or Hub id", ["model.variant", "model.revision"]),

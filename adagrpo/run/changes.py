@@ -155,7 +155,7 @@ _KEYS: dict[str, list[tuple[Rule, str]]] = {
         (FREE, "prompt_cache"),
         (EQUAL, "device gradient_checkpointing"),
         (FIXED, "family kwargs path variant revision dtype height width buckets max_text_tokens guidance timestep"),
-        (FIXED, "tuning lora_rank lora_alpha lora_targets"),
+        (FIXED, "tuning lora_rank lora_alpha lora_targets lora_from"),
     ],
     "rollout": [
         (FIXED, "plan scheme eta steps shift sde_steps window_size window_stride window_every group_size trained_share"),

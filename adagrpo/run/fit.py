@@ -99,7 +99,8 @@ class Fit:
         Raises:
             RunError: the run cannot go on; the last complete checkpoint is intact.
         """
-        size = checkpoint_bytes(self.trainer.optimizer.parameters, bool(self.trainer.optimizer.averages))
+        optimizer, reference = self.trainer.optimizer, bool(getattr(self.trainer.model, "reference_adapters", None))
+        size = checkpoint_bytes(optimizer.parameters, bool(optimizer.averages), reference)
         require_space(self.run.checkpoints, size, Derived(self.config).checkpoints_kept)
         self.telling.notices()
         if self.trainer.iterations_done == 0 and (other := self.state.origin.begin(self.run.path)):

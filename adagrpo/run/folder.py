@@ -7,7 +7,7 @@ import json
 import os
 import uuid
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -157,10 +157,10 @@ class RunFolder:
         if (manifest or {}).get("prompts_sha256", digest) != digest:
             raise InputError(f"--out {self.path}: the prompts changed since this run began; restore them or name another --out")
 
-    def began_with(self, digest: str) -> bool:
-        """Whether the run is known to have begun with these prompts."""
+    def began_with(self, digests: Mapping[str, str]) -> bool:
+        """Whether the run is known to have begun with what has these digests, by the manifest's names."""
         manifest, _ = self._sound_manifest(None)
-        return (manifest or {}).get("prompts_sha256") == digest
+        return digests.items() <= (manifest or {}).items()
 
     def name(self) -> str:
         """The folder's name and the run's own id, for dashboards."""

@@ -74,6 +74,8 @@ class RunState:
             "baseline": self.held_out.baseline,
             "unfinished": self.unfinished,
         }
+        if reference := getattr(self.trainer.model, "reference_adapters", None):
+            state["reference"] = reference
         # An iteration that is not judged yet takes the place of none that is.
         retention = Retention(o.keep_last, o.keep_every, o.keep_best) if self.unfinished is None else None
         done = self.trainer.iterations_done
@@ -149,6 +151,9 @@ class RunState:
         self.guards.load_state_dict(state["guards"])
         self.rollbacks, self.best = state["rollbacks"], state["best"]
         self.unfinished = state.get("unfinished")
+        if "reference" in state:
+            model: Any = self.trainer.model
+            model.reference_adapters = {name: t.to(model.device, copy=True) for name, t in state["reference"].items()}
         if state.get("held_out", self.held_out.measure) != self.held_out.measure:  # a best of other prompts is none of these
             self.best = -math.inf
             self.guards.forget_best()
