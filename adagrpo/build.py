@@ -76,16 +76,17 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def check_model(config: ModelConfig) -> str | None:
+def check_model(config: ModelConfig, restored: bool = False) -> str | None:
     """Refuse a model that cannot be loaded, without reading its weights; the file of ``model.lora_from`` is read, and held
-    against the transformer where that is known here. Returns what to tell, such as what could not be checked."""
+    against the transformer where that is known here, unless adapters of a checkpoint follow (``restored``). Returns what to
+    tell, such as what could not be checked."""
     if is_import_path(config.family):
         load_callable(config.family, "model.family", 5, config.kwargs)
         return None
     source = Source(config.path, config.variant, config.revision)
     local = config.path in BUILT_IN_MODELS or check_pipeline(FAMILIES[config.family], source)
     unchecked = "" if local else f"model.path = {config.path}: its files are checked once they are downloaded"
-    if config.lora_from:
+    if config.lora_from and not restored:
         find_file(Path(config.lora_from), f"model.lora_from = {config.lora_from}")
         if local or config.path in FAMILIES[config.family].architectures:
             start = getattr(build_architecture(config), "start", None)

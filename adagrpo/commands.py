@@ -97,7 +97,8 @@ def _train(config: Config, run: RunFolder, checkpoint: Path | None) -> int:
 def dry_run(config: Config, out: Path | None = None, resume: str | None = None) -> int:
     """Check what can be checked without loading the model, and print what an iteration would cost."""
     check_engine(config)
-    unchecked = check_model(config.model)
+    goes_on = out is not None and resume is not None and not RunFolder.never_saved(out)
+    unchecked = check_model(config.model, restored=goes_on)
     prompts, held_out = load_data(config)
     load_plugins(config)
     for i, reward in enumerate(config.rewards):

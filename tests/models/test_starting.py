@@ -14,7 +14,7 @@ from torch import Tensor
 
 from adagrpo.build import build_model, build_trainer
 from adagrpo.cli import main
-from adagrpo.commands import train
+from adagrpo.commands import dry_run, train
 from adagrpo.errors import InputError
 from adagrpo.estimate.memory import MemoryPlan
 from adagrpo.models.flux import FluxModel
@@ -269,6 +269,9 @@ def test_a_run_begins_with_the_file_and_goes_on_without_it(tmp_path) -> None:
     with pytest.raises(InputError, match=r"model\.lora_from.*it decides the result"):
         train(other, tmp_path / "broken", "latest")
     lora.unlink()
+    assert dry_run(config, tmp_path / "broken", "latest") == 0
+    with pytest.raises(InputError, match="no such file"):
+        dry_run(config, tmp_path / "new", "auto")
     assert train(config, tmp_path / "broken", "latest") == 0
     assert metrics(tmp_path / "broken") == metrics(tmp_path / "whole")
     last = [load_file(tmp_path / run / "checkpoints" / "step-000002" / LORA) for run in ("whole", "broken")]
