@@ -146,7 +146,8 @@ def _model_path(config: ModelConfig) -> str:
 
 def _settings(config: ModelConfig, device: torch.device) -> Settings:
     c = config
-    return Settings(DTYPES[c.dtype], device, c.height, c.width, c.max_text_tokens, c.guidance, c.prompt_cache)
+    sizes = (c.height, c.width, c.max_text_tokens)
+    return Settings(DTYPES[c.dtype], device, *sizes, c.guidance, c.negative_prompt, c.prompt_cache)
 
 
 def _prepared(model: Policy, config: ModelConfig) -> Policy:

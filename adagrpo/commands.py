@@ -6,6 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -35,6 +36,7 @@ from .forward.backends import resolve_forward
 from .models.base import FlowModel
 from .prompts.file import prompt_problem
 from .prompts.sources import load_prompts
+from .recipe.derived import Derived
 from .recipe.keys import Config
 from .recipe.layers import Recipe
 from .recipe.load import read_recipe, to_toml
@@ -109,7 +111,9 @@ def dry_run(config: Config, out: Path | None = None, resume: str | None = None) 
     counts = planned_evaluations(config)
     print(f"{config.name}: {len(prompts)} training prompts, {len(held_out)} held-out prompts")
     print("evaluations per iteration: " + ", ".join(f"{phase} {n}" for phase, n in counts.items()))
-    for notice in (unchecked, repeats_notice(config, len(prompts))):
+    rows = Derived(config).rows_per_image
+    guidance = f"an evaluation is of one image, {rows} rows of the transformer (model.guidance)" if rows > 1 else None
+    for notice in (unchecked, guidance, repeats_notice(config, len(prompts))):
         if notice:
             print(f"note: {notice}")
     return 0
@@ -222,7 +226,10 @@ def load_trained(source: str) -> tuple[Config, FlowModel]:
     config = recipe.config
     engine = dataclasses.replace(config.engine, fp8_attention=False, fp8_scaling="rowwise")
     check(dataclasses.replace(config, engine=engine))  # what rollouts are refused today, an older run may have had
-    return config, load_model(config, checkpoint)
+    model: Any = load_model(config, checkpoint)
+    if config.evaluation.guidance:
+        model.guidance = config.evaluation.guidance
+    return config, model
 
 
 def load_model(config: Config, checkpoint: Path | None) -> FlowModel:

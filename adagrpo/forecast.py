@@ -71,6 +71,7 @@ def planned_memory(
         accumulates=len(calls["update"]) > config.train.steps_per_iteration,
         rollout_copy=copied,
         prepared=prepared,
+        evaluation_guidance=e.guidance,
         overlapped=0 < limit < max(d.candidates, d.slots * d.samples_per_slot)
         and config.engine.overlap
         and model.device.type != "cpu",

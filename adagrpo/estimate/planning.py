@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..algorithm.tables import RolloutTable
 from ..forward.backends import is_policy, make_copy
-from ..models.base import FlowModel
+from ..models.base import FlowModel, guided
 from ..models.registry import family_of
 from .counting import module_tensors, tensor_bytes
 from .memory import Entry, MemoryPlan, checkpoint_bytes, size_text, wide_bytes
@@ -34,6 +34,7 @@ class Demand:
         accumulates: an optimizer step has several micro-batches.
         rollout_copy: bytes of a copy of the weights made for sampling.
         prepared: bytes of what the calls of a rollout share.
+        evaluation_guidance: of evaluation; 0 is the model's.
         overlapped: pictures of a chunk are decoded while the next one is sampled.
         checkpoints: kept on disk at most, the one being written included.
     """
@@ -49,6 +50,7 @@ class Demand:
     accumulates: bool = False
     rollout_copy: int = 0
     prepared: int = 0
+    evaluation_guidance: float = 0.0
     overlapped: bool = False
     checkpoints: int = 1
 
@@ -140,10 +142,11 @@ def _sampling(rehearsal: Rehearsal, demand: Demand) -> list[Entry]:
     """What sampling, evaluation and decoding hold while they run."""
     rows = demand.largest("probe", "prefix", "rollout", "recompute")
     found = rehearsal.forward_peak(rows)
-    entries = [Entry("activations", found, f"{rows} rows, {MEASURED}", "rollout", 0, "engine.max_rows")]
+    entries = [Entry("activations", found, f"{_rows(rehearsal, rows)}, {MEASURED}", "rollout", 0, "engine.max_rows")]
     if rows := demand.largest("evaluation"):
-        found = rehearsal.forward_peak(rows) + demand.evaluation_prompts * rehearsal.prompt_bytes
-        why = f"{rows} rows and {demand.evaluation_prompts} prompts, {MEASURED}"
+        with guided(rehearsal.model, demand.evaluation_guidance):
+            found = rehearsal.forward_peak(rows) + demand.evaluation_prompts * rehearsal.prompt_bytes
+            why = f"{_rows(rehearsal, rows)} and {demand.evaluation_prompts} prompts, {MEASURED}"
         entries.append(Entry("activations", found, why, "evaluation", 0, "engine.max_rows"))
     rows = demand.largest("decode")
     decoding = rehearsal.decode_peak(rows)
@@ -163,8 +166,14 @@ def _update(model: FlowModel, rehearsal: Rehearsal, demand: Demand, trained: _Tr
     found = max(0, rehearsal.update_peak(rows) - trained.narrow) + (rehearsal.forward_peak(rows) if demand.kl else 0)
     checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in model.transformer.modules())
     remedy = "engine.max_rows" if checkpointed else "model.gradient_checkpointing = true"
-    why = f"{rows} rows{' recomputed block by block' if checkpointed else ''}, beside the gradients there by then"
+    why = f"{_rows(rehearsal, rows)}{' recomputed block by block' if checkpointed else ''}, beside the gradients there by then"
     return Entry("activations", found, why, "update", 0, remedy)
+
+
+def _rows(rehearsal: Rehearsal, rows: int) -> str:
+    """Rows of a call; under classifier-free guidance these are images of several rows of the transformer."""
+    each = rehearsal.rows_per_image
+    return f"{rows} rows" if each == 1 else f"{rows} images of {each} rows"
 
 
 def modules_of(owner: object) -> dict[str, nn.Module]:

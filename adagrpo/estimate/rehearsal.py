@@ -36,7 +36,7 @@ class Rehearsal:
     """
 
     def __init__(self, model: FlowModel, prompt: str) -> None:
-        self._forward_peaks: dict[int, int] = {}
+        self._forward_peaks: dict[tuple[int, int], int] = {}
         try:
             conditioning = model.encode([prompt]).tensors
             self._conditioning = {name: torch.empty_like(t, device="meta") for name, t in conditioning.items()}
@@ -46,6 +46,11 @@ class Rehearsal:
         except Exception as error:
             raise NotRehearsable(f"{type(error).__name__}: {error}") from error
         self.prompt_bytes = sum(t.numel() * t.element_size() for t in self._conditioning.values())
+
+    @property
+    def rows_per_image(self) -> int:
+        """Rows of the transformer that one of ``forward`` is."""
+        return getattr(self.model, "rows_per_image", 1)
 
     def conditioning(self, prompts: int) -> Conditioning:
         """Embeddings of ``prompts`` prompts, without content."""
@@ -86,9 +91,10 @@ class Rehearsal:
 
     def forward_peak(self, rows: int) -> int:
         """Bytes ``forward`` needs at most, beyond the weights."""
-        if rows not in self._forward_peaks:
-            self._forward_peaks[rows] = _peak(self.forward, rows)
-        return self._forward_peaks[rows]
+        key = rows, self.rows_per_image
+        if key not in self._forward_peaks:
+            self._forward_peaks[key] = _peak(self.forward, rows)
+        return self._forward_peaks[key]
 
     def update_peak(self, rows: int) -> int:
         """Bytes of activations and gradients ``update`` needs at most at a time, beyond the weights."""

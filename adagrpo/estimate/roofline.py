@@ -97,11 +97,17 @@ class PhaseCost:
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """Predicted seconds of an iteration by phase and tier."""
+    """Predicted seconds of an iteration by phase and tier.
+
+    Attributes:
+        fp8_share: of a forward's FLOPs.
+        rows_per_image: rows of the transformer that an image is.
+    """
 
     device: Device
     phases: tuple[PhaseCost, ...]
     fp8_share: float
+    rows_per_image: int = 1
 
     def total(self, tier: str) -> float:
         """Seconds of the whole iteration."""
@@ -122,6 +128,8 @@ class Prediction:
             "fp8 ceiling, TFLOP/s": self.device.fp8, "memory, TB/s": self.device.bandwidth,
         }  # fmt: skip
         lines += ["assumptions:", *(f"  {name}: {f.value:g} [{f.label}: {f.source}]" for name, f in rates.items())]
+        if self.rows_per_image > 1:
+            lines.append(f"  an image is {self.rows_per_image} rows of the transformer: classifier-free guidance")
         lines += [
             "  eager bf16: products at its rate, which stands for everything [est]",
             "  op by op: products at the bf16 ceiling, then each small operator of the eager model at the memory's rate [calc]",
@@ -164,7 +172,8 @@ def predict(
         rehearsal.step(optimizer)
     once = counter.traffic.total() / device.bandwidth.value / 1e12 * optimizer_steps
     costs.append(PhaseCost("optimizer", optimizer_steps, 0, 0.0, dict.fromkeys(TIERS, once)))
-    return Prediction(device, tuple(costs), forward.fp8_flops / forward.flops if forward.flops else 0.0)
+    share = forward.fp8_flops / forward.flops if forward.flops else 0.0
+    return Prediction(device, tuple(costs), share, rehearsal.rows_per_image)
 
 
 def work(run: Callable[[int], None], transformer: nn.Module | None = None) -> Work:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +28,19 @@ class Conditioning:
         return Conditioning({name: t.index_copy(0, index, other.tensors[name]) for name, t in self.tensors.items()})
 
 
+@contextlib.contextmanager
+def guided(model: Any, scale: float) -> Iterator[None]:
+    """Within it, ``model`` guides by ``scale``; 0 changes nothing."""
+    if not scale:
+        yield
+        return
+    own, model.guidance = model.guidance, scale
+    try:
+        yield
+    finally:
+        model.guidance = own
+
+
 class PromptEncoder(Protocol):
     """Text to embeddings."""
 
@@ -45,6 +59,9 @@ class FlowModel(Protocol):
         start: optional; what its adapters began as, of ``models.starting``; None is zero.
         reference_adapters: optional; tensors by name that ``reference`` swaps in, which checkpoints keep.
         family: optional; its row of ``models.registry``, which says what rollouts may be computed with.
+        guidance: optional; the scale at which ``velocity`` guides. Only needed for evaluation.guidance.
+        rows_per_image: optional; rows of the transformer that one row of ``velocity`` takes, 2 under classifier-free guidance.
+            Whatever counts rows or limits their number counts images.
         encoder: optional; what ``encode`` calls. The memory plan reads its ``capacity``, the prompts whose embeddings it keeps;
             measurements empty it by ``forget``.
     """

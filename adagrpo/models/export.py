@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +113,7 @@ def stock_call(
     shift: float | str,
     arguments: Mapping[str, Any],
     note: str = "",
+    absent: Iterable[str] = (),
 ) -> str:
     """Python that samples with stock diffusers what the training sampled.
 
@@ -122,9 +123,11 @@ def stock_call(
         shift: of the noise levels; ``model`` leaves a LoRA's base its own scheduler.
         arguments: of the pipeline's call.
         note: a comment on what that call cannot be told.
+        absent: parts that the pipeline does without; diffusers wants to be told.
     """
     place = str(Path(base.path).absolute()) if base.is_local else base.path
-    options = {"torch_dtype": dtype} | {k: v for k, v in (("variant", base.variant), ("revision", base.revision)) if v}
+    chosen = {name: value for name, value in (("variant", base.variant), ("revision", base.revision)) if value}
+    options: dict[str, Any] = {"torch_dtype": dtype, **chosen, **dict.fromkeys(absent)}
     names = [*["FlowMatchEulerDiscreteScheduler"] * (not isinstance(shift, str)), family.pipeline]
     lines = ["import torch", f"from diffusers import {', '.join(names)}", ""]
     lines.append(f"pipe = {family.pipeline}.from_pretrained({place!r}, {_keywords(options)})")

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from ..errors import InputError
-from .pipeline import Source, load_pipeline, scheduler_config
+from .loading import read_json_object
+from .pipeline import Source, load_pipeline, present_components, scheduler_config
 from .policy import Policy, Settings
 from .registry import Component, Family, attribute
 from .text import PipelineEncoder, RandomEncoder, ShapeEncoder
@@ -30,10 +31,11 @@ def load_policy(family: Family, source: Source, settings: Settings) -> Policy:
     pipeline, scheduler = load_pipeline(family, source, s.dtype, s.device)
     pipeline.set_progress_bar_config(disable=True)
     for component in family.components:
-        getattr(pipeline, component.name).requires_grad_(component.name == "transformer").eval()
+        if (part := getattr(pipeline, component.name)) is not None:
+            part.requires_grad_(component.name == "transformer").eval()
     adapter = _adapter(family)
     encoder = PipelineEncoder(pipeline, adapter.embed, family.text_keys, s.max_text_tokens, s.prompt_cache)
-    made = adapter(pipeline.transformer, pipeline.vae, encoder, s.height, s.width, s.guidance, pipeline, source)
+    made = adapter(pipeline.transformer, pipeline.vae, encoder, *_sampling(s), pipeline, source)
     made.scheduler = scheduler
     return made
 
@@ -51,7 +53,7 @@ def random_policy(family: Family, architecture: Mapping[str, Mapping[str, Any]],
         )
     adapter = _adapter(family)
     encoder = RandomEncoder(adapter.named_shapes(transformer.config, s.max_text_tokens), s.dtype, s.device)
-    made = adapter(transformer, vae.requires_grad_(False), encoder, s.height, s.width, s.guidance)
+    made = adapter(transformer, vae.requires_grad_(False), encoder, *_sampling(s))
     made.scheduler = architecture.get("scheduler")
     return made
 
@@ -71,8 +73,11 @@ def meta_policy(family: Family, path: str, settings: Settings) -> Policy:
     if known is None and not folder.is_dir():
         raise InputError(f"model.path = {path}: its architecture is not known here; download it and name its folder")
     try:
+        present = family.components
+        if known is None:
+            present = present_components(family, read_json_object(folder / "model_index.json", f"model.path = {path}"))
         with torch.device("meta"):
-            parts = {c.name: _described(c, folder / c.name if known is None else known[c.name]) for c in family.components}
+            parts = {c.name: _described(c, folder / c.name if known is None else known[c.name]) for c in present}
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"model.path = {path}: its configurations cannot be read: {error}") from error
     for name, part in parts.items():
@@ -82,9 +87,14 @@ def meta_policy(family: Family, path: str, settings: Settings) -> Policy:
     adapter = _adapter(family)
     encoder = ShapeEncoder(adapter.named_shapes(transformer.config, s.max_text_tokens), s.dtype, s.prompt_cache)
     pipeline = types.SimpleNamespace(components=parts)
-    made = adapter(transformer, vae, encoder, s.height, s.width, s.guidance, pipeline)
+    made = adapter(transformer, vae, encoder, *_sampling(s), pipeline)
     made.scheduler = scheduler_config(folder, f"model.path = {path}") if known is None else known.get("scheduler")
     return made
+
+
+def _sampling(settings: Settings) -> tuple[int, int, float, str]:
+    """What an adapter is told of how it samples."""
+    return settings.height, settings.width, settings.guidance, settings.negative_prompt
 
 
 def _adapter(family: Family) -> type[Policy]:

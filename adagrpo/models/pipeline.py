@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 from ..errors import InputError
 from .loading import check_component, check_finite, first_line, load_component, quiet, read_json_object
-from .registry import Family
+from .registry import Component, Family
 
 _LEGACY_CLIP_EOS = 2  # in configurations of OpenAI's CLIP; the end of the text is then its highest token
 
@@ -62,13 +63,19 @@ def check_source(family: Family, source: Source) -> None:
     needs = f"model.family = {family.name} needs a"
     if name != family.pipeline:
         raise InputError(f"{source}: a {name}; {needs} {family.pipeline}")
-    kinds = {c.name: c.kind for c in family.components} | dict.fromkeys((*family.tokenizers, "scheduler"), "")
+    present = present_components(family, index)
+    kinds = {c.name: c.kind for c in present} | dict.fromkeys((*_tokenizers(family, present), "scheduler"), "")
     for part, kind in kinds.items():
         entry = index.get(part)
         if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[1], str):
             raise InputError(f"{source}: was saved without its {part}; name a complete pipeline folder")
         if kind and entry[1] != kind:
             raise InputError(f"{source}: its {part} is a {entry[1]}; {needs} {kind}")
+
+
+def present_components(family: Family, index: Mapping[str, Any]) -> tuple[Component, ...]:
+    """The family's components without the optional ones that a ``model_index.json`` holds as null."""
+    return tuple(c for c in family.components if not (c.optional and index.get(c.name, [None])[:1] == [None]))
 
 
 def check_pipeline(family: Family, source: Source) -> bool:
@@ -95,12 +102,17 @@ def load_pipeline(family: Family, source: Source, dtype: torch.dtype, device: to
     check_source(family, source)
     folder = Path(source.path) if source.is_local else _download(family, source)
     weights, tokenizers = _check_folder(family, folder, source)
-    parts = {c.name: load_component(c, folder / c.name, weights[c.name], dtype, str(source)) for c in family.components}
+    parts = {
+        c.name: load_component(c, folder / c.name, weights[c.name], dtype, str(source))
+        for c in family.components
+        if c.name in weights
+    }
     with quiet():
         from diffusers import FlowMatchEulerDiscreteScheduler
 
         # A folder's own scheduler may have options that no scheduler takes; only what asks for its levels makes it.
-        pipeline = family.pipeline_class(scheduler=FlowMatchEulerDiscreteScheduler(), **tokenizers, **parts)
+        given = dict.fromkeys(family.parts) | tokenizers | parts
+        pipeline = family.pipeline_class(scheduler=FlowMatchEulerDiscreteScheduler(), **given)
         pipeline.to(device)
     check_finite(parts, str(source))
     return pipeline, scheduler_config(folder, str(source))
@@ -116,7 +128,7 @@ def scheduler_config(folder: Path, where: str) -> dict[str, Any]:
 
 
 def load_tokenizers(family: Family, folder: Path, where: str) -> dict[str, Any]:
-    """The tokenizers, known to speak their encoders' language.
+    """The tokenizers of the encoders that are there, known to speak their language.
 
     Raises:
         InputError: a file that is missing or damaged, tokens beyond the encoder's vocabulary, or other special tokens.
@@ -124,9 +136,10 @@ def load_tokenizers(family: Family, folder: Path, where: str) -> dict[str, Any]:
     import transformers
 
     index = read_json_object(folder / "model_index.json", where)
-    kinds = {c.name: c.kind for c in family.components}
+    present = present_components(family, index)
+    kinds = {c.name: c.kind for c in present}
     found = {}
-    for name, encoder in family.tokenizers.items():
+    for name, encoder in _tokenizers(family, present).items():
         kind = getattr(transformers, index[name][1], None)
         if kind is None:
             raise InputError(f"{where}: {name}: transformers has no {index[name][1]}")
@@ -145,10 +158,17 @@ def load_tokenizers(family: Family, folder: Path, where: str) -> dict[str, Any]:
     return found
 
 
+def _tokenizers(family: Family, present: Sequence[Component]) -> dict[str, str]:
+    """The family's tokenizers whose encoders are there, and these."""
+    names = {c.name for c in present}
+    return {name: encoder for name, encoder in family.tokenizers.items() if encoder in names}
+
+
 def _check_folder(family: Family, folder: Path, source: Source) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Files of every component, and the tokenizers."""
+    """Files of every component that is there, and the tokenizers."""
     where = str(source)
-    weights = {c.name: check_component(c, folder / c.name, where, source.variant) for c in family.components}
+    present = present_components(family, read_json_object(folder / "model_index.json", where))
+    weights = {c.name: check_component(c, folder / c.name, where, source.variant) for c in present}
     if source.variant and not any(files.variant for files in weights.values()):
         raise InputError(f"model.variant = {source.variant}: no component of {source.path} has weights of that variant")
     scheduler_config(folder, where)

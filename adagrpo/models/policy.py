@@ -33,6 +33,7 @@ class Settings:
         height, width: of pictures, in pixels.
         max_text_tokens: of a prompt.
         guidance: scale.
+        negative_prompt: what classifier-free guidance leads away from.
         prompt_cache: prompts whose embeddings are kept.
     """
 
@@ -42,6 +43,7 @@ class Settings:
     width: int
     max_text_tokens: int = 256
     guidance: float = 3.5
+    negative_prompt: str = ""
     prompt_cache: int = 512
 
 
@@ -54,6 +56,7 @@ class Policy(abc.ABC):
         encoder: prompts to tensors of the family's ``text_keys``.
         height, width: image size in pixels.
         guidance: scale.
+        negative_prompt: what classifier-free guidance leads away from; only families that are ``guided`` read it.
         pipeline, source: the diffusers pipeline it came from and where that lies, needed for ``export``.
 
     Attributes:
@@ -75,12 +78,13 @@ class Policy(abc.ABC):
         height: int,
         width: int,
         guidance: float,
+        negative_prompt: str = "",
         pipeline: Any = None,
         source: Source | None = None,
     ) -> None:
         self.transformer, self.vae, self.encoder = transformer, vae, encoder
         self.pipeline, self.source = pipeline, source
-        self.guidance = guidance
+        self.guidance, self.negative_prompt = guidance, negative_prompt
         self.timestep_rounding = "pipeline"
         self.scheduler: Mapping[str, Any] | None = None
         transformer._repeated_blocks = list(self.family.repeated_blocks)  # some of diffusers' classes name none
@@ -149,6 +153,11 @@ class Policy(abc.ABC):
         """Rows and columns of latent patches."""
         return self._size[0] // self.multiple, self._size[1] // self.multiple
 
+    @property
+    def rows_per_image(self) -> int:
+        """Rows that one row of ``velocity`` is to the transformer."""
+        return self.family.rows_per_image(self.guidance)
+
     def schedule(self, steps: int, height: int, width: int) -> Tensor:
         """Noise levels [steps + 1], float64 on the CPU, of the stock pipeline's call.
 
@@ -176,7 +185,7 @@ class Policy(abc.ABC):
     def components(self) -> dict[str, nn.Module]:
         """What makes pictures of prompts and noise, by the pipeline's names."""
         encoders = {} if self.pipeline is None else self.pipeline.components
-        texts = {name: part for name, part in encoders.items() if name.startswith("text_encoder")}
+        texts = {name: part for name, part in encoders.items() if name.startswith("text_encoder") and part is not None}
         return {"transformer": self.transformer, "vae": self.vae, **texts}
 
     @property
@@ -267,17 +276,20 @@ class Policy(abc.ABC):
             raise InputError("a model of random weights has no pipeline to export, and its adapters none to act on")
         arguments = {"num_inference_steps": steps, **self.call_arguments()}
         arguments |= {"height": self._size[0], "width": self._size[1]}
+        if self.given_levels(steps) is None and not isinstance(shift, str):  # the scheduler's own are not those of the training
+            arguments["sigmas"] = [1 - k / steps for k in range(steps)]
         note = ""
         if self.timestep_rounding != "pipeline":
             note = f"# trained with model.timestep = {self.timestep_rounding}: diffusers rounds timesteps in another way"
         if isinstance(self.encoder, PipelineEncoder):
             arguments["max_sequence_length"] = self.encoder.max_tokens
+        absent = [name for name, part in self.pipeline.components.items() if part is None and name in self.family.parts]
         if self.is_lora:
             self.save_portable(folder)
-            return stock_call(self.family, self.source, folder, self.dtype, self.device, shift, arguments, note)
+            return stock_call(self.family, self.source, folder, self.dtype, self.device, shift, arguments, note, absent)
         self.pipeline.scheduler = make_scheduler(self.scheduler if isinstance(shift, str) else scheduler_options(shift))
         self.pipeline.save_pretrained(folder)
-        return stock_call(self.family, Source(str(folder)), None, self.dtype, self.device, shift, arguments, note)
+        return stock_call(self.family, Source(str(folder)), None, self.dtype, self.device, shift, arguments, note, absent)
 
 
 def add_lora(transformer: Any, rank: int, alpha: float, targets: Sequence[str]) -> None:

@@ -21,12 +21,14 @@ class Component:
         library: ``diffusers`` or ``transformers``.
         kind: name of its class there.
         spare: regular expression of tensors that its files may hold beyond what the class has.
+        optional: whether a pipeline may be saved without it.
     """
 
     name: str
     library: str
     kind: str
     spare: str = ""
+    optional: bool = False
 
     @property
     def cls(self) -> Any:
@@ -48,6 +50,10 @@ class Family:
         text_keys: names of the tensors that a prompt becomes, in the adapter's order.
         repeated_blocks: classes of the transformer's blocks that ``engine.forward = compile`` compiles; empty refuses it.
         fp8: whether FP8 may take the layers that ``forward.forwards.is_quantised`` names.
+        attention: whether diffusers can change the transformer's attention, for ``engine.attention``.
+        guidance: default of ``model.guidance``.
+        guided: whether guidance is classifier-free, each image then being two rows of the transformer; else it is an
+            embedding of the transformer, or nothing.
         fused: import path of its ``Forward`` for ``engine.forward = fused``; empty refuses it.
         lora_targets: modules that get an adapter, by the end of their name; those of FLUX are the default of the recipes' key.
         architectures: values of ``model.path`` whose shapes, hence memory, are known without files, and where they are written:
@@ -63,6 +69,9 @@ class Family:
     text_keys: tuple[str, ...]
     repeated_blocks: tuple[str, ...] = ()
     fp8: bool = False
+    attention: bool = False
+    guidance: float = 3.5
+    guided: bool = False
     fused: str = ""
     lora_targets: tuple[str, ...] = ()
     architectures: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -71,6 +80,15 @@ class Family:
     def forwards(self) -> tuple[str, ...]:
         """Values of ``engine.forward`` that it has, ``auto`` apart."""
         return ("eager", *["compile"] * bool(self.repeated_blocks), *["fused"] * bool(self.fused))
+
+    def rows_per_image(self, guidance: float) -> int:
+        """Rows of the transformer that an image takes at this guidance: as in diffusers, none is any up to 1."""
+        return 2 if self.guided and guidance > 1 else 1
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of components and tokenizers."""
+        return (*(component.name for component in self.components), *self.tokenizers)
 
     @property
     def pipeline_class(self) -> Any:
@@ -95,6 +113,11 @@ def family_of(model: object) -> Family | None:
     return found if isinstance(found, Family) else None
 
 
+_JOINT_ATTENTION = (
+    "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
+    "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
+)  # fmt: skip
+
 FLUX = Family(
     name="flux",
     title="FLUX",
@@ -110,11 +133,9 @@ FLUX = Family(
     text_keys=("prompt_embeds", "pooled"),
     repeated_blocks=("FluxTransformerBlock", "FluxSingleTransformerBlock"),
     fp8=True,
+    attention=True,
     fused=".fused_flux:FusedFluxForward",
-    lora_targets=(
-        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
-        "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
-    ),
+    lora_targets=_JOINT_ATTENTION,
     architectures={
         "black-forest-labs/FLUX.1-dev": ".flux:FLUX1_DEV",
         "black-forest-labs/FLUX.1-Krea-dev": ".flux:FLUX1_DEV",

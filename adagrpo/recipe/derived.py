@@ -15,6 +15,7 @@ from torch import Tensor
 from ..algorithm.sde import sigma_schedule
 from ..algorithm.selection import STRATEGIES
 from ..algorithm.tables import RolloutTable, rollout_table
+from ..models.registry import FAMILIES
 from .keys import Config
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
@@ -87,6 +88,12 @@ class Derived:
     def observed(self) -> int:
         """Rewards of single prompts that a run's probe that remembers is told of, the groups' included."""
         return self.config.train.iterations * self.slots * (self.config.selection.finalists + 1)
+
+    @property
+    def rows_per_image(self) -> int:
+        """Rows of the transformer that an image is in rollouts and updates; 1 where the model is of no built-in family."""
+        family = FAMILIES.get(self.config.model.family)
+        return family.rows_per_image(self.config.model.guidance) if family else 1
 
     @property
     def optimizer_steps(self) -> int:

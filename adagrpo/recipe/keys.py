@@ -9,8 +9,9 @@ from ..models.registry import FAMILIES, FLUX
 
 KwargValue = bool | int | float | str
 BUILT_IN_MODEL = "tiny-flux"
-RANDOM_MODELS = [name for family in FAMILIES.values() for name in family.architectures if name.startswith("random:")]
-BUILT_IN_MODELS = (BUILT_IN_MODEL, *RANDOM_MODELS)  # of model.path; all else is a folder or Hub id
+RANDOM_MODELS = {n: family.name for family in FAMILIES.values() for n in family.architectures if n.startswith("random:")}
+BUILT_IN_MODELS = {BUILT_IN_MODEL: FLUX.name} | RANDOM_MODELS
+"""Values of model.path that are no folder or Hub id, and their families."""
 Probe = Literal["full", "short", "racing", "pool", "memory", "short+pool", "racing+pool", "memory+pool"]
 JUDGES = {"full": "full:Full", "short": "short:Short", "racing": "racing:Racing", "memory": "memory:Memory"}
 """Class of each judge, in ``curriculum/``."""
@@ -23,7 +24,8 @@ class ModelConfig:
     """The policy: a diffusers pipeline folder or Hub id, and how it is trained."""
 
     family: str = "flux"
-    """Adapter: flux (any diffusers FLUX pipeline, guidance-distilled or not), or package.module:attribute of a callable
+    """Adapter: flux (any diffusers FLUX pipeline, guidance-distilled or not), sd3 (any Stable Diffusion 3 or 3.5 pipeline, with
+    or without its T5), or package.module:attribute of a callable
     (path, dtype, device, height, width, **kwargs) -> FlowModel."""
     kwargs: dict[str, KwargValue] = field(default_factory=dict)
     """Arguments of an adapter named by import path."""
@@ -45,9 +47,13 @@ class ModelConfig:
     """Image sizes to train on, as HEIGHTxWIDTH; each iteration draws one of them. Empty: height x width. Evaluation and sample
     grids always use height x width."""
     max_text_tokens: int = 256
-    """Length of the T5 prompt, in tokens."""
-    guidance: float = 3.5
-    """Distilled guidance fed to the transformer; ignored by models without a guidance embedding."""
+    """Length of the T5 prompt, in tokens; sd3 adds the 77 of its CLIPs."""
+    guidance: float = FLUX.guidance
+    """Guidance of training; a recipe without it has the family's default, 3.5 of flux and 4.5 of sd3. flux: fed to the
+    transformer, ignored by models without a guidance embedding. sd3: classifier-free, each image being two rows of the
+    transformer, and gradients flow through both; 0 or 1 is none, and one row."""
+    negative_prompt: str = ""
+    """What classifier-free guidance leads away from; empty is the empty prompt."""
     timestep: Literal["pipeline", "bf16"] = "pipeline"
     """How the transformer's timestep is rounded. pipeline: as diffusers' pipelines do it, 1000 sigma in the model's dtype.
     bf16: sigma itself in bf16 (the released code; of the official 16 noise levels 5 then differ, by 2 to 4 of 1000)."""
@@ -228,7 +234,7 @@ class EngineConfig:
     the training weights in training precision."""
 
     max_rows: int = 0
-    """Largest batch of the transformer, in images; 0 is unlimited."""
+    """Largest batch of the transformer, in images (of two rows under classifier-free guidance); 0 is unlimited."""
     decode_rows: int = 0
     """Largest batch of decoder and rewards, in images, where it is less than max_rows; 0 is max_rows."""
     kernels: Literal["auto", "triton", "reference"] = "auto"
@@ -279,6 +285,9 @@ class EvaluationConfig:
     """Prompts of the paired comparison before → after; 0 skips it."""
     final_noises: int = 3
     """Noises per prompt of that comparison, seen nowhere else in the run."""
+    guidance: float = 0.0
+    """Classifier-free guidance of all evaluation, of sample grids and of `adagrpo sample` and `export`, apart from that of the
+    training: 0 is model.guidance, 1 is none."""
 
 
 @dataclass(frozen=True)

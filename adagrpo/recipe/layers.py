@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from ..models.registry import FAMILIES
 from ..parts.plugins import is_import_path
 from ..text.redaction import redacted_kwargs
 from ..text.user_text import shown
@@ -128,6 +129,8 @@ def resolve(layers: Sequence[Layer]) -> Recipe:
         config = Config()
         for key, layer in origins.items():
             config = replaced(config, key, layer.values[key])
+        if "model.guidance" not in origins and (family := FAMILIES.get(config.model.family)):
+            config = replaced(config, "model.guidance", family.guidance)
         problem = next(problems(config), None)
         unread = origins.get(problem.unread) if problem else None
         if problem is None or unread is None or unread.own:

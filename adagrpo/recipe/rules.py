@@ -119,7 +119,7 @@ def _check_ranges(c: Config) -> Iterator[Problem]:
         "loss.kl_weight": 0, "train.iterations": 1, "train.seed": 0, "train.slots": 1, "train.accumulation": 1,
         "train.steps_per_iteration": 1, "optimizer.lr": 0, "optimizer.eps": 0, "optimizer.weight_decay": 0,
         "optimizer.warmup_steps": 0, "engine.max_rows": 0, "engine.decode_rows": 0, "evaluation.every": 0,
-        "evaluation.prompts": 1, "train.part_timeout": 0,
+        "evaluation.prompts": 1, "evaluation.guidance": 0, "train.part_timeout": 0,
         "evaluation.noises": 1, "evaluation.final_prompts": 0, "evaluation.final_noises": 1, "output.grid_every": 0,
         "output.grid_prompts": 1, "output.checkpoint_every": 0, "output.keep_last": 1, "output.keep_every": 0,
         "output.trace_at": 0, "rollout.tail_steps": 0, "guards.max_rollbacks": 0,
@@ -168,6 +168,9 @@ def _check_dead_keys(c: Config) -> Iterator[Problem]:
     """Keys changed from their defaults where nothing reads them."""
     r, plugin = c.rollout, is_import_path(c.model.family)
     fp8, built_in = c.engine.precision == "fp8", f"model.family = {' or '.join(FAMILIES)}"
+    guided = [family.name for family in FAMILIES.values() if family.guided]
+    unguided, weak = c.model.family not in guided, max(c.model.guidance, c.evaluation.guidance) <= 1
+    classifier_free = f"model.family = {' or '.join(guided)}: classifier-free guidance"
     rules = [
         (plugin, built_in, [f"engine.{k}" for k in ("forward", "precision", "attention")]),
         (not fp8, "engine.precision = fp8", ["engine.fp8_scaling"]),
@@ -183,6 +186,8 @@ def _check_dead_keys(c: Config) -> Iterator[Problem]:
         (c.model.tuning != "lora", "model.tuning = lora", [f"model.lora_{k}" for k in ("rank", "alpha", "targets", "from")]),
         (plugin, built_in, ["model.tuning", "model.gradient_checkpointing", "model.max_text_tokens"]),
         (plugin, built_in, ["model.guidance", "model.timestep", "model.prompt_cache"]),
+        (unguided, classifier_free, ["model.negative_prompt", "evaluation.guidance"]),
+        (weak, "model.guidance or evaluation.guidance above 1", ["model.negative_prompt"]),
         (plugin or c.model.path in BUILT_IN_MODELS, "a pipeline folder or Hub id", ["model.variant", "model.revision"]),
         (r.plan != "window", "rollout.plan = window", [f"rollout.window_{k}" for k in ("size", "stride", "every")]),
         (c.loss.kl_weight == 0, "loss.kl_weight above 0", ["loss.kl_variance"]),
@@ -335,10 +340,21 @@ def _check_plugins(c: Config) -> Iterator[Problem]:
 def _check_family(c: Config) -> Iterator[Problem]:
     """What the family's rollouts cannot be computed with."""
     family, e = FAMILIES.get(c.model.family), c.engine
-    if family and e.forward not in ("auto", *family.forwards):
+    if family is None:
+        return
+    if e.forward not in ("auto", *family.forwards):
         yield Problem("engine.forward", e.forward, f"{family.title} models have auto, {', '.join(family.forwards)}")
-    if family and e.precision == "fp8" and not family.fp8:
+    if e.precision == "fp8" and not family.fp8:
         yield Problem("engine.precision", "fp8", f"no layers of {family.title} models are known to bear it: use auto or bf16")
+    if e.attention != "auto" and not family.attention:
+        yield Problem(
+            "engine.attention", e.attention, f"diffusers cannot change the attention of {family.title} models: use auto"
+        )
+    for key in ("model.guidance", "evaluation.guidance"):
+        if family.guided and 0 < (scale := lookup(c, key)) < 1:
+            yield Problem(key, scale, "must be above 1, or 1 for no guidance: between 0 and 1 there is none either")
+    if BUILT_IN_MODELS.get(c.model.path, family.name) != family.name:
+        yield Problem("model.path", c.model.path, f"is no {family.title} model: name a pipeline folder or Hub id of one")
 
 
 def _check_rewards(c: Config) -> Iterator[Problem]:

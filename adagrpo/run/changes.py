@@ -155,7 +155,7 @@ _KEYS: dict[str, list[tuple[Rule, str]]] = {
         (FREE, "prompt_cache"),
         (EQUAL, "device gradient_checkpointing"),
         (FIXED, "family kwargs path variant revision dtype height width buckets max_text_tokens guidance timestep"),
-        (FIXED, "tuning lora_rank lora_alpha lora_targets lora_from"),
+        (FIXED, "tuning lora_rank lora_alpha lora_targets lora_from negative_prompt"),
     ],
     "rollout": [
         (FIXED, "plan scheme eta steps shift sde_steps window_size window_stride window_every group_size trained_share"),
@@ -179,7 +179,7 @@ _KEYS: dict[str, list[tuple[Rule, str]]] = {
     ],
     # What a run may read is no part of its result: the prompts themselves are compared.
     "data": [(FREE, "allow_duplicates allow_overlap"), (FIXED, "prompts held_out kwargs")],
-    "evaluation": [(JUDGED, "every prompts noises"), (FIXED, "final_prompts final_noises")],
+    "evaluation": [(JUDGED, "every prompts noises"), (FIXED, "final_prompts final_noises guidance")],
     "output": [
         (FREE, "grid_every grid_prompts trace_at loggers keep_last keep_every"),  # the newest checkpoint is always kept
         (KEPT, "checkpoint_every keep_best"),

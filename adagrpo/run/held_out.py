@@ -13,6 +13,7 @@ from ..algorithm.sde import Stream
 from ..disk.files import read_json
 from ..errors import RunError
 from ..evaluate.held_out import PairedGain, decode, evaluate, paired_gain, sample_latents
+from ..models.base import guided
 from ..recipe.keys import Config
 from ..rewards import PromptRows
 from ..train import Trainer
@@ -41,7 +42,7 @@ class HeldOut:
         self.trainer, self.run, self.tell = trainer, run, tell
         self.names, e = [reward.name for reward in config.rewards], config.evaluation
         self.prompts, self.final_prompts = list(prompts)[: e.prompts], list(prompts)[: e.final_prompts]
-        self.noises, self.final_noises = e.noises, e.final_noises
+        self.noises, self.final_noises, self.guidance = e.noises, e.final_noises, e.guidance
         self.baseline: Tensor | None = None
 
     @property
@@ -51,7 +52,7 @@ class HeldOut:
 
     def scores(self, prompts: Sequence[str], noises: int, stream: Stream) -> Tensor:
         """Scores [M, prompts, noises] by the deterministic sampler."""
-        with self.trainer.optimizer.averaged_weights():
+        with self.trainer.optimizer.averaged_weights(), guided(self.trainer.model, self.guidance):
             for attempt in self.trainer.attempts():
                 with attempt:
                     scores = evaluate(self.trainer.executor, self.trainer.score, prompts, noises, stream)
@@ -75,9 +76,10 @@ class HeldOut:
         Raises:
             RunError: a reward fails, or has no finite score for either.
         """
-        for attempt in self.trainer.attempts():
-            with attempt:
-                scores = self._first_scores((self.prompts * 2)[:2])
+        with guided(self.trainer.model, self.guidance):
+            for attempt in self.trainer.attempts():
+                with attempt:
+                    scores = self._first_scores((self.prompts * 2)[:2])
         self.trainer.phase.read()
         for m, some in enumerate(scores.isfinite().any(1).tolist()):
             if not some:
@@ -126,7 +128,7 @@ class HeldOut:
     def draw_grid(self, count: int) -> tuple[Tensor, Sequence[str], list[float]]:
         """Pictures [count, 3, H, W] of the first prompts with fixed noise, these prompts, and their rewards."""
         trainer, prompts = self.trainer, self.prompts[:count]
-        with trainer.optimizer.averaged_weights():
+        with trainer.optimizer.averaged_weights(), guided(trainer.model, self.guidance):
             for attempt in trainer.attempts():
                 with attempt:
                     latents, rewards = self._samples(prompts)
