@@ -144,4 +144,28 @@ FLUX = Family(
     },
 )  # fmt: skip
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (FLUX,)}
+SD3 = Family(
+    name="sd3",
+    title="SD3",
+    adapter=".sd3:Sd3Model",
+    pipeline="StableDiffusion3Pipeline",
+    components=(
+        Component("transformer", "diffusers", "SD3Transformer2DModel"),
+        Component("vae", "diffusers", "AutoencoderKL"),
+        Component("text_encoder", "transformers", "CLIPTextModelWithProjection"),
+        Component("text_encoder_2", "transformers", "CLIPTextModelWithProjection"),
+        Component("text_encoder_3", "transformers", "T5EncoderModel", spare=r"^lm_head\.", optional=True),
+    ),
+    tokenizers={"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2", "tokenizer_3": "text_encoder_3"},
+    text_keys=("prompt_embeds", "pooled"),
+    repeated_blocks=("JointTransformerBlock",),
+    fp8=True,
+    guidance=4.5,
+    guided=True,
+    lora_targets=_JOINT_ATTENTION,
+    architectures={
+        "stabilityai/stable-diffusion-3.5-medium": ".sd3:SD35_MEDIUM", "random:sd35-medium": ".sd3:SD35_MEDIUM",
+    },
+)  # fmt: skip
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (FLUX, SD3)}

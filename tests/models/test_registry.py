@@ -14,7 +14,7 @@ from adagrpo.errors import InputError
 from adagrpo.forward import backends
 from adagrpo.models.making import meta_policy
 from adagrpo.models.policy import Policy, Settings
-from adagrpo.models.registry import FAMILIES, FLUX, Family, attribute, family_of
+from adagrpo.models.registry import FAMILIES, FLUX, SD3, Family, attribute, family_of
 from adagrpo.models.schedule import own_levels
 from adagrpo.recipe.keys import EngineConfig, ModelConfig
 from adagrpo.recipe.rules import check
@@ -43,10 +43,20 @@ def test_a_row_speaks_of_what_the_libraries_have(family: Family) -> None:
         assert own_levels(model, 4, 64, 64).shape == (5,)
 
 
-def test_blocks_are_those_that_diffusers_compiles() -> None:
-    from diffusers import FluxTransformer2DModel
+def test_blocks_are_those_that_diffusers_repeats() -> None:
+    from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 
     assert list(FLUX.repeated_blocks) == FluxTransformer2DModel._repeated_blocks
+    assert not SD3Transformer2DModel._repeated_blocks and list(SD3.repeated_blocks) == SD3Transformer2DModel._no_split_modules
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.name)
+def test_attention_is_said_to_change_where_diffusers_changes_it(family: Family) -> None:
+    """``set_attention_backend`` passes over processors that have no backend, and says nothing."""
+    path = next(path for path in family.architectures if path.startswith("random:"))
+    transformer = meta_policy(family, path, META).transformer
+    processors = [m.processor for m in transformer.modules() if hasattr(m, "processor")]
+    assert {hasattr(processor, "_attention_backend") for processor in processors} == {family.attention}
 
 
 @pytest.fixture
