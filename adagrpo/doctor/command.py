@@ -22,8 +22,8 @@ from ..forward.backends import (
     forward_problem,
     precision_problem,
 )
-from ..recipe.rules import FP8_ATTENTION, TENSORWISE_FUSED
 from ..run.machine import PACKAGES, describe_machine
+from ..text.refusals import FP8_ATTENTION, TENSORWISE_FUSED
 from ..text.strict_json import from_json
 from ..text.user_text import read_text
 

@@ -13,7 +13,7 @@ from ..algorithm.tables import RolloutTable
 from ..errors import InputError
 from ..models.base import FlowModel
 from ..models.registry import FAMILIES, attribute, family_of
-from ..recipe.rules import TENSORWISE_FUSED
+from ..text.refusals import TENSORWISE_FUSED
 from .compiling import Say, disabled
 from .forwards import Attend, CopyForward, Forward
 

@@ -14,6 +14,7 @@ from ..errors import InputError
 from ..models.registry import FAMILIES
 from ..parts.plugins import is_import_path
 from ..text.redaction import redacted, redacted_kwargs
+from ..text.refusals import FP8_ATTENTION, TENSORWISE_FUSED
 from ..text.user_text import cut, nearest, shown
 from .derived import Derived
 from .dotted import lookup
@@ -22,14 +23,6 @@ from .values import Problem, check_values
 
 MOST_SEED = 2**42
 LONGEST_TIMEOUT = 1e6
-FP8_ATTENTION = (
-    "Q, K and V would be quantised in passes of their own, which cost more than FP8 attention saves; refused until the kernel "
-    "that writes them quantises them"
-)
-TENSORWISE_FUSED = (
-    "with engine.forward = fused each input would be quantised in passes of its own, which cost more than one scale per tensor "
-    "saves; refused until the kernel that writes it quantises it: use rowwise, or engine.forward = compile"
-)
 
 
 def check(config: Config, where: Callable[[str], str] = lambda key: "") -> None:

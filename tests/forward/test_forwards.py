@@ -249,7 +249,7 @@ def test_what_a_machine_cannot_run_is_refused_with_the_reason() -> None:
     model = tiny()
     with pytest.raises(InputError, match=r"engine.attention = flash3: needs a CUDA device"):
         build_forward(model, table_for(model), attention="flash3")
-    with pytest.raises(InputError, match="FLUX models only"):
+    with pytest.raises(InputError, match="FLUX and SD3 models only"):
         from toy import ToyModel
 
         build_forward(ToyModel(), table_for(model), "fused")
