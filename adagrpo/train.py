@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .algorithm.host_choices import host_generator
 from .algorithm.selection import CapabilityState
 from .curriculum.base import Candidates, Choice, Knowledge, selection_metrics
 from .curriculum.judge import Curriculum
@@ -190,7 +191,7 @@ class Trainer:
         if not buckets:
             yield
             return
-        generator = torch.Generator().manual_seed(self.course.seed * 1_000_003 + self.iterations_done)
+        generator = host_generator(self.course.seed, self.iterations_done)
         self.executor.resize(*buckets[int(torch.randint(len(buckets), (), generator=generator))])
         try:
             yield

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..algorithm.advantages import advantage_statistics, groups_with_signal, reward_advantage, reward_statistics
+from ..algorithm.host_choices import host_generator
 from ..algorithm.selection import CapabilityState
 
 Fuse = Callable[[Tensor, CapabilityState, Tensor], Tensor]
@@ -52,7 +53,7 @@ class Fusion:
             statistics["advantage/failed"] = (~rewards.isfinite().all(0)).double().mean()
             statistics["advantage/equal_groups"] = (~groups_with_signal(rewards)).double().mean()
         if self.shuffle_seed is not None:
-            generator = torch.Generator().manual_seed(self.shuffle_seed * 1_000_003 + draws)
+            generator = host_generator(self.shuffle_seed, draws)
             order = torch.rand(advantage.shape, generator=generator).argsort(-1).to(advantage.device)
             advantage = advantage.gather(-1, order)
         return advantage, statistics

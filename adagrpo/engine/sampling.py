@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..algorithm.host_choices import host_generator
 from ..algorithm.sde import Stream
 from ..models.base import Conditioning
 from .executor import Finished, RolloutExecutor
@@ -61,7 +62,7 @@ class StepSchedule:
     def learnt(self, iteration: int) -> tuple[int, ...]:
         """The trained ones among them."""
         stochastic = self.stochastic(iteration)
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + iteration)
+        generator = host_generator(self.seed, iteration)
         order = torch.randperm(len(stochastic), generator=generator)[: self.trained].sort().values
         return tuple(stochastic[i] for i in order.tolist())
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from ..algorithm.host_choices import host_generator
+
 
 class PromptStream:
     """An endless stream over a list of prompts, shuffled anew each epoch; a function of seed and position alone.
@@ -31,6 +33,6 @@ class PromptStream:
     def _at(self, position: int) -> int:
         epoch, offset = divmod(position, len(self.prompts))
         if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            generator = host_generator(self.seed, epoch)
             self._epoch, self._order = epoch, torch.randperm(len(self.prompts), generator=generator)
         return int(self._order[offset])

@@ -1,0 +1,10 @@
+"""Choices drawn on the host: the order of prompts, the trained steps, the picture size of an iteration."""
+
+from __future__ import annotations
+
+import torch
+
+
+def host_generator(seed: int, number: int) -> torch.Generator:
+    """A generator of its own for each ``number`` (an epoch, an iteration, a draw) under ``seed``; a function of both alone."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + number)
