@@ -76,7 +76,7 @@ class RolloutExecutor:
         tables: Mapping[tuple[int, int], RolloutTable] | None = None,
     ) -> None:
         self.model, self.seed, self.storage, self.limit = model, seed, storage, limit or BatchLimit()
-        self.phase, self.impl, self.graphs = phase or PhaseTimer(model.device), backends.impl, backends.graphs
+        self.phase, self.impl = phase or PhaseTimer(model.device), backends.impl
         self.num_steps = table.num_steps
         if self.num_steps > MAX_STEP:
             raise ValueError(f"{self.num_steps} steps: the counter of the noise holds {MAX_STEP}")
@@ -86,9 +86,14 @@ class RolloutExecutor:
         self._tables = {size: each.to(model.device, wide) for size, each in (tables or {}).items()}
         self.policy: Forward = PolicyForward(model, self.rollout_table)
         self.rollout = backends.rollout or self.policy
-        self.lanes = Lanes(self.table.a, self.limit, self.graphs)
+        self.lanes = Lanes(self.table.a, self.limit, backends.graphs)
         self._seed, self._zero = self._word(seed), self._word(0)
         self.counts: dict[str, Count] = defaultdict(Count)
+
+    @property
+    def graphs(self) -> StepGraphs | None:
+        """What captures the rollout's steps; None runs them directly."""
+        return self.lanes.graphs
 
     def refresh(self) -> None:
         """Let the rollout's weights follow the policy's."""

@@ -55,6 +55,8 @@ class Exhibits:
 
     def report(self) -> None:
         """Rewrite the live report."""
+        if not self.trainer.ranks.writes:
+            return
         try:
             write_report([self.run.path], self.run.path / "report.html")
         except WriteError:
@@ -63,7 +65,9 @@ class Exhibits:
             self.telling.warn(f"report.html could not be written: {type(error).__name__}: {error}")
 
     def _write(self, path: Path, write: Callable[[str], object]) -> bool:
-        """Whether it was written."""
+        """Whether it was written; one rank does."""
+        if not self.trainer.ranks.writes:
+            return False
         try:
             with replacing(path) as draft:
                 path.parent.mkdir(exist_ok=True)

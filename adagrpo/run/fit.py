@@ -219,7 +219,8 @@ class Fit:
                 f"iteration {done}: reward train {record['reward/train']:.3f}, held-out {record['reward/held_out']:.3f}, "
                 f"{record['perf/seconds']:.2f} s"
             )
-        self.run.log(record)
+        if self.trainer.ranks.writes:
+            self.run.log(record)
         state.unfinished, state.held_out_now = None, record.get("reward/held_out")
         trips = self._judge(record)
         state.sound = state.sound and not any(trip.action == "rollback" for trip in trips)

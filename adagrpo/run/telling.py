@@ -24,13 +24,16 @@ class Telling:
         trainer.notices.say = self.noticed
 
     def say(self, line: str) -> None:
-        """A line for the user alone; the run's own record is its folder."""
+        """A line for the user alone, by one rank; the run's own record is its folder."""
+        if not self.trainer.ranks.writes:
+            return
         with contextlib.suppress(OSError, ValueError):
             self._say(line)
 
     def event(self, kind: str, message: str, iteration: int | None = None) -> None:
         """An event of ``iteration``, the last finished one unless it is named."""
-        self.run.event(self.trainer.iterations_done if iteration is None else iteration, kind, message)
+        if self.trainer.ranks.writes:
+            self.run.event(self.trainer.iterations_done if iteration is None else iteration, kind, message)
         self.say(scrubbed(message))
 
     def noticed(self, message: str) -> None:
@@ -44,7 +47,8 @@ class Telling:
     def notices(self) -> None:
         """What the run folder found on opening, to the user and the events; what was told of the trainer's making, to those."""
         for notice in self.trainer.notices.told_early():
-            self.run.event(self.trainer.iterations_done, "warning", notice)
+            if self.trainer.ranks.writes:
+                self.run.event(self.trainer.iterations_done, "warning", notice)
         notices, self.run.notices = self.run.notices, []
         for notice in notices:
             self.warn(notice)

@@ -226,7 +226,7 @@ def test_an_iteration_whose_capture_runs_out_of_memory_goes_on_with_half_the_row
     trainer = toy_trainer(toy_config(engine=EngineConfig(cuda_graphs=True)), Hungry(cuda, 8))
     told: list[str] = []
     trainer.notices.say = told.append
-    trainer.executor.graphs = trainer.executor.lanes.graphs = graphs(told)
+    trainer.executor.lanes.graphs = graphs(told)
     for _ in range(3):
         trainer.iteration()  # the stand-in replays nothing: what matters here is where errors go
     assert trainer.executor.limit.max_rows == 8 and trainer.executor.graphs.enabled

@@ -203,10 +203,10 @@ def test_notices_of_a_run_are_events(tmp_path) -> None:
 
     trainer = toy_trainer(toy_config())
     run = RunFolder(tmp_path)
+    trainer.notices("engine.forward = auto is eager here")  # told before there was a run
     fit = Fit(trainer.config, trainer, run, PROMPTS, say=lambda line: None)
     for message in ("engine.forward = fused: uncompiled", "out of memory while sampling: continuing"):
         trainer.notices.say(message)
-    trainer.notices._early.append("engine.forward = auto is eager here")  # told before there was a run
     fit.telling.notices()
     fit.telling.notices()
     lines = (run.path / "events.jsonl").read_text("utf-8").splitlines()
