@@ -1,0 +1,97 @@
+"""The algorithm: filter, advantages, objective."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .kwargs import KwargValue
+
+Probe = Literal["full", "short", "racing", "pool", "memory", "short+pool", "racing+pool", "memory+pool"]
+JUDGES = {"full": "full:Full", "short": "short:Short", "racing": "racing:Racing", "memory": "memory:Memory"}
+"""Class of each judge, in ``curriculum/``."""
+POOLED = {"pool": "full"} | {f"{judge}+pool": judge for judge in JUDGES if judge != "full"}
+"""Probes whose candidates compete over all slots, and how these are judged."""
+
+
+@dataclass(frozen=True)
+class SelectionConfig:
+    """The online curriculum filter."""
+
+    candidates: int = 10
+    """Candidate prompts B per slot; 1 turns the filter off."""
+    strategy: str = "closest"
+    """closest, random, easiest, hardest, medium, or package.module:attribute of a callable
+    (scores [M, P, B], capability, **kwargs) -> index [P]."""
+    kwargs: dict[str, KwargValue] = field(default_factory=dict)
+    """Arguments of a strategy named by import path."""
+    alpha: float = 0.8
+    """Memory of the capability EMA."""
+    probe: Probe = "full"
+    """How candidates are judged. full: each is sampled to the end and scored (the paper). short: each by an ODE of
+    `probe_steps`, against an EMA of such scores. racing: previews of the image at `race_steps` halve the field, and who is left
+    goes on. memory: by a posterior of what earlier rewards said of each prompt, without sampling. pool, and +pool behind
+    another: candidates of all slots compete for all slots (full: needs fewer candidates). With short, racing and memory the
+    pick and one uniformly drawn candidate are finished; the latter, in full length, feeds the capability EMA that advantages
+    are measured against."""
+    probe_steps: int = 4
+    """Steps of a short probe."""
+    race_steps: tuple[int, ...] = (10, 12, 14)
+    """Steps sampled before each preview of a race, of `rollout.steps`; each preview halves the field, the last leaves one."""
+    finalists: int = 1
+    """Candidates per slot that memory samples to the end; more than one are scored, and the posterior decides anew (memory)."""
+    allow_unseen: bool = False
+    """Accept a memory that will observe each prompt fewer than twice, and with one finalist: it then picks blindly (memory)."""
+    half_life: float = 100.0
+    """Draws after which evidence on a prompt counts half (memory)."""
+    noise_share: float = 0.56
+    """Share of an image's reward variance that is the noise draw, not the prompt (memory)."""
+    group_evidence: float = 2.0
+    """How many independent images a slot's groups are worth as evidence; they share an anchor (memory)."""
+
+    @property
+    def judge(self) -> str:
+        """How candidates are judged, a key of ``JUDGES``."""
+        return POOLED.get(self.probe, self.probe)
+
+    @property
+    def pooled(self) -> bool:
+        """Whether candidates of all slots compete for all slots."""
+        return self.probe in POOLED
+
+
+@dataclass(frozen=True)
+class AdvantageConfig:
+    """Cross-level advantage fusion."""
+
+    function: str = "fused"
+    """fused, or package.module:attribute of a callable (rewards [M, groups, G], capability, reward weights [M], **kwargs)
+    -> advantages [groups, G]."""
+    kwargs: dict[str, KwargValue] = field(default_factory=dict)
+    """Arguments of a function named by import path."""
+    weight: float = 1.0
+    """Weight of the advantage against the capability EMA; 0 leaves plain group-relative advantages."""
+    calibration: Literal["mass", "zscore", "zscore_centred", "none"] = "mass"
+    clip: float = 5.0
+    equal_groups: Literal["keep", "skip", "refill"] = "keep"
+    """Groups whose rewards are all equal carry no signal. keep: they count in the loss average; skip: they do not; refill:
+    slots without any spread are drawn once more from new prompts."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The policy-gradient objective."""
+
+    clip_range: float = 0.0
+    """Half width of the ratio's trust region; 0 is no clipping (the released code)."""
+    old_logp: Literal["rollout", "recompute", "detached"] = "rollout"
+    """Where the ratio's denominator comes from: stored while sampling, recomputed before the first update in its own
+    geometry, or the current value without gradient (the released code: the ratio is then 1 by construction)."""
+    kl_weight: float = 0.0
+    """Weight of the KL divergence to the initial model, in mean space."""
+    kl_variance: Literal["step", "diffusion"] = "step"
+    """step divides by 2w² (the Gaussian KL), diffusion by 2g² (Flow-GRPO's code)."""
+    step_weights: Literal["uniform", "equal_gradient"] = "uniform"
+    average: Literal["update", "iteration"] = "update"
+    """What the loss of an optimizer step is the mean over: its own trained steps, or all of the iteration's, so that each of
+    four steps has a quarter of the loss (the released code); the gradient clip and Adam's eps see the difference."""
