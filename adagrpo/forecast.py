@@ -16,9 +16,7 @@ from .forward.backends import resolve_forward
 from .models.base import FlowModel
 from .recipe.derived import DTYPES, Derived
 from .recipe.keys import Config
-
-# Parameters of the built-in rewards' default checkpoints, for plans that do not load them.
-PUBLISHED_PARAMETERS = {"clip": 427_616_513, "pickscore": 986_109_441, "tiny": 0, "brightness": 0}
+from .rewards import BUILT_IN
 
 
 def planned_calls(config: Config) -> dict[str, list[int]]:
@@ -115,6 +113,7 @@ def iteration_prediction(config: Config, rehearsal: Rehearsal, device: Device) -
 
 def published_bytes(name: str, kwargs: Mapping[str, object]) -> int | None:
     """Size of a built-in reward with its default checkpoint; None if it is not known."""
-    if "path" in kwargs or name not in PUBLISHED_PARAMETERS:
+    parameters = BUILT_IN[name].parameters if name in BUILT_IN and "path" not in kwargs else None
+    if parameters is None:
         return None
-    return PUBLISHED_PARAMETERS[name] * DTYPES[str(kwargs.get("dtype", "fp32"))].itemsize
+    return parameters * DTYPES[str(kwargs.get("dtype", "fp32"))].itemsize

@@ -10,6 +10,7 @@ from ..errors import InputError
 from ..parts.plugins import is_import_path, make_part
 from ..text.user_text import shown
 from .file import MAX_BYTES, MAX_PROMPTS, prompt_problem, read_prompt_file, same
+from .prompt import Prompt
 
 
 def load_prompts(
@@ -91,7 +92,7 @@ def _read_to_the_end(found: Any, named: str) -> list[str]:
             raise InputError(f"{named}: prompt {len(prompts)} is {shown(prompt)}; return non-empty strings only")
         if problem := prompt_problem(prompt):
             raise InputError(f"{named}: prompt {len(prompts)} {problem}")
-        prompts.append(str(prompt))
+        prompts.append(prompt if isinstance(prompt, Prompt) else str(prompt))
         characters += len(prompt)
         if len(prompts) > MAX_PROMPTS or characters > MAX_BYTES:
             limits = f"{MAX_PROMPTS} prompts and {MAX_BYTES / 1e6:.0f} million characters"

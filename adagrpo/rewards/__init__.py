@@ -10,15 +10,16 @@ from ..errors import InputError
 from ..parts.isolation import Part, build_part
 from ..parts.plugins import check_call, is_import_path, load_attribute
 from ..text.redaction import resolved
-from .base import PromptRows, Reward
+from .base import BuiltIn, PromptRows, Reward
 
-__all__ = ["BUILT_IN", "PromptRows", "Reward", "build_reward", "check_reward", "check_reward_files", "reward_target"]
+__all__ = ["BUILT_IN", "BuiltIn", "PromptRows", "Reward", "build_reward", "check_reward", "check_reward_files", "reward_target"]
 
+_CLIP_L, _CLIP_H = "openai/clip-vit-large-patch14", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 BUILT_IN = {
-    "tiny": "adagrpo.tiny.reward:TinyReward",
-    "brightness": "adagrpo.rewards.brightness:Brightness",
-    "clip": "adagrpo.rewards.clip:ClipScore",
-    "pickscore": "adagrpo.rewards.clip:PickScore",
+    "tiny": BuiltIn("adagrpo.tiny.reward:TinyReward", 0, "of AdaGRPO"),
+    "brightness": BuiltIn("adagrpo.rewards.brightness:Brightness", 0, "of AdaGRPO"),
+    "clip": BuiltIn("adagrpo.rewards.clip:ClipScore", 427_616_513, files=(_CLIP_L,)),
+    "pickscore": BuiltIn("adagrpo.rewards.clip:PickScore", 986_109_441, files=("yuvalkirstain/PickScore_v1", _CLIP_H)),
 }
 
 
@@ -28,7 +29,7 @@ def reward_target(name: str, key: str = "rewards") -> str:
     Raises:
         InputError: neither.
     """
-    target = BUILT_IN.get(name, name)
+    target = BUILT_IN[name].target if name in BUILT_IN else name
     if not is_import_path(target):
         raise InputError(f"{key}: unknown reward {name!r}: one of {', '.join(BUILT_IN)}, or package.module:attribute")
     return target

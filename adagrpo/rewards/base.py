@@ -2,35 +2,70 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Protocol, overload
 
+import torch
 from torch import Tensor
+
+SEE_CARD = "see the model card"
+
+
+@dataclasses.dataclass(frozen=True)
+class BuiltIn:
+    """A reward that a recipe names by a word.
+
+    Attributes:
+        target: import path of its class.
+        parameters: of its default checkpoint; 0 has no weights, None is not known.
+        licence: of the weights; as published, or where to look.
+        files: what the defaults load: Hub ids, ``owner/name`` or, of a single file, ``owner/name:path``.
+        size: bytes of these files; None is not known.
+    """
+
+    target: str
+    parameters: int | None = None
+    licence: str = SEE_CARD
+    files: tuple[str, ...] = ()
+    size: int | None = None
 
 
 class PromptRows(Sequence[str]):
     """The prompts of a batch of images: texts known to the host, chosen by an index that lives on the device.
 
-    It reads like a list of strings; reading it copies the index to the host, once. A reward that has encoded ``texts``
-    already can gather by ``text_index`` instead, and nothing waits for the device.
+    It reads like a list of strings (``Prompt`` where there is metadata, see ``data_of``); reading it copies the index to the
+    host, once. A reward that has encoded ``texts`` already can gather by ``text_index`` instead, and nothing waits for the
+    device.
 
     Attributes:
         texts: candidate prompts.
         text_index: int64 [N], the text of each image.
+        group_index: int64 [N], images with the same number are one group; None where there are no groups (probes,
+            evaluations).
     """
 
-    def __init__(self, texts: Sequence[str], text_index: Tensor) -> None:
-        self.texts, self.text_index = tuple(texts), text_index
+    def __init__(self, texts: Sequence[str], text_index: Tensor, group_index: Tensor | None = None) -> None:
+        self.texts, self.text_index, self.group_index = tuple(texts), text_index, group_index
         self._rows: list[str] | None = None
 
     def rows(self, index: Tensor) -> PromptRows:
         """The images ``index`` (int64 vector on the device); nothing is read."""
-        return PromptRows(self.texts, self.text_index.index_select(0, index))
+        group = None if self.group_index is None else self.group_index.index_select(0, index)
+        return PromptRows(self.texts, self.text_index.index_select(0, index), group)
 
     def copied(self) -> PromptRows:
-        """The same rows, on an index of their own."""
-        part = PromptRows(self.texts, self.text_index.clone())
+        """The same rows, on indices of their own."""
+        group = None if self.group_index is None else self.group_index.clone()
+        part = PromptRows(self.texts, self.text_index.clone(), group)
         part._rows = None if self._rows is None else list(self._rows)
+        return part
+
+    def to(self, device: torch.device | str) -> PromptRows:
+        """The same rows, with indices on ``device``."""
+        group = None if self.group_index is None else self.group_index.to(device)
+        part = PromptRows(self.texts, self.text_index.to(device), group)
+        part._rows = self._rows
         return part
 
     def _materialised(self) -> list[str]:
@@ -51,7 +86,8 @@ class PromptRows(Sequence[str]):
     def __getitem__(self, key: int | slice) -> str | PromptRows:
         if not isinstance(key, slice):
             return self._materialised()[key]
-        part = PromptRows(self.texts, self.text_index[key])
+        group = None if self.group_index is None else self.group_index[key]
+        part = PromptRows(self.texts, self.text_index[key], group)
         part._rows = None if self._rows is None else self._rows[key]
         return part
 
@@ -59,9 +95,13 @@ class PromptRows(Sequence[str]):
 class Reward(Protocol):
     """Scores images against prompts.
 
+    Attributes that a class may have: ``host = True``: it works on the host, and is called with images uint8 [N, 3, H, W] on the
+    CPU, in a thread beside sampling; ``threads``: how many such calls may run at once (1). ``groupwise = True``: its scores
+    compare the images of a group (``PromptRows.group_index``), and it is called with whole groups.
+
     It is called without gradients, on images of its own, with random states, default dtype and torch's other global switches
     restored afterwards (``adagrpo.parts.isolation``), and in a thread of its own where ``rewards.N.timeout`` limits its time.
     """
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Scores [N] for images [N, 3, H, W] in [0, 1] on the model's device; NaN marks a failed sample."""
+        """Scores [N] for images [N, 3, H, W], floats in [0, 1] on the device; NaN marks a failed sample."""
