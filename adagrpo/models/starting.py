@@ -1,7 +1,7 @@
 """Adapters that begin as an existing LoRA file, in the names of diffusers, PEFT or kohya.
 
-Names that are not the transformer's own are converted by the pipeline class of the family in diffusers, one adapter at a time,
-so that nothing is lost on the way: a weight that has no place here is an error.
+Names are the transformer's own, as they are or with kohya's underscores; all others are converted by the pipeline class of the
+family in diffusers, one adapter at a time, so that nothing is lost on the way: a weight that has no place here is an error.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from .registry import Family
 
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PEFT = "base_model.model."
+_KOHYA = ("", "lora_unet_", "lora_transformer_", "transformer_")
 _MERGE = "merge it into the model's weights and name those as model.path"
 _WITHOUT = "save the LoRA again without them"
 _WEIGHT = re.compile(r"(?P<stem>.+?)[._](?:lora[._])?(?P<half>A|B|down|up)(?:\.default)?\.weight")
@@ -100,18 +101,20 @@ def start_from(family: Family, transformer: nn.Module, place: str) -> Start:
     first = next(iter(adapted.values()))
     dtype, own = first.lora_B["default"].weight.dtype, first.scaling["default"]
     places = {name.removesuffix(".base_layer"): m for name, m in transformer.named_modules()}
+    flat = {name.replace(".", "_"): name for name in places}
     found: dict[str, tuple[str, Tensor, Tensor]] = {}
     unmatched: list[str] = []
     for adapter in _adapters(tensors, settings, where):
         b = (adapter.b.double() * (adapter.scale / own)).to(dtype)
         named = _plain(adapter.stem)
+        named = named if named in places else next((flat[s] for s in _unprefixed(named) if s in flat), named)
         parts = {named: (adapter.a, b)} if named in places else _converted(family, dataclasses.replace(adapter, b=b))
         unmatched += [adapter.keys[0]] * (not parts)
         for name, (a, b) in parts.items():
             if name in found:
                 raise InputError(f"{where}: {found[name][0]} and {adapter.stem} both adapt {name}; keep one of them")
             found[name] = (adapter.stem, a, b)
-    _refuse_strangers(found, adapted, places, unmatched, where)
+    _refuse_strangers(family, found, adapted, places, unmatched, where)
     _refuse_shapes(found, adapted, where)
     with torch.no_grad():
         for name, (_, a, b) in found.items():
@@ -249,6 +252,7 @@ def _converted(family: Family, adapter: _Adapter) -> dict[str, tuple[Tensor, Ten
 
 
 def _refuse_strangers(
+    family: Family,
     found: Mapping[str, tuple[str, Tensor, Tensor]],
     adapted: Mapping[str, nn.Module],
     places: Mapping[str, nn.Module],
@@ -260,8 +264,8 @@ def _refuse_strangers(
     if unmatched:
         more = f" and {len(unmatched) - 1} more" if len(unmatched) > 1 else ""
         raise InputError(
-            f"{where}: {unmatched[0]}{more}: no layer of this transformer has that name; name a LoRA of this architecture in "
-            "the names of diffusers, PEFT or kohya"
+            f"{where}: {unmatched[0]}{more}: no layer of this transformer has that name, and diffusers converts it to none of "
+            f"{family.title}'s; name a LoRA of this architecture, saved in the names of diffusers or PEFT"
         )
     others = [name for name in found if name not in adapted]
     if others:
@@ -287,3 +291,8 @@ def _refuse_shapes(found: Mapping[str, tuple[str, Tensor, Tensor]], adapted: Map
 def _plain(stem: str) -> str:
     """The module's name without what PEFT and pipelines put before it."""
     return stem.removeprefix(_PEFT).removeprefix("transformer.")
+
+
+def _unprefixed(stem: str) -> list[str]:
+    """What may be a module's name with underscores, as kohya writes it."""
+    return [stem.removeprefix(prefix) for prefix in _KOHYA if stem.startswith(prefix)]
