@@ -13,6 +13,7 @@ import json
 import re
 import sys
 import warnings
+import zipfile
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -167,8 +168,13 @@ def refuse_differences(
     missing: Collection[str],
     unexpected: Collection[str],
     misshaped: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]],
+    described: str = "its config.json",
 ) -> None:
-    """Raise for what files and architecture do not share; ``misshaped`` maps names to (found, wanted) shapes.
+    """Raise for what files and architecture do not share.
+
+    Args:
+        misshaped: (found, wanted) shapes by name.
+        described: what the architecture is known from.
 
     Raises:
         InputError: naming component and tensor.
@@ -177,13 +183,13 @@ def refuse_differences(
     if misshaped:
         name = min(misshaped)
         found, wanted = misshaped[name]
-        raise InputError(f"{where}: {_some(misshaped)} has shape {list(found)}, config.json means {list(wanted)}; {_AGAIN}")
+        raise InputError(f"{where}: {_some(misshaped)} has shape {list(found)}, {described} means {list(wanted)}; {_AGAIN}")
     if missing:
         lacks = f"lacks {_some(missing)}, which would be random numbers"
         also = f", and holds {_some(extra)}" if extra else ""
-        raise InputError(f"{where}: {lacks}{also}: not the weights of its config.json; {_AGAIN}")
+        raise InputError(f"{where}: {lacks}{also}: not the weights of {described}; {_AGAIN}")
     if extra:
-        raise InputError(f"{where}: holds {_some(extra)}, which a {component.kind} of its config.json does not have; {_AGAIN}")
+        raise InputError(f"{where}: holds {_some(extra)}, which a {component.kind} of {described} does not have; {_AGAIN}")
 
 
 @contextlib.contextmanager
@@ -282,23 +288,48 @@ def _nothing_found(folder: Path, library: str, variant: str | None) -> str:
     return f"{folder} holds no {known}{f' (but {_some(loose)})' if loose else ''}; {_AGAIN}"
 
 
+@contextlib.contextmanager
+def reading(file: Path, where: str) -> Iterator[None]:
+    """One readable error for whatever goes wrong while a file of weights is read.
+
+    Raises:
+        InputError: a file that is absent, a git-lfs pointer, a web page, truncated, damaged, or a pickle that names code.
+    """
+    try:
+        with file.open("rb") as opened:
+            start = opened.read(24)
+    except OSError as error:
+        raise InputError(f"{where}: {file} cannot be read ({error.strerror}); {_AGAIN}") from error
+    if start == b"version https://git-lfs.":
+        raise InputError(f"{where}: {file} is a git-lfs pointer, not the weights; run git lfs pull in its repository")
+    if start.lstrip().startswith(b"<"):
+        raise InputError(f"{where}: {file} is a web page, not the weights; download the file itself")
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # safetensors' error derives from nothing narrower
+        if code := re.search(r"GLOBAL (\S+)", str(error)):
+            what = f"pickled objects of {code[1]}: reading them may run code"
+            raise InputError(f"{where}: {file} holds {what}; save its state dict alone") from error
+        raise InputError(f"{where}: {file} is truncated or damaged ({first_line(error)}); {_AGAIN}") from error
+
+
+def read_pickled(file: Path, device: str) -> Any:
+    """What ``torch.save`` wrote, tensors and containers only; mapped into memory where the file's format allows it."""
+    return torch.load(file, map_location=device, mmap=zipfile.is_zipfile(file), weights_only=True)
+
+
 def _file_headers(file: Path, where: str) -> dict[str, Header]:
     """Headers of one file."""
-    with file.open("rb") as opened:
-        pointer = opened.read(24) == b"version https://git-lfs."
-    if pointer:
-        raise InputError(f"{where}: {file} is a git-lfs pointer, not the weights; run git lfs pull in its repository")
-    try:
+    with reading(file, where):
         if file.suffix == ".safetensors":
             from safetensors import safe_open
 
             with safe_open(file, "pt") as opened:
                 parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  not a mapping
                 return {name: Header(tuple(part.get_shape()), str(part.get_dtype())) for name, part in parts.items()}
-        pickled = torch.load(file, map_location="meta", mmap=True, weights_only=True)
-        return {name: Header(tuple(t.shape), str(t.dtype)) for name, t in pickled.items()}
-    except Exception as error:  # safetensors' error derives from nothing narrower
-        raise InputError(f"{where}: {file} is truncated or damaged ({first_line(error)}); {_AGAIN}") from error
+        return {name: Header(tuple(t.shape), str(t.dtype)) for name, t in read_pickled(file, "meta").items()}
 
 
 Differences = tuple[Collection[str], Collection[str], dict[str, tuple[tuple[int, ...], tuple[int, ...]]]]
