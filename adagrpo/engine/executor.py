@@ -88,6 +88,7 @@ class RolloutExecutor:
         self.rollout = backends.rollout or self.policy
         self.lanes = Lanes(self.table.a, self.limit, backends.graphs)
         self._seed, self._zero = self._word(seed), self._word(0)
+        self._size: tuple[int, int] | None = None  # graphs hold it: pictures on their side have latents of the same shape
         self.counts: dict[str, Count] = defaultdict(Count)
 
     @property
@@ -102,6 +103,7 @@ class RolloutExecutor:
     def resize(self, height: int, width: int) -> None:
         """Sample pictures of this size, one of ``tables`` if there are any, from now on."""
         self.model.resize(height, width)
+        self._size = height, width
         if self._tables:
             self.rollout_table.take(self._tables[height, width])
 
@@ -141,7 +143,7 @@ class RolloutExecutor:
         if self.graphs is None:
             return self.velocity(x, index, conditioning, slot, "prefix")
         fresh = [x, index, slot, *conditioning.tensors.values()]
-        key = ("prefix", tuple(conditioning.tensors), tuple((tuple(t.shape), t.dtype) for t in fresh))
+        key = ("prefix", tuple(conditioning.tensors), tuple((tuple(t.shape), t.dtype) for t in fresh), self._size)
         buffers = self.lanes.buffers(key, fresh)
 
         def call() -> Tensor:
@@ -204,7 +206,7 @@ class RolloutExecutor:
             which = len(forwards) - 1 if noisy else 0
             step = functools.partial(self._step, plan, lane, live, noisy, recorded, forwards[which], lane.prepared[which])
             lane.step.fill_(k)
-            key = (id(lane), phase, live, noisy, recorded, which)
+            key = (id(lane), phase, live, noisy, recorded, which, self._size)
             v, mean, logp = step() if graphs is None else graphs(key, step, lane.statics())
             self.counts[phase].calls += 1
             self.counts[phase].evaluations += live

@@ -1,6 +1,7 @@
 """The rollout engine inside whole iterations: on-policy ratio under FP8, capture's contract, chunks, tails, sizes."""
 
 import dataclasses
+from collections.abc import Hashable
 
 import pytest
 import torch
@@ -238,6 +239,25 @@ def test_an_iteration_takes_one_of_the_recipes_sizes_and_evaluation_its_own() ->
     again.update = lambda draw, advantage: (_ for _ in ()).throw(AssertionError(draw.samples.final.shape[1]))
     with pytest.raises(AssertionError, match=str(seen[0])):
         again.iteration()
+
+
+def test_a_step_captured_for_one_size_is_not_replayed_for_another_of_as_many_latents() -> None:
+    """Where a latent lies in the picture is no tensor of the rollout's: a graph of 32 x 48 means 32 x 48."""
+    model = ModelConfig(height=32, width=48, buckets=("32x48", "48x32"))
+    trainer = tiny_trainer(dataclasses.replace(small(engine=engine(cuda_graphs=True)), model=model))
+    sizes: dict[Hashable, set[tuple[int, int]]] = {}
+    ask = StepGraphs.__call__
+
+    class Watched(StepGraphs):
+        def __call__(self, key, step, statics):
+            sizes.setdefault(key, set()).add(trainer.model.grid)
+            return ask(self, key, step, statics)
+
+    trainer.executor.graphs.__class__ = Watched
+    for _ in range(6):
+        trainer.iteration()
+    assert {len(each) for each in sizes.values()} == {1}
+    assert set.union(*sizes.values()) == {(4, 6), (6, 4)}
 
 
 @pytest.mark.parametrize("bucket", ["32", "0x32", "32x", "axb", "32x32x3"])
