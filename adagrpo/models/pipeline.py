@@ -75,7 +75,7 @@ def check_source(family: Family, source: Source) -> None:
 
 def present_components(family: Family, index: Mapping[str, Any]) -> tuple[Component, ...]:
     """The family's components without the optional ones that a ``model_index.json`` holds as null."""
-    return tuple(c for c in family.components if not (c.optional and index.get(c.name, [None])[:1] == [None]))
+    return tuple(c for c in family.components if not (c.optional and index.get(c.name) in (None, [None, None])))
 
 
 def check_pipeline(family: Family, source: Source) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from .base import Conditioning, PromptEncoder
 from .export import existing, load_lora, refuse_other_weights, save_lora, scheduler_options, stock_call
-from .loading import first_line
+from .loading import first_line, quiet
 from .pipeline import Source
 from .registry import Family
 from .schedule import make_scheduler, scheduler_levels
@@ -288,7 +288,8 @@ class Policy(abc.ABC):
             self.save_portable(folder)
             return stock_call(self.family, self.source, folder, self.dtype, self.device, shift, arguments, note, absent)
         self.pipeline.scheduler = make_scheduler(self.scheduler if isinstance(shift, str) else scheduler_options(shift))
-        self.pipeline.save_pretrained(folder)
+        with quiet():  # of the parts that it does without
+            self.pipeline.save_pretrained(folder)
         return stock_call(self.family, Source(str(folder)), None, self.dtype, self.device, shift, arguments, note, absent)
 
 

@@ -92,10 +92,12 @@ class Sd3Model(Policy):
         Raises:
             InputError: sizes that do not divide into patches, or that have more of them than learned positions.
         """
-        super().resize(height, width)
         most = self.transformer.config.pos_embed_max_size * self.multiple
         if max(height, width) > most:
-            raise InputError(f"model.height x model.width = {height} x {width}: this model has positions for {most} pixels")
+            raise InputError(
+                f"model.height x model.width = {height} x {width}: this model has positions for {most} pixels at most"
+            )
+        super().resize(height, width)
 
     @property
     def _latents(self) -> tuple[int, int]:

@@ -167,7 +167,7 @@ def _read(file: Path, where: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ) from error
     except Exception as error:  # safetensors' error derives from nothing narrower
         raise InputError(f"{where}: {file.name} cannot be read ({first_line(error)}); save it again") from error
-    if odd := [name for name, t in tensors.items() if t.dtype not in _DTYPES]:
+    if odd := [name for name, t in tensors.items() if t.dtype not in _DTYPES and t.numel() > 1]:  # an alpha may be an integer
         raise InputError(f"{where}: {odd[0]} is {tensors[odd[0]].dtype}; save it in bf16, fp16 or fp32")
     if bad := not_finite(tensors):
         raise InputError(f"{where}: {bad[0]} holds values that are not finite; save it again")

@@ -114,7 +114,8 @@ def resolve(layers: Sequence[Layer]) -> Recipe:
 
     Single keys take each other's place; lists, ``kwargs`` and ``[[rewards]]`` do so as a whole. An inherited key is dropped, so
     that its default holds, if nothing reads it beside the other values; ``kwargs`` also if a later layer names another part to
-    take them. Values that contradict each other stay, for ``check`` to refuse.
+    take them, and a guidance if the model is of another family. Values that contradict each other stay, for ``check`` to
+    refuse.
     """
     origins: dict[str, Layer] = {}
     dropped: list[Dropped] = []
@@ -125,6 +126,9 @@ def resolve(layers: Sequence[Layer]) -> Recipe:
         if "rewards" in layer.values:
             origins = {key: below for key, below in origins.items() if not key.startswith("rewards.")}
         origins |= dict.fromkeys(layer.values, layer)
+    if (below := origins.get("model.guidance")) and not below.own and _family(layers) != _family(layers, below):
+        dropped.append(Dropped("model.guidance", shown(below.values["model.guidance"]), below.source, "was for another family"))
+        del origins["model.guidance"]
     while True:
         config = Config()
         for key, layer in origins.items():
@@ -138,6 +142,16 @@ def resolve(layers: Sequence[Layer]) -> Recipe:
         value = problem.value if problem.key == problem.unread else lookup(config, problem.unread)
         dropped.append(Dropped(problem.unread, shown(value), unread.source, problem.remedy))
         del origins[problem.unread]
+
+
+def _family(layers: Sequence[Layer], last: Layer | None = None) -> str:
+    """``model.family`` of the layers, or of those up to ``last``."""
+    found = Config().model.family
+    for layer in layers:
+        found = layer.values.get("model.family", found)
+        if layer is last:
+            break
+    return found
 
 
 def _kwargs_of_others(layer: Layer, origins: Mapping[str, Layer]) -> list[str]:

@@ -1,6 +1,7 @@
 """The SD3 adapter against the stock diffusers pipeline, with and without guidance, negative prompt and T5."""
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -261,6 +262,7 @@ def test_what_the_model_cannot_be_is_refused(folder: Path, without_t5: Path, tmp
         model.resize(HEIGHT, WIDTH + 4)
     with pytest.raises(InputError, match="has positions for 96 pixels"):
         model.resize(HEIGHT, 104)
+    assert model.grid == (HEIGHT // 8, WIDTH // 8)
     with pytest.raises(InputError, match=r"a StableDiffusion3Pipeline; model\.family = flux needs a FluxPipeline"):
         build_trainer(recipe(folder, model={"family": "flux"}))
 
@@ -275,6 +277,17 @@ def test_the_default_guidance_is_the_familys(folder: Path, tmp_path: Path) -> No
         assert load_recipe(file) == config
     file.write_text("[model]\nfamily = 'flux'\n")
     assert load_recipe(file).model.guidance == 3.5
+    file.write_text(f"base = 'flux1-dev-lora'\n[model]\nfamily = 'sd3'\npath = '{folder}'\n")
+    assert load_recipe(file).model.guidance == 4.5, "FLUX.1-dev's 3.5 is a distilled one"
+
+
+def test_an_absent_encoder_may_be_null_itself(without_t5: Path, tmp_path: Path) -> None:
+    for part in without_t5.iterdir():
+        (tmp_path / part.name).symlink_to(part)
+    index = json.loads((without_t5 / "model_index.json").read_text())
+    (tmp_path / "model_index.json").unlink()
+    (tmp_path / "model_index.json").write_text(json.dumps(index | {"text_encoder_3": None, "tokenizer_3": None}))
+    assert "text_encoder_3" not in loaded(tmp_path).components
 
 
 def test_a_plan_of_the_folder_needs_no_weights(folder: Path, without_t5: Path) -> None:

@@ -131,6 +131,14 @@ def test_a_file_means_what_it_says(write, tmp_path) -> None:
         torch.testing.assert_close(found, velocity(model.around(stock.transformer)), atol=2e-5, rtol=1e-5)
 
 
+def test_an_alpha_may_be_an_integer(tmp_path) -> None:
+    tensors_with_alpha(tmp_path)
+    file = tmp_path / "any.safetensors"
+    of_floats = velocity(started(file)[0])
+    save_file({name: t.long() if name.endswith(".alpha") else t for name, t in load_file(file).items()}, file)
+    assert torch.equal(velocity(started(file)[0]), of_floats)
+
+
 def test_a_lower_rank_leaves_the_rest_as_initialised(tmp_path) -> None:
     plain(tmp_path)
     model, fresh = started(tmp_path)[0], small_flux(TARGETS)
