@@ -126,8 +126,10 @@ def resolve(layers: Sequence[Layer]) -> Recipe:
         if "rewards" in layer.values:
             origins = {key: below for key, below in origins.items() if not key.startswith("rewards.")}
         origins |= dict.fromkeys(layer.values, layer)
-    if (below := origins.get("model.guidance")) and not below.own and _family(layers) != _family(layers, below):
-        dropped.append(Dropped("model.guidance", shown(below.values["model.guidance"]), below.source, "was for another family"))
+    guiding = origins.get("model.guidance")
+    if guiding and not guiding.own and _family(layers) != _family(layers, guiding):
+        value = shown(guiding.values["model.guidance"])
+        dropped.append(Dropped("model.guidance", value, guiding.source, "was for another family"))
         del origins["model.guidance"]
     while True:
         config = Config()
