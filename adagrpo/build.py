@@ -181,7 +181,7 @@ def build_trainer(
     check_engine(config)
     prompts, held_out = load_data(config)
     own = load_plugins(config)
-    rewards = [build_reward(r.name, r.kwargs, f"rewards.{i}") for i, r in enumerate(config.rewards)]
+    rewards = [build_reward(r.name, r.kwargs, f"rewards.{i}", r.dtype) for i, r in enumerate(config.rewards)]
     model = model or build_model(config.model, restored)
     for bucket in config.model.buckets:
         try:

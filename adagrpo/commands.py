@@ -104,7 +104,7 @@ def dry_run(config: Config, out: Path | None = None, resume: str | None = None) 
     prompts, held_out = load_data(config)
     load_plugins(config)
     for i, reward in enumerate(config.rewards):
-        check_reward_files(reward.name, reward.kwargs, f"rewards.{i}")
+        check_reward_files(reward.name, reward.kwargs, f"rewards.{i}", reward.dtype)
     check_loggers(config.output.loggers)
     if out is not None:
         check_opening(config, out, resume)
@@ -176,7 +176,7 @@ def fidelity(config: Config, checkpoint: Path | None, slots: int, out: Path | No
         keys = "engine.precision, engine.forward, engine.attention or rollout.tail_steps"
         raise InputError(f"{config.name}: its rollouts are the policy's own; set {keys}")
     prompts = load_prompts(config.data.prompts, "data.prompts", config.data.allow_duplicates, config.data.kwargs)
-    rewards = [build_reward(r.name, r.kwargs, f"rewards.{i}") for i, r in enumerate(config.rewards)]
+    rewards = [build_reward(r.name, r.kwargs, f"rewards.{i}", r.dtype) for i, r in enumerate(config.rewards)]
     model = load_model(config, checkpoint)
     with tqdm(total=slots, unit="slot", disable=None) as bar:
         found = compare(config, model, rewards, prompts, slots, lambda done: bar.update(done - bar.n))

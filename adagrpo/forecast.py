@@ -81,7 +81,7 @@ def planned_memory(
 def _judges(config: Config, rewards: Sequence[object] | None) -> dict[str, object]:
     """The rewards by name, or what is published of their sizes."""
     if rewards is None:
-        return {reward.name: published_bytes(reward.name, reward.kwargs) for reward in config.rewards}
+        return {reward.name: published_bytes(reward.name, reward.kwargs, reward.dtype) for reward in config.rewards}
     return {key.name: reward for key, reward in zip(config.rewards, rewards, strict=True)}
 
 
@@ -111,9 +111,9 @@ def iteration_prediction(config: Config, rehearsal: Rehearsal, device: Device) -
     return predict(rehearsal, planned_calls(config), device, steps, fp8, averages)
 
 
-def published_bytes(name: str, kwargs: Mapping[str, object]) -> int | None:
+def published_bytes(name: str, kwargs: Mapping[str, object], dtype: str = "fp32") -> int | None:
     """Size of a built-in reward with its default checkpoint; None if it is not known."""
     parameters = BUILT_IN[name].parameters if name in BUILT_IN and "path" not in kwargs else None
     if parameters is None:
         return None
-    return parameters * DTYPES[str(kwargs.get("dtype", "fp32"))].itemsize
+    return parameters * DTYPES[str(kwargs.get("dtype", dtype))].itemsize

@@ -147,7 +147,12 @@ def _annotated(table: dict[str, Any], header: str, prefix: str, origin: Callable
         yield from (f"{first}  # {origin(prefix + key)}", *more)
     for key, value in tables.items():
         if key == "kwargs":
-            yield from ("", f"[{header}{key}]  # {origin(prefix + key)}", *tomli_w.dumps(value).split("\n")[:-1])
+            inner = {name: table for name, table in value.items() if isinstance(table, dict)}
+            plain = {name: leaf for name, leaf in value.items() if name not in inner}
+            yield from ("", f"[{header}{key}]  # {origin(prefix + key)}", *tomli_w.dumps(plain).split("\n")[:-1])
+            for name, leaves in inner.items():
+                (head, *lines) = tomli_w.dumps({name: leaves}).split("\n")[:-1]
+                yield from ("", f"[{header}{key}.{head[1:-1]}]", *lines)
         elif key == "rewards":
             for i, reward in enumerate(value):
                 yield from ("", f"[[{key}]]", *_annotated(reward, f"{key}.", f"{key}.{i}.", origin))
@@ -167,7 +172,7 @@ def _build(cls: Any, data: dict[str, Any], source: str, prefix: str) -> Any:
 
 def _convert(hint: Any, value: Any, source: str, key: str) -> Any:
     def wrong(expected: str) -> InputError:
-        named = ".kwargs." in f".{key}" and is_secret(key.rpartition(".")[2], "text")
+        named = any(is_secret(part, "text") for part in f".{key}".partition(".kwargs.")[2].split("."))
         return InputError(f"{source}: {key} = {REDACTED if named else shown(value)}: expected {expected}")
 
     origin, args = typing.get_origin(hint), typing.get_args(hint)
@@ -195,9 +200,12 @@ def _convert(hint: Any, value: Any, source: str, key: str) -> Any:
             raise wrong(f"a number, or {' or '.join(words)}")
         return value if isinstance(value, str) else _convert(number, value, source, key)
     if origin is types.UnionType:
-        if not isinstance(value, args):
-            raise wrong("a string, a number, true or false")
-        return value
+        for kind in args:
+            shape = typing.get_origin(kind) or kind
+            if isinstance(value, list if shape is tuple else shape):
+                return value if shape is kind else _convert(kind, value, source, key)
+        table = ", or a table of these" if any(typing.get_origin(kind) is dict for kind in args) else ""
+        raise wrong(f"a string, a number, true or false, a list of strings{table}")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         try:
             return float(value)

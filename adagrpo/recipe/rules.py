@@ -356,6 +356,16 @@ def _check_rewards(c: Config) -> Iterator[Problem]:
     for i, reward in enumerate(c.rewards):
         if not 0 < reward.weight < float("inf"):
             yield Problem(f"rewards.{i}.weight", reward.weight, "must be above 0")
+        if not (reward.scale and abs(reward.scale) < float("inf")):
+            yield Problem(f"rewards.{i}.scale", reward.scale, "must be a number other than 0")
+        if not 0 <= reward.rows < float("inf"):
+            yield Problem(f"rewards.{i}.rows", reward.rows, "must be at least 0 (a whole chunk)")
+        if not re.fullmatch(r"|cpu|cuda(:\d{1,3})?", reward.device):
+            yield Problem(f"rewards.{i}.device", reward.device, "must be cpu, cuda, cuda:N or empty (the model's device)")
+        if reward.dtype != "fp32" and "dtype" in reward.kwargs:
+            yield Problem(
+                f"rewards.{i}.kwargs.dtype", reward.kwargs["dtype"], f"rewards.{i}.dtype is given too; remove one of them"
+            )
         if not 0 <= reward.timeout <= LONGEST_TIMEOUT:
             yield Problem(
                 f"rewards.{i}.timeout", reward.timeout, f"must be from 0 (waits for ever) to {LONGEST_TIMEOUT:g} seconds"

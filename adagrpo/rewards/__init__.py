@@ -47,29 +47,50 @@ def reward_target(name: str, key: str = "rewards") -> str:
     return target
 
 
-def check_reward(name: str, kwargs: Mapping[str, Any], key: str = "rewards") -> Callable[..., Any]:
-    """The class or factory of a reward, after checking that it takes ``kwargs``; nothing is loaded.
+def check_reward(name: str, kwargs: Mapping[str, Any], key: str = "rewards", dtype: str = "fp32") -> Callable[..., Any]:
+    """The class or factory of a reward, after checking that it takes ``kwargs`` and ``dtype``; nothing is loaded.
+
+    Args:
+        dtype: of its weights, handed to it where it takes one; ``kwargs`` may hold it instead.
 
     Raises:
         InputError: unknown name, import failure, or arguments it does not take.
     """
-    resolved(kwargs, key)
+    return _with_arguments(name, kwargs, key, dtype)[0]
+
+
+def _with_arguments(name: str, kwargs: Mapping[str, Any], key: str, dtype: str) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """The class or factory of a reward, and all that it is to be called with."""
+    given = resolved(kwargs, key)
     factory = load_attribute(reward_target(name, key), key)
-    check_call(factory, key, name, 0, kwargs)
-    return factory
+    if "dtype" not in given and (name in BUILT_IN or dtype != "fp32"):
+        if _takes_dtype(factory):
+            given["dtype"] = dtype
+        elif dtype != "fp32":
+            raise InputError(f"{key}.dtype = {dtype}: {name} has no weights in a precision of choice; leave the key out")
+    check_call(factory, key, name, 0, given)
+    return factory, given
 
 
-def check_reward_files(name: str, kwargs: Mapping[str, Any], key: str = "rewards") -> None:
-    """``check_reward``, and of a built-in reward what its files' headers say; no weight is read.
+def _takes_dtype(factory: Callable[..., Any]) -> bool:
+    try:
+        return "dtype" in inspect.signature(factory).parameters
+    except (TypeError, ValueError):
+        return False
+
+
+def check_reward_files(name: str, kwargs: Mapping[str, Any], key: str = "rewards", dtype: str = "fp32") -> Callable[..., Any]:
+    """``check_reward``, and of a built-in reward what its files' headers say; no weight is read. Returns its class or factory.
 
     Raises:
         InputError: what ``check_reward`` refuses, or files that lack or exceed what the reward is made of.
     """
-    factory = check_reward(name, kwargs, key)
+    factory, given = _with_arguments(name, kwargs, key, dtype)
     if name in BUILT_IN and hasattr(factory, "check"):
-        arguments = inspect.signature(factory).bind(**resolved(kwargs, key))
+        arguments = inspect.signature(factory).bind(**given)
         arguments.apply_defaults()
         factory.check(**arguments.arguments)
+    return factory
 
 
 def check_prompts(name: str, kwargs: Mapping[str, Any], prompts: Sequence[str], key: str = "rewards") -> None:
@@ -87,13 +108,13 @@ def check_prompts(name: str, kwargs: Mapping[str, Any], prompts: Sequence[str], 
         raise InputError(str(error) if str(error).startswith(key) else f"{key} = {name}: {error}") from error
 
 
-def build_reward(name: str, kwargs: Mapping[str, Any], key: str = "rewards") -> Reward:
-    """A built-in reward by name, or ``package.module:attribute``; a class or factory called with ``kwargs``.
+def build_reward(name: str, kwargs: Mapping[str, Any], key: str = "rewards", dtype: str = "fp32") -> Reward:
+    """A built-in reward by name, or ``package.module:attribute``; a class or factory called with ``kwargs`` and ``dtype``.
 
     Raises:
         InputError: unknown name, import failure, arguments it does not take, or a result that is not a reward.
     """
-    factory, kwargs = check_reward(name, kwargs, key), resolved(kwargs, key)
+    factory, kwargs = _with_arguments(name, kwargs, key, dtype)
     part = Part(f"{key} = {name}", InputError, ": cannot be built", passes=(InputError,))
     reward: Reward = build_part(part, lambda: factory(**kwargs))
     check_call(reward, key, f"{name}(...)", 2, {})

@@ -186,7 +186,11 @@ _KEYS: dict[str, list[tuple[Rule, str]]] = {
     ],
     "guards": [(KEPT, "max_rollbacks")],
     "budget": [(FREE, "evaluations time cheap_evaluations cheap_time")],
-    "rewards": [(FREE, "*.timeout"), (FIXED, "*.name *.weight *.kwargs")],
+    "rewards": [
+        (FREE, "*.timeout *.offload"),
+        (EQUAL, "*.device *.rows"),
+        (FIXED, "*.name *.weight *.kwargs *.scale *.shift *.dtype"),
+    ],
 }
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from ..errors import InputError
@@ -39,17 +39,23 @@ def is_secret(key: str, value: Any) -> bool:
 
 
 def redacted_kwargs(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """``kwargs`` without secrets."""
-    return {key: REDACTED if is_secret(key, value) else value for key, value in kwargs.items()}
+    """``kwargs`` without secrets; a table or list that is named like one is one as a whole."""
+    return {key: REDACTED if is_secret(key, value) else _inside(value, redacted_kwargs) for key, value in kwargs.items()}
+
+
+def _inside(value: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
+    """A table changed; anything else as it is."""
+    return change(value) if isinstance(value, dict) else value
 
 
 def comparable(config: C) -> C:
     """As ``redacted``, with references to the environment redacted too: where a secret comes from changes no run."""
-    return _with_kwargs(config, lambda kwargs: redacted_kwargs({k: _plain(k, v) for k, v in kwargs.items()}))
+    return _with_kwargs(config, lambda kwargs: redacted_kwargs(_without_references(kwargs)))
 
 
-def _plain(key: str, value: Any) -> Any:
-    return REDACTED if _NAME.search(key) and isinstance(value, str) and value.startswith(ENVIRONMENT) else value
+def _without_references(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    from_environment = lambda key, v: _NAME.search(key) and isinstance(v, str) and v.startswith(ENVIRONMENT)  # noqa: E731
+    return {key: REDACTED if from_environment(key, v) else _inside(v, _without_references) for key, v in kwargs.items()}
 
 
 def redacted(config: C) -> C:
@@ -68,10 +74,16 @@ def restored(config: C, original: C) -> C:
     for field in dataclasses.fields(config):
         value, before = getattr(config, field.name), getattr(original, field.name, None)
         if field.name == "kwargs" and isinstance(before, dict):
-            changes["kwargs"] = {k: before.get(k, v) if v == REDACTED else v for k, v in value.items()}
+            changes["kwargs"] = _restored_kwargs(value, before)
         else:
             changes[field.name] = restored(value, before)
     return dataclasses.replace(config, **changes)
+
+
+def _restored_kwargs(kwargs: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    found = {key: before.get(key, value) if value == REDACTED else value for key, value in kwargs.items()}
+    both = {key: value for key, value in found.items() if isinstance(value, dict) and isinstance(before.get(key), dict)}
+    return found | {key: _restored_kwargs(value, before[key]) for key, value in both.items()}
 
 
 def _with_kwargs(value: Any, change: Any) -> Any:
@@ -120,6 +132,8 @@ def resolved(kwargs: Mapping[str, Any], key: str) -> dict[str, Any]:
     """
     found = dict(kwargs)
     for name, value in kwargs.items():
+        if isinstance(value, dict):
+            found[name] = resolved(value, key)
         if not _NAME.search(name) or not isinstance(value, str):
             continue
         if value == REDACTED:

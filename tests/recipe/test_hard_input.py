@@ -41,7 +41,7 @@ def refusal(capsys, *args: str) -> str:
     [
         ("x = " + "[" * 5000 + "]" * 5000, "not valid TOML: nested too deeply"),
         ("x = " + "{a=" * 5000 + "1" + "}" * 5000, "not valid TOML: nested too deeply"),
-        ("[data.kwargs]\n" + ".".join("a" * 4000) + " = 1", "data.kwargs.a = a dict nested too deeply: expected"),
+        ("[data.kwargs]\n" + ".".join("a" * 4000) + " = 1", "data.kwargs.a.a = a dict nested too deeply: expected"),
         ("[train]\nseed = " + "9" * 5000, "9 in line 2 has more than 4300 digits; write a smaller"),
         ("[train]\nseed = 0x" + "f" * 5000, "train.seed = int too long to show: must be at most"),
         ("[optimizer]\nlr = 0x" + "f" * 5000, "optimizer.lr = int too long to show: expected a number"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from .kwargs import KwargValue
 
@@ -24,14 +25,28 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """One reward: a built-in name, its weight, its arguments, and its time."""
+    """One reward: a built-in name or package.module:attribute, its weight, its arguments, and how it is called."""
 
     name: str = "tiny"
     weight: float = 1.0
-    kwargs: dict[str, KwargValue] = field(default_factory=dict)
+    """Of its advantages, against those of the other rewards."""
+    scale: float = 1.0
+    """Its scores are used, and reported, as score × scale + shift; below 0 where less is better."""
+    shift: float = 0.0
+    """See scale."""
+    device: str = ""
+    """Where it works: empty is the model's device; cpu, cuda:N. Images are copied there once per chunk."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Precision of its weights, for rewards that have some. Run `adagrpo fidelity` first: it compares bf16 scores with fp32."""
+    rows: int = 0
+    """Images per call, at most; 0 is a whole chunk of engine.decode_rows."""
+    offload: bool = False
+    """Its weights wait in the host's memory while nothing is scored."""
     timeout: float = 600.0
-    """Seconds that it may take for one batch of images; 0 waits for ever, and calls it in the trainer's own thread. A reward
-    that takes longer ends the run, after saving it."""
+    """Seconds that one call may take; 0 waits for ever, and calls a reward that works on the device in the trainer's own
+    thread. A reward that takes longer ends the run, after saving it."""
+    kwargs: dict[str, KwargValue] = field(default_factory=dict)
+    """Its arguments: values, lists of strings, or tables of these, such as `kwargs.architecture = {vision_heads = 16}`."""
 
 
 @dataclass(frozen=True)
