@@ -16,6 +16,7 @@ from .recipe.keys import Config
 from .recipe.layers import Recipe
 from .recipe.load import read_recipe
 from .text.redaction import redacted, restored
+from .text.refusals import UNSUPPORTED
 from .text.user_text import parse_toml, require_within, shown
 
 
@@ -79,6 +80,10 @@ def configured(recipe: Recipe, overrides: list[str], command: str) -> Recipe:
     if overrides:
         import tyro
 
+        for option in overrides:  # of which tyro would only say that it is none
+            name = option.partition("=")[0].rpartition(".")[2].replace("-", "_")
+            if option.startswith("--") and name in UNSUPPORTED:
+                raise InputError(f"{option}: unknown key: {UNSUPPORTED[name]}")
         given, words = new_arguments(recipe.config, overrides)
         default = redacted(given)  # its help prints the values
         config = restored(tyro.cli(Config, default=default, args=words, prog=f"adagrpo {command}"), given)

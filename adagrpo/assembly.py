@@ -119,6 +119,18 @@ def build_table(config: Config, model: FlowModel, size: tuple[int, int]) -> Roll
     return d.table_at(lambda steps: own_levels(model, steps, *size)) if config.rollout.shift == "model" else d.table
 
 
+def own_noise_levels(config: Config, model: FlowModel) -> dict[str, Tensor]:
+    """The levels of every size and number of steps that a recipe takes from its model; none where ``shift`` is a number.
+
+    Raises:
+        InputError: the model does not say them.
+    """
+    s, r = config.selection, config.rollout
+    counts = (r.steps, *[s.probe_steps] * (s.judge == "short")) if r.shift == "model" else ()
+    sizes = sampled_sizes(config)
+    return {f"{h}x{w} in {steps} steps": own_levels(model, steps, h, w) for h, w in sizes for steps in counts}
+
+
 def replaced_levels(config: Config, model: FlowModel) -> str | None:
     """What to tell a run whose ``rollout.shift`` is not that of the model's own pipeline."""
     shift, steps = config.rollout.shift, config.rollout.steps

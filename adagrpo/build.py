@@ -19,6 +19,7 @@ from .assembly import (
     build_objective,
     build_optimizer,
     build_sampler,
+    own_noise_levels,
     replaced_levels,
 )
 from .curriculum.judge import Curriculum
@@ -93,6 +94,17 @@ def check_model(config: ModelConfig, restored: bool = False) -> str | None:
             return "; ".join(filter(None, (unchecked, start and start.notice)))
         unchecked = f"{unchecked}, and model.lora_from against them"
     return unchecked or None
+
+
+def check_levels(config: Config) -> None:
+    """Refuse noise levels that the model of a folder does not have, without loading it.
+
+    Raises:
+        InputError: its scheduler says none that are known here.
+    """
+    m = config.model
+    if config.rollout.shift == "model" and m.family in FAMILIES and Path(_model_path(m)).is_dir():
+        own_noise_levels(config, build_architecture(dataclasses.replace(m, tuning="full", lora_from="")))
 
 
 def check_engine(config: Config) -> None:
@@ -182,7 +194,9 @@ def build_trainer(
     prompts, held_out = load_data(config)
     own = load_plugins(config)
     rewards = [build_reward(r.name, r.kwargs, f"rewards.{i}", r.dtype) for i, r in enumerate(config.rewards)]
-    model = model or build_model(config.model, restored)
+    if model is None:
+        check_levels(config)
+        model = build_model(config.model, restored)
     for bucket in config.model.buckets:
         try:
             model.resize(*bucket_size(bucket))

@@ -11,12 +11,13 @@ from typing import Any
 from tqdm import tqdm
 
 from .algorithm.sde import Stream
-from .assembly import build_executor, build_table, sampled_sizes
+from .assembly import build_executor, build_table, own_noise_levels, sampled_sizes
 from .build import (
     build_architecture,
     build_model,
     build_trainer,
     check_engine,
+    check_levels,
     check_model,
     choose_device,
     load_data,
@@ -101,6 +102,7 @@ def dry_run(config: Config, out: Path | None = None, resume: str | None = None) 
     check_engine(config)
     goes_on = out is not None and resume is not None and not RunFolder.never_saved(out)
     unchecked = check_model(config.model, restored=goes_on)
+    check_levels(config)
     prompts, held_out = load_data(config)
     load_plugins(config)
     for i, reward in enumerate(config.rewards):
@@ -241,7 +243,8 @@ def load_model(config: Config, checkpoint: Path | None) -> FlowModel:
     model = build_model(config.model, restored=checkpoint is not None)
     if checkpoint is not None:
         say = lambda message: print(f"note: {message}", file=sys.stderr)  # noqa: E731
-        Origin(model, config.model.path, to_toml(config), False, say).check(checkpoint)
+        levels = own_noise_levels(config, model)
+        Origin(model, config.model.path, to_toml(config), False, levels, say).check(checkpoint)
         model.load_portable(checkpoint)
     return model
 

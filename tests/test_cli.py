@@ -41,6 +41,10 @@ def test_help_lists_commands_and_keys(capsys) -> None:
     [
         (("train", "tinny"), ["tinny", "did you mean tiny"]),
         (("train", "tiny", "--train.slotz", "3"), ["train.slotz", "--train.slots"]),
+        (
+            ("train", "tiny", "--model.skip-layer-guidance-start", "0.1"),
+            ["unknown key", "skip-layer guidance is not supported"],
+        ),
         (("train", "tiny", "--train.slots", "many"), ["train.slots"]),
         (("train", "tiny", "--rollout.group-size", "1"), ["rollout.group_size = 1"]),
         (("train", "flux1-dev", "--dry-run"), ["prompts.txt", "does not exist"]),

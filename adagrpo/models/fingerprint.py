@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -13,8 +14,11 @@ from torch import Tensor, nn
 VALUES = 64  # per tensor
 _ADAPTER = re.compile(r"\.lora_\w+\.|\.lora_magnitude_vector")
 
+LEVELS = "noise levels"
+_CLOSE = 2e-6  # what another processor may round levels by, and their text
+
 Fingerprint = dict[str, dict[str, str]]
-"""Component -> tensor -> shape, and a hash of sampled values."""
+"""Component -> tensor -> shape, and a hash of sampled values; under ``LEVELS`` a rollout's size and steps -> its levels."""
 
 
 def base_components(model: Any) -> dict[str, nn.Module]:
@@ -40,12 +44,22 @@ def difference(recorded: Fingerprint, found: Fingerprint, carried: Mapping[str, 
     """
     for part, tensors in recorded.items():
         ours, skipped = found.get(part, {}), carried.get(part, ())
-        differing = [name for name, value in tensors.items() if name not in skipped and ours.get(name) != value]
+        same = _same_levels if part == LEVELS else operator.eq
+        differing = [name for name, value in tensors.items() if name not in skipped and not same(value, ours.get(name))]
+        if differing and part == LEVELS:
+            name = differing[0]
+            return f"{part} of {name}: {tensors[name]} there, {ours.get(name, 'none')} here"
         if differing:
             name = differing[0]
             more = f" and {len(differing) - 1} more tensors" if len(differing) > 1 else ""
             return f"{part}: {name}{more}: {_how(tensors[name], ours.get(name))}"
     return None
+
+
+def levels_print(levels: Mapping[str, Tensor]) -> Fingerprint:
+    """Of noise levels that a run takes from its model, by what samples at them; nothing of none."""
+    told = {name: " ".join(f"{level:.6f}" for level in found.tolist()) for name, found in levels.items()}
+    return {LEVELS: told} if told else {}
 
 
 def trained_names(model: Any) -> dict[str, set[str]]:
@@ -74,6 +88,15 @@ def _samples(tensor: Tensor) -> Tensor:
     flat = tensor.reshape(-1)
     step = max(1, (flat.numel() - 1) // (VALUES - 1))
     return flat[:: step - (step % 2 == 0)][:VALUES]
+
+
+def _same_levels(recorded: str, found: str | None) -> bool:
+    """Whether they are equal to rounding."""
+    try:
+        one, other = ([float(level) for level in text.split()] for text in (recorded, found or ""))
+    except (ValueError, AttributeError):  # a damaged record
+        return False
+    return len(one) == len(other) and all(abs(a - b) <= _CLOSE for a, b in zip(one, other, strict=True))
 
 
 def _plain(name: str) -> str:

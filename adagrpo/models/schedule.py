@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from .loading import first_line
 
 _SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 _KEY = 'rollout.shift = "model"'
+_TIMESTEPS = 1000  # what every family's velocity multiplies a noise level by
 
 
 def make_scheduler(config: Mapping[str, Any] | None) -> Any:
@@ -28,9 +30,17 @@ def make_scheduler(config: Mapping[str, Any] | None) -> Any:
         raise InputError(f"{_KEY}: a model of random weights has no scheduler of its own; name a number")
     if (kind := config.get("_class_name", _SCHEDULER)) != _SCHEDULER:
         raise InputError(f"{_KEY}: the noise levels of the model's {kind} are not known here, only those of {_SCHEDULER}")
+    for option, meant, why in (
+        ("stochastic_sampling", False, "its pipeline draws noise at every step, evaluations and exports here draw none"),
+        ("invert_sigmas", False, "its levels rise, those of this trainer fall from noise to pictures"),
+        ("num_train_timesteps", _TIMESTEPS, f"timesteps here are {_TIMESTEPS} times the noise level"),
+    ):
+        if (value := config.get(option, meant)) != meant:
+            told = f"{option} = {json.dumps(value, default=str)} in the model's scheduler_config.json: {why}"
+            raise InputError(f"{_KEY}: {told}; set it to {json.dumps(meant)} there, or name a number")
     try:
         return FlowMatchEulerDiscreteScheduler.from_config(dict(config))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ImportError) as error:
         raise InputError(f"{_KEY}: the model's scheduler cannot be made: {first_line(error)}") from error
 
 

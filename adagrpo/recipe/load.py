@@ -15,6 +15,7 @@ import tomli_w
 
 from ..errors import InputError
 from ..text.redaction import REDACTED, is_secret, redacted
+from ..text.refusals import UNSUPPORTED
 from ..text.user_text import character_problem, cut, nearest, parse_toml, read_text, shown
 from .keys import Config
 from .layers import Layer, Recipe, resolve
@@ -165,7 +166,8 @@ def _build(cls: Any, data: dict[str, Any], source: str, prefix: str) -> Any:
     known = list(hints) if prefix else ["base", *hints]
     for key in data:
         if key not in hints:
-            raise InputError(f"{source}: unknown key {prefix}{cut(key)}{nearest(key, known)}")
+            why = f": {UNSUPPORTED[key]}" if key in UNSUPPORTED else nearest(key, known)
+            raise InputError(f"{source}: unknown key {prefix}{cut(key)}{why}")
     values = {key: _convert(hints[key], value, source, prefix + key) for key, value in data.items()}
     return cls(**values)
 

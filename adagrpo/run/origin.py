@@ -4,13 +4,23 @@ can be sampled and exported by itself and never acts on another base."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+
+from torch import Tensor
 
 from ..disk.files import set_aside, write_json
 from ..errors import InputError
 from ..models.base import FlowModel
-from ..models.fingerprint import Fingerprint, base_components, difference, fingerprint, trained_names
+from ..models.fingerprint import (
+    LEVELS,
+    Fingerprint,
+    base_components,
+    difference,
+    fingerprint,
+    levels_print,
+    trained_names,
+)
 
 RECIPE, BASE = "config.toml", "base.json"
 
@@ -23,11 +33,20 @@ class Origin:
         path: of the model, for errors.
         recipe: as TOML.
         refers_to_start: whether fully trained tensors are measured against their initial values (the KL term).
+        levels: noise levels that the run takes from the model, by what samples at them.
         say: told where an older version recorded nothing.
     """
 
-    def __init__(self, model: FlowModel, path: str, recipe: str, refers_to_start: bool, say: Callable[[str], object]) -> None:
-        self.base = fingerprint(base_components(model))
+    def __init__(
+        self,
+        model: FlowModel,
+        path: str,
+        recipe: str,
+        refers_to_start: bool,
+        levels: Mapping[str, Tensor],
+        say: Callable[[str], object],
+    ) -> None:
+        self.base = fingerprint(base_components(model)) | levels_print(levels)
         self.path, self.recipe, self.say = path, recipe, say
         self.carried = {} if refers_to_start else trained_names(model)
 
@@ -66,6 +85,8 @@ class Origin:
         if recorded is None:
             self.say(f"{checkpoint}: records no fingerprint of its base model (an older version's): not compared")
             return
+        if LEVELS in self.base and LEVELS not in recorded:
+            self.say(f"{checkpoint}: records no noise levels of its model's own (an older version's): not compared")
         other = difference(recorded, self.base, self.carried)
         if other is not None:
             began = "began from another model than this one"

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from ..assembly import own_noise_levels
 from ..disk.files import WriteError, writing
 from ..errors import InputError, RunError
 from ..parts.isolation import own
@@ -44,7 +45,7 @@ class RunState:
     def __init__(self, config: Config, trainer: Trainer, run: RunFolder, held_out: HeldOut, telling: Telling) -> None:
         self.config, self.trainer, self.run, self.held_out, self.telling = config, trainer, run, held_out, telling
         base = self.config.model.path, to_toml(self.config), self.config.loss.kl_weight > 0
-        self.origin = Origin(trainer.model, *base, telling.warn)
+        self.origin = Origin(trainer.model, *base, own_noise_levels(self.config, trainer.model), telling.warn)
         self.guards = Guards(self.config.guards)
         self.rollbacks, self.best = 0, -math.inf
         self.unfinished: dict[str, Any] | None = None

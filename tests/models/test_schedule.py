@@ -75,7 +75,7 @@ def test_a_scheduler_that_is_handed_no_levels_has_its_own(steps: int) -> None:
     [
         (None, "random weights has no scheduler"),
         ({"_class_name": "UniPCMultistepScheduler"}, "of the model's UniPCMultistepScheduler are not known"),
-        (DEV | {"invert_sigmas": True}, "5 levels that fall from at most 1 to 0, not"),
+        (DEV | {"invert_sigmas": True}, "invert_sigmas = true in the model's scheduler_config.json: its levels rise"),
         (DEV | {"use_karras_sigmas": True, "use_beta_sigmas": True}, "the model's scheduler cannot be made: Only one of"),
         (DEV | {"base_shift": None}, "the model's scheduler cannot be set up: "),
     ],

@@ -57,6 +57,15 @@ def refusal(capsys, *args: str) -> str:
         ("plan = " + '"' + "x" * 50_000 + '"', "unknown key plan"),
         ('[rollout]\nplan = "' + "x" * 50_000 + '"', "one of fork, trajectory, window"),
         ('[train]\nseed = "' + "x" * 50_000 + '"', "expected a whole number"),
+        (
+            "[model]\nskip_guidance_layers = [7, 8, 9]",
+            "unknown key model.skip_guidance_layers: skip-layer guidance is not support",
+        ),
+        (
+            "[evaluation]\nskip_layer_guidance_scale = 2.8",
+            "key evaluation.skip_layer_guidance_scale: skip-layer guidance is not",
+        ),
+        ("[model]\ntrue_cfg_scale = 4.0", "key model.true_cfg_scale: classifier-free guidance of FLUX"),
         ("k" * 50_000 + " = 1", "unknown key kkk"),
         ("a = 1\0", "holds a NUL"),
         ("#" * (1 << 16) + "#", "larger than the 64 KB"),

@@ -16,6 +16,7 @@ from adagrpo.errors import InputError
 from adagrpo.recipe.load import load_recipe, to_toml
 from adagrpo.run.fit import Fit
 from adagrpo.run.folder import RunFolder
+from adagrpo.run.origin import Origin
 from adagrpo.tiny import tiny_flux_path
 
 FILES = {
@@ -239,3 +240,22 @@ def test_a_fingerprint_sees_every_component_tensor_shape_and_place() -> None:
     assert difference(one, fingerprint({"a": wider}), {"a": ["0.weight", "0.bias"], "b": one["b"]}) is None
     half = fingerprint({"a": module().bfloat16()})
     assert half["a"]["1.weight"] != one["a"]["1.weight"]  # of what was loaded, in the dtype it was loaded in
+
+
+def test_noise_levels_of_the_models_own_are_compared_to_rounding(tmp_path) -> None:
+    said: list[str] = []
+
+    def origin(*levels: float) -> Origin:
+        own = {"8x8 in 2 steps": torch.tensor(levels)} if levels else {}
+        return Origin(ToyModel(), "toy", "", False, own, said.append)
+
+    origin(1, 0.7, 0).write(tmp_path)
+    origin(1, 0.7000004, 0).check(tmp_path)
+    with pytest.raises(
+        InputError, match=r"noise levels of 8x8 in 2 steps: 1\.000000 0\.700000 0\.000000 there, 1\.000000 0\.69"
+    ):
+        origin(1, 0.69, 0).check(tmp_path)
+    assert not said
+    origin().write(tmp_path)
+    origin(1, 0.7, 0).check(tmp_path)
+    assert said == [f"{tmp_path}: records no noise levels of its model's own (an older version's): not compared"]
