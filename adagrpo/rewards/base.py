@@ -92,6 +92,22 @@ class PromptRows(Sequence[str]):
         return part
 
 
+def matched(images: Tensor, prompts: Sequence[str]) -> PromptRows:
+    """The prompts as rows on the images' device: each text once, and an index.
+
+    Raises:
+        ValueError: images that are not [N, 3, H, W] floats or bytes, or another number of prompts.
+    """
+    if images.ndim != 4 or images.shape[1] != 3 or not (images.is_floating_point() or images.dtype == torch.uint8):
+        raise ValueError(f"images must be floats of shape [N, 3, H, W], got {images.dtype} {tuple(images.shape)}")
+    if len(prompts) != len(images):
+        raise ValueError(f"{len(images)} images need as many prompts, got {len(prompts)}")
+    if not isinstance(prompts, PromptRows):
+        places = {text: i for i, text in enumerate(dict.fromkeys(prompts))}
+        prompts = PromptRows(tuple(places), torch.tensor([places[prompt] for prompt in prompts], dtype=torch.int64))
+    return prompts if prompts.text_index.device == images.device else prompts.to(images.device)
+
+
 class Reward(Protocol):
     """Scores images against prompts.
 

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..errors import InputError
-from ..models.loading import check_finite, first_line, read_pickled, reading, refuse_differences
+from ..models.loading import check_finite, first_line, quiet, read_pickled, reading, refuse_differences
 from ..models.registry import Component
 
 M = TypeVar("M", bound=nn.Module)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 _NESTS = ("state_dict", "model", "module")  # keys under which a checkpoint keeps its model's tensors
 _PARALLEL = "module."  # before every name, where a model was saved inside DataParallel
@@ -78,6 +79,36 @@ def refuse_form(path: str, where: str) -> None:
     """
     if not Path(path).exists() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
         raise InputError(f"{where}: no such file or folder, nor a Hub id of the form owner/name")
+
+
+def read_dtype(name: str, where: str) -> torch.dtype:
+    """The dtype of a reward's weights by its name in recipes.
+
+    Raises:
+        InputError: neither ``fp32`` nor ``bf16``.
+    """
+    if name not in DTYPES:
+        raise InputError(f"{where}: dtype = {name}: one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def load_tokenizer(source: str, where: str) -> Any:
+    """The tokenizer of a folder or Hub id (downloaded unless ``HF_HUB_OFFLINE`` is set).
+
+    Raises:
+        InputError: there is none, or it cannot be downloaded.
+    """
+    refuse_form(source, where)
+    from transformers import AutoTokenizer
+
+    try:
+        with quiet(bars=False):
+            return AutoTokenizer.from_pretrained(source)
+    except Exception as error:  # the tokenizers library raises what derives from nothing narrower
+        raise InputError(
+            f"{where}: no tokenizer can be loaded from {source} ({first_line(error)}); name a folder that holds its files, or "
+            "a Hub id that can be downloaded from here"
+        ) from error
 
 
 def read_state(file: Path, where: str, device: str = "cpu") -> dict[str, Tensor]:
