@@ -68,6 +68,8 @@ class Compilation:
             if self.say is None:
                 with contextlib.suppress(torch.OutOfMemoryError):  # no news beside the first error
                     run()
-                raise RunError(f"{self.what} cannot be compiled: {reason}; use engine.forward = eager or fused") from error
+                raise RunError(
+                    f"{self.what} cannot be compiled: {reason}; use another engine.forward, such as eager"
+                ) from error
             self.say(f"{self.what} cannot be compiled and run uncompiled from now on, slower: {reason}")
             return run()

@@ -30,7 +30,7 @@ class Conditioning:
 
 @contextlib.contextmanager
 def guided(model: Any, scale: float) -> Iterator[None]:
-    """Within it, ``model`` guides by ``scale``; 0 changes nothing."""
+    """Within it, ``model`` itself guides by ``scale``, not those it made by ``around`` before; 0 changes nothing."""
     if not scale:
         yield
         return

@@ -346,8 +346,10 @@ def _check_family(c: Config) -> Iterator[Problem]:
     for key in ("model.guidance", "evaluation.guidance"):
         if family.guided and 0 < (scale := lookup(c, key)) < 1:
             yield Problem(key, scale, "must be above 1, or 1 for no guidance: between 0 and 1 there is none either")
-    if BUILT_IN_MODELS.get(c.model.path, family.name) != family.name:
-        yield Problem("model.path", c.model.path, f"is no {family.title} model: name a pipeline folder or Hub id of one")
+    known = BUILT_IN_MODELS | {path: each.name for each in FAMILIES.values() for path in each.architectures}
+    if (owner := known.get(c.model.path, family.name)) != family.name:
+        remedy = f"set model.family = {owner}, or name a pipeline folder or Hub id of one"
+        yield Problem("model.path", c.model.path, f"is no {family.title} model: {remedy}")
 
 
 def _check_rewards(c: Config) -> Iterator[Problem]:

@@ -245,6 +245,7 @@ def test_blocks_are_compiled_and_take_fp8(folder: Path) -> None:
         ({"evaluation": {"guidance": 0.5}}, r"evaluation\.guidance = 0\.5: must be above 1"),
         ({"model": {"path": "tiny-flux"}}, r"model\.path = tiny-flux: is no SD3 model"),
         ({"model": {"path": "random:flux1-dev"}}, r"model\.path = random:flux1-dev: is no SD3 model"),
+        ({"model": {"path": "black-forest-labs/FLUX.1-dev"}}, r"FLUX\.1-dev: is no SD3 model: set model\.family = flux"),
         ({"model": {"guidance": 1.0, "negative_prompt": "x"}}, r"negative_prompt = x: .*needs model\.guidance or evaluation"),
         ({"model": {"family": "flux", "path": "tiny-flux", "negative_prompt": "x"}}, r"negative_prompt = x:.*family = sd3"),
         ({"model": {"family": "flux", "path": "tiny-flux"}, "evaluation": {"guidance": 2.0}}, r"evaluation\.guidance = 2.*sd3"),
