@@ -24,6 +24,7 @@ from ..disk.files import writing
 from ..disk.lock import OwnerLock, holding
 from ..errors import InputError, RunError
 from ..evaluate.held_out import evaluate
+from ..models.base import guided
 from ..prompts.sources import load_prompts
 from ..recipe.keys import Config
 from ..run.changes import changed_keys
@@ -171,7 +172,7 @@ def train_arm(config: Config) -> dict[str, Any]:
     prompts = held_out[: e.final_prompts]
 
     def reward() -> float:
-        with trainer.optimizer.averaged_weights():
+        with trainer.optimizer.averaged_weights(), guided(trainer.model, e.guidance):
             scores = evaluate(trainer.executor, trainer.score, prompts, e.final_noises, Stream.FINAL_EVALUATION)
         trainer.phase.read()
         return float(scores[0].nanmean())

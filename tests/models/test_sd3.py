@@ -30,6 +30,7 @@ from adagrpo.recipe.load import load_recipe, to_toml
 from adagrpo.recipe.rules import check
 from adagrpo.run.fit import Fit
 from adagrpo.run.folder import RunFolder
+from adagrpo.study.seeds import train_arm
 from adagrpo.train import Trainer
 
 
@@ -206,6 +207,12 @@ def test_evaluation_has_a_guidance_of_its_own(folder: Path, tmp_path: Path, rows
     same = planned_memory(unguided, model, rehearse(model, PROMPTS[0]))
     once = next(entry.bytes for entry in same.entries if entry.phase == "evaluation")
     assert found["evaluation"].bytes > 1.5 * once
+
+
+def test_a_study_of_seeds_judges_as_a_run_does(folder: Path, rows_seen: list[int]) -> None:
+    evaluation = {"guidance": 4.5, "final_prompts": 2, "final_noises": 1}
+    train_arm(recipe(folder, model={"guidance": 1.0}, evaluation=evaluation, train={"iterations": 1, "slots": 2}))
+    assert rows_seen[:STEPS] == rows_seen[-STEPS:] == [4] * STEPS
 
 
 def test_blocks_are_compiled_and_take_fp8(folder: Path) -> None:
