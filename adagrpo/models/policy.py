@@ -204,10 +204,11 @@ class Policy(abc.ABC):
         return (sigma * 1000).to(dtype) / 1000
 
     def pictures(self, z: Tensor) -> Tensor:
-        """Images [R, 3, H, W] in [0, 1], in the VAE's dtype, from latents [R, C, h, w] as the transformer has them."""
+        """Images [R, 3, H, W] in [0, 1], in the VAE's dtype and row by row in memory, from latents [R, C, h, w] as the
+        transformer has them."""
         z = z.to(self.vae.dtype)
         z = z / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
-        return (self.vae.decode(z, return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
+        return (self.vae.decode(z, return_dict=False)[0] / 2 + 0.5).clamp(0, 1).contiguous()
 
     def keep_reference(self) -> None:
         """Remember the present weights as the reference of the KL term; adapters that began at zero need no copy."""

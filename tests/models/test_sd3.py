@@ -96,7 +96,9 @@ def test_sampling_is_the_stock_pipelines_to_float_rounding(t5: bool, folder: Pat
         theirs = by_stock(pipeline, model.spatial(start), guidance_scale=guidance, negative_prompt=negative or None)
         finals[case] = model.spatial(final)
         assert float((finals[case] - theirs).norm() / theirs.norm()) < 1e-5
-        ours = (model.decode(final) * 255).round().permute(0, 2, 3, 1)
+        pictures = model.decode(final)
+        assert pictures.is_contiguous(), "a reward may view them flat"
+        ours = (pictures * 255).round().permute(0, 2, 3, 1)
         decoded = pipeline.vae.decode(theirs / 1.5 + 0.06).sample
         images = pipeline.image_processor.postprocess(decoded.detach(), output_type="np") * 255
         assert abs(ours.numpy() - images.round()).max() <= 1
