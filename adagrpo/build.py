@@ -96,15 +96,32 @@ def check_model(config: ModelConfig, restored: bool = False) -> str | None:
     return unchecked or None
 
 
-def check_levels(config: Config) -> None:
-    """Refuse noise levels that the model of a folder does not have, without loading it.
+def check_sizes(config: Config) -> None:
+    """Refuse picture sizes and noise levels that the model of a folder does not have, without loading it.
 
     Raises:
-        InputError: its scheduler says none that are known here.
+        InputError: naming the size, or what its scheduler does not say.
     """
     m = config.model
-    if config.rollout.shift == "model" and m.family in FAMILIES and Path(_model_path(m)).is_dir():
-        own_noise_levels(config, build_architecture(dataclasses.replace(m, tuning="full", lora_from="")))
+    if m.family in FAMILIES and Path(_model_path(m)).is_dir():
+        model = build_architecture(dataclasses.replace(m, tuning="full", lora_from=""))
+        try_buckets(m, model)
+        own_noise_levels(config, model)
+
+
+def try_buckets(config: ModelConfig, model: FlowModel) -> None:
+    """Refuse buckets that a model cannot sample; it is left at the size of evaluations.
+
+    Raises:
+        InputError: naming the bucket.
+    """
+    for bucket in config.buckets:
+        try:
+            model.resize(*bucket_size(bucket))
+        except InputError as error:
+            raise InputError(f"model.buckets: {error}") from error
+    if config.buckets:
+        model.resize(config.height, config.width)
 
 
 def check_engine(config: Config) -> None:
@@ -195,15 +212,10 @@ def build_trainer(
     own = load_plugins(config)
     rewards = [build_reward(r.name, r.kwargs, f"rewards.{i}", r.dtype) for i, r in enumerate(config.rewards)]
     if model is None:
-        check_levels(config)
+        if config.model.buckets or config.rollout.shift == "model":
+            check_sizes(config)
         model = build_model(config.model, restored)
-    for bucket in config.model.buckets:
-        try:
-            model.resize(*bucket_size(bucket))
-        except InputError as error:
-            raise InputError(f"model.buckets: {error}") from error
-    if config.model.buckets:
-        model.resize(config.model.height, config.model.width)
+    try_buckets(config.model, model)
     if planned is not None or model.device.type == "cuda":
         plan = planned_memory(config, model, rehearse(model, prompts[0]), rewards, len(prompts), len(held_out))
         plan.check(free_bytes(model.device), device=str(model.device))

@@ -17,11 +17,12 @@ from .build import (
     build_model,
     build_trainer,
     check_engine,
-    check_levels,
     check_model,
+    check_sizes,
     choose_device,
     load_data,
     load_plugins,
+    try_buckets,
 )
 from .disk.files import replacing, write_json
 from .disk.lock import OwnerLock, holding, holding_new
@@ -102,7 +103,7 @@ def dry_run(config: Config, out: Path | None = None, resume: str | None = None) 
     check_engine(config)
     goes_on = out is not None and resume is not None and not RunFolder.never_saved(out)
     unchecked = check_model(config.model, restored=goes_on)
-    check_levels(config)
+    check_sizes(config)
     prompts, held_out = load_data(config)
     load_plugins(config)
     for i, reward in enumerate(config.rewards):
@@ -131,6 +132,7 @@ def report(folders: Sequence[Path], out: Path | None) -> int:
 def plan(config: Config) -> int:
     """Print the memory plan and the predicted seconds of an iteration; nothing is downloaded, nothing is trained."""
     model = build_architecture(config.model)
+    try_buckets(config.model, model)
     for sampled in sampled_sizes(config):
         build_table(config, model, sampled)  # refuses what training would
     rehearsal = rehearse(model, "a prompt")

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from adagrpo.algorithm.sde import Stream, sigma_schedule
 from adagrpo.algorithm.tables import rollout_table
 from adagrpo.build import build_trainer
+from adagrpo.cli import main
 from adagrpo.engine.executor import RolloutExecutor
 from adagrpo.engine.plans import probe_plan
 from adagrpo.errors import InputError
@@ -275,6 +276,15 @@ def test_what_the_model_cannot_be_is_refused(folder: Path, without_t5: Path, tmp
     assert model.grid == (HEIGHT // 8, WIDTH // 8)
     with pytest.raises(InputError, match=r"a StableDiffusion3Pipeline; model\.family = flux needs a FluxPipeline"):
         build_trainer(recipe(folder, model={"family": "flux"}))
+
+
+@pytest.mark.parametrize("command", [["plan"], ["train", "--dry-run"]], ids=str)
+def test_sizes_that_it_cannot_be_are_refused_without_its_weights(command: list[str], folder: Path, tmp_path, capsys) -> None:
+    file = tmp_path / "recipe.toml"
+    for model, words in (({"buckets": ("32x36",)}, "model.buckets: "), ({"width": 104}, "has positions for 96 pixels")):
+        file.write_text(to_toml(recipe(folder, model=model)))
+        assert main([command[0], str(file), *command[1:]]) == 2
+        assert words in capsys.readouterr().err
 
 
 def test_the_default_guidance_is_the_familys(folder: Path, tmp_path: Path) -> None:
