@@ -74,7 +74,7 @@ def budget_command(config: Config, options: Options, probes: Sequence[str] = ())
         series[f"{host}/time_ratio"] = ratios([i.total for i in full], [i.total for i in plain])
         series[f"{host}/evaluation_overhead"] = Series("of plain", (overhead.evaluations,), exact=True)
         problems += off_schedule(host, variant, full) + off_schedule(host, without_adagrpo(variant), plain)
-        problems += unseen_work(host, rows, sum(full[-1].evaluations.values()))
+        problems += unseen_work(host, rows, sum(full[-1].evaluations.values()), getattr(model, "rows_per_image", 1))
         if host in gated:
             problems += exceeded(overhead, limits(variant, model.device))
             reads[host] = host_read(variant)
@@ -199,11 +199,11 @@ def off_schedule(host: str, config: Config, found: list[Iteration]) -> list[str]
     return []
 
 
-def unseen_work(host: str, rows: int | None, counted: int) -> list[str]:
-    """Rows that went through a transformer without being counted, where they are known."""
-    if rows is None or rows == counted:
+def unseen_work(host: str, rows: int | None, counted: int, each: int) -> list[str]:
+    """Rows that went through a transformer without being counted, where they are known; an evaluation is of ``each``."""
+    if rows is None or rows == counted * each:
         return []
-    return [f"{host}: {rows} rows entered a transformer, {counted} evaluations were counted"]
+    return [f"{host}: {rows} rows entered a transformer, {counted} evaluations{f' of {each}' * (each > 1)} were counted"]
 
 
 def budget_report(record: Record, found: list[Overhead]) -> list[str]:

@@ -4,11 +4,20 @@ import dataclasses
 import json
 
 import pytest
+import small_sd3
 import torch
 from toy import ToyModel, toy_config
 
 import adagrpo.engine.fusion
-from adagrpo.bench.budget import exceeded, limits, off_schedule, overhead_of, schedule_evaluations, scheduled_probes
+from adagrpo.bench.budget import (
+    exceeded,
+    limits,
+    off_schedule,
+    overhead_of,
+    schedule_evaluations,
+    scheduled_probes,
+    unseen_work,
+)
 from adagrpo.bench.measure import Iteration, host_read
 from adagrpo.cli import main
 from adagrpo.engine.executor import RolloutExecutor
@@ -164,6 +173,16 @@ def test_the_gate_fails_for_work_nobody_counted(tmp_path, capsys, monkeypatch) -
     monkeypatch.setattr(PolicyForward, "velocity", twice)
     assert run(toy(), tmp_path) == 1
     assert "1488 rows entered a transformer, 744 evaluations were counted" in capsys.readouterr().out
+
+
+def test_under_classifier_free_guidance_an_evaluation_is_two_rows(tmp_path, capsys) -> None:
+    """2 x 2 x 4 probes, 2 replays of 2 slots, 2 x 3 x (3 + 2) branches, 4 transitions: 54."""
+    file = tmp_path / "sd3.toml"
+    file.write_text(to_toml(dataclasses.replace(small_sd3.recipe(small_sd3.saved(tmp_path / "sd3")), name="sd3")), "utf-8")
+    command = ["bench", "budget", str(file), "--rounds", "1", "--probes", "full", "--out", str(tmp_path / "results")]
+    assert main(command) == 0
+    assert "evaluations 54 against 46" in capsys.readouterr().out
+    assert unseen_work("full", 54, 54, 2) == ["full: 54 rows entered a transformer, 54 evaluations of 2 were counted"]
 
 
 def test_the_gate_fails_for_a_host_sync(tmp_path, capsys, monkeypatch) -> None:
