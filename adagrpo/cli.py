@@ -18,6 +18,7 @@ from .parts.isolation import leave_if_hanging
 from .recipe.load import annotated, read_recipe, recipe_names
 from .recipe.rules import MOST_SEED
 from .run.signals import leaving
+from .serve.command import add_serve
 from .text.redaction import redacted_arguments, scrubbed
 from .text.user_text import character_problem, require_within, shown
 
@@ -106,6 +107,7 @@ def _dispatch(argv: list[str]) -> int:
     _add_tiny(commands)
     add_bench(commands)
     _add_doctor(commands)
+    add_serve(commands)
     args, rest = parser.parse_known_args(argv)
     args.argv = redacted_arguments(argv)
     takes_keys = getattr(args, "recipe_keys", False)

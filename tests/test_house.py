@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # A room may import the rooms of its own and of every later line; a module with a floor of its own is named.
 FLOORS = [
     {"__main__", "cli"},
-    {"commands", "bench", "study"},
+    {"commands", "bench", "study", "serve"},
     {"arguments"},
     {"doctor", "profiling"},
     {"run", "report"},

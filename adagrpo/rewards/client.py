@@ -7,8 +7,11 @@ lost connection, nothing else; of several attempts at a request at most one answ
 from __future__ import annotations
 
 import dataclasses
+import math
 import threading
 import time
+import warnings
+import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar
@@ -86,9 +89,6 @@ class Client:
         limits: of each call.
         token: sent as ``Authorization: Bearer``; empty sends none.
 
-    Attributes:
-        failures: reasons of failed images since they were last taken, and how many images each.
-
     Raises:
         InputError: not the address of a server, or httpx is not installed.
     """
@@ -100,10 +100,10 @@ class Client:
         except ImportError as error:
             raise InputError("rewards: asking a server needs httpx; pip install 'adagrpo[rewards]'") from error
         self.url, self.limits = url.rstrip("/"), limits
-        self.failures: Counter[str] = Counter()
         pool = httpx.Limits(max_connections=limits.concurrency, max_keepalive_connections=limits.concurrency)
         headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {token}"} if token else {})
         self._http, self._lost = httpx.Client(trust_env=False, limits=pool, headers=headers), httpx.TransportError
+        weakref.finalize(self, self._http.close)
 
     def each(self, count: int, work: Callable[[int, Call[T]], T]) -> list[T | NoAnswer]:
         """What ``work(0, call)`` to ``work(count - 1, call)`` return or say they have no answer, in their order.
@@ -177,14 +177,20 @@ class Client:
             raise InputError(f"rewards: the server at {self.url} does not answer {path or '/'} ({said}); {remedy}") from error
 
     def scores(self, answers: list[list[float] | NoAnswer], counts: list[int]) -> list[float]:
-        """One number per image of requests of ``counts`` images each; NaN for those without an answer, whose reasons count."""
+        """One number per image of requests of ``counts`` images each; NaN, and a warning that says why, where there is none."""
         found: list[float] = []
+        reasons: Counter[str] = Counter()
         for answer, count in zip(answers, counts, strict=True):
             if isinstance(answer, NoAnswer):
-                self.failures[f"{self.url}: {answer}"] += count
-                found += [float("nan")] * count
-            else:
-                found += answer
+                reasons[str(answer)] += count
+                answer = [math.nan] * count
+            elif failed := sum(map(math.isnan, answer)):
+                reasons["no score for them in the answer"] += failed
+            found += answer
+        if reasons:
+            reason, others = reasons.most_common(1)[0][0], f" ({len(reasons) - 1} other reasons)" * (len(reasons) > 1)
+            said = f"rewards: {self.url}: no score for {reasons.total()} of {len(found)} images: {reason}{others}"
+            warnings.warn(said, RuntimeWarning, stacklevel=3)
         return found
 
 

@@ -90,7 +90,16 @@ def _flow_factory_request(batch: Batch, name: str) -> bytes:
 
 
 def _flow_factory_scores(body: bytes, count: int, name: str) -> list[float]:
-    return numbers(_table(read_json(body)).get("rewards"), count)
+    answer = _table(read_json(body))
+    return _told(numbers(answer.get("rewards"), count), answer.get("errors"))
+
+
+def _told(scores: list[float], errors: Any) -> list[float]:
+    """The scores, if there are any, else what the server says of the first image."""
+    if errors and isinstance(errors, list) and all(map(math.isnan, scores)):
+        first = next(iter(errors[0].values()), "") if isinstance(errors[0], dict) else errors[0]
+        raise NoAnswer(f"the server says: {shown(first, 200)}")
+    return scores
 
 
 def _unirl_request(batch: Batch, name: str) -> bytes:
@@ -104,7 +113,8 @@ def _unirl_request(batch: Batch, name: str) -> bytes:
 
 
 def _unirl_scores(body: bytes, count: int, name: str) -> list[float]:
-    results = _table(read_json(body)).get("results")
+    answer = _table(read_json(body))
+    results = answer.get("results")
     if not isinstance(results, list) or len(results) != count:
         raise NoAnswer(f"{count} images were sent, and the results are {shown(results, 200)}")
     reward, _, metric = name.partition("/")
@@ -117,7 +127,7 @@ def _unirl_scores(body: bytes, count: int, name: str) -> list[float]:
             found.append(number(metrics.get(metric or next(iter(metrics)))))
         else:
             raise NoAnswer(f"{reward} has the metrics {', '.join(map(str, metrics))}; write reward = {reward}/METRIC")
-    return found
+    return _told(found, answer.get("errors"))
 
 
 def _flow_grpo_request(batch: Batch, name: str) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -101,11 +100,8 @@ class Remote:
             answer = self.client.ask(call, self.protocol.path, body, self.protocol.kind)
             return self.protocol.scores(answer, counts[number], self.reward)
 
-        found = self.client.each(len(counts), one)
-        failed = sum(math.isnan(value) for answer in found if not isinstance(answer, NoAnswer) for value in answer)
-        if failed:
-            self.client.failures[f"{self.client.url}: no score for them in the answer"] += failed
-        return torch.tensor(self.client.scores(found, counts), dtype=torch.float64)
+        scores = self.client.scores(self.client.each(len(counts), one), counts)
+        return torch.tensor(scores, dtype=torch.float64)
 
     def _choose_reward(self) -> None:
         """The server's only reward, or the one that is named, which it must have."""

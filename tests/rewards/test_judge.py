@@ -18,6 +18,7 @@ from adagrpo.rewards import check_reward_files, client
 from adagrpo.rewards.judge import Judge
 from adagrpo.rewards.unifiedreward import UnifiedReward
 
+pytestmark = pytest.mark.filterwarnings("ignore:rewards:RuntimeWarning")
 TEMPLATE = 'Rate {image} for "{prompt}" ({category}). Answer {"score": X}.'
 POINT = r"Score: (-?[\d.]+)"
 

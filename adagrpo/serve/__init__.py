@@ -1,0 +1,1 @@
+"""A reward behind HTTP, for runs on other machines and GPUs."""
