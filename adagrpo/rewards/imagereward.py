@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..models.registry import Component
 from .base import matched
+from .heads import LinearHead, read_sides
 from .pixels import Preprocess
 from .weights import (
     check_state,
@@ -32,7 +34,6 @@ _TOKENS = 35  # a prompt is cut or padded to as many
 _ADDED = ["[DEC]", "[ENC]"]  # after the tokenizer's own: rows of the word embeddings, used by other tasks of BLIP
 _HEADS = {"vision_heads": "vision", "text_heads": "text"}
 _HEAD_WIDTH = 64  # of both published towers
-_MLP = (0, 2, 4, 6, 7)  # linear layers; the published model has dropout between the first ones, and no activations
 _TOWERS = Component("BLIP", "transformers", "BlipModel", r"^(blip\.(vision|text)_proj|mlp)\.|position_ids$")
 _HEAD = Component("MLP", "torch", "Linear", r"^(?!mlp\.)")
 _RENAMED = (
@@ -185,22 +186,8 @@ def _modules(state: Mapping[str, Tensor], architecture: Mapping[str, int] | None
         sep_token_id=0,
         pad_token_id=0,
     )
-    sides = {i: (size(f"mlp.layers.{i}.weight", 1), size(f"mlp.layers.{i}.weight", 0)) for i in _MLP}
-    return unfilled(lambda: Towers(of_vision, of_text)), unfilled(lambda: _Mlp(sides))
-
-
-class _Mlp(nn.Module):
-    """Linear layers one after the other, numbered as in the published file; [N, D] -> [N, 1]."""
-
-    def __init__(self, sides: Mapping[int, tuple[int, int]]) -> None:
-        super().__init__()
-        layers = {str(i): nn.Linear(*sizes) for i, sizes in sides.items()}
-        self.mlp = nn.ModuleDict({"layers": nn.ModuleDict(layers)})
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.mlp["layers"].children():
-            x = layer(x)
-        return x
+    sides = read_sides(state, "mlp.", where)
+    return unfilled(lambda: Towers(of_vision, of_text)), unfilled(lambda: nn.Sequential(OrderedDict(mlp=LinearHead(sides))))
 
 
 def _heads(widths: Mapping[str, int], architecture: Mapping[str, int], where: str) -> dict[str, int]:

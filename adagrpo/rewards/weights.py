@@ -141,11 +141,16 @@ def read_state(file: Path, where: str, device: str = "cpu") -> dict[str, Tensor]
 
 
 def check_state(
-    module: nn.Module, state: Mapping[str, Tensor], component: Component, where: str, described: str = "its config.json"
+    module: nn.Module | Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    component: Component,
+    where: str,
+    described: str = "its config.json",
 ) -> None:
     """Compare names, shapes and dtypes of a state dict with a module's; no value is read, both may lie on the meta device.
 
     Args:
+        module: or its state dict, where a file calls the tensors by other names.
         component: names the module in errors, and what its file may hold beyond it (``spare``).
         where: first words of an error; name the file there.
         described: what the module's shapes were taken from.
@@ -153,7 +158,7 @@ def check_state(
     Raises:
         InputError: naming the first tensor that is missing, unexpected, mis-shaped or quantised.
     """
-    where, wanted = f"{where}: {component.name}", module.state_dict()
+    where, wanted = f"{where}: {component.name}", module.state_dict() if isinstance(module, nn.Module) else module
     shared = [name for name in wanted if name in state]
     if quantised := [n for n in shared if wanted[n].is_floating_point() and not _is_plain(state[n])]:
         raise InputError(f"{where}: {quantised[0]} is {state[quantised[0]].dtype}: quantised; {_QUANTISED}")

@@ -3,58 +3,28 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from pictures import as_pil, by_pillow, resized, triangle
+from small_clip import CONTEXT, PREPROCESSING, SIDE, TOKENS, cosines, open_clip_features, write_clip, write_letters
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adagrpo.errors import InputError
-from adagrpo.rewards import PromptRows, build_reward
+from adagrpo.rewards import PromptRows, build_reward, check_reward_files
+from adagrpo.rewards.base import matched
 from adagrpo.rewards.clip import ClipScore, PickScore
+from adagrpo.rewards.open_clip import clean_text
+from adagrpo.rewards.pixels import CLIP_MEAN, CLIP_STD, center_crop, shorter_side
 
-SIDE, CONTEXT = 32, 16
-CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,'-"
-SPECIAL_TOKENS = ["<|startoftext|>", "<|endoftext|>"]
-TOKENS = [*CHARACTERS, *(c + "</w>" for c in CHARACTERS), "ca", "cat</w>", "do", "dog</w>", *SPECIAL_TOKENS]
-MERGES = "#version: 0.2\nc a\nca t</w>\nd o\ndo g</w>\n"
-SPECIAL = {"bos_token": "<|startoftext|>"} | dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>")
-PREPROCESSING = {
-    "crop_size": SIDE,
-    "do_center_crop": True,
-    "do_normalize": True,
-    "do_resize": True,
-    "feature_extractor_type": "CLIPFeatureExtractor",
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-    "resample": 3,
-    "size": SIDE,
-}
 PROMPTS = ["a cat", "two dogs, 1 cat", "a cat", "the dog's cat. " * 9, ""]
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A folder with the files of openai/clip-vit-*: slow tokenizer, integer sizes and legacy eos id included."""
-    from transformers import CLIPConfig, CLIPModel
-
-    folder = tmp_path_factory.mktemp("clip")
-    layers = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text = {"vocab_size": len(TOKENS), "max_position_embeddings": CONTEXT, "bos_token_id": 0, "eos_token_id": 2}
-    vision = {"image_size": SIDE, "patch_size": 8}
-    torch.manual_seed(0)
-    model = CLIPModel(CLIPConfig(text_config=layers | text, vision_config=layers | vision, projection_dim=24))
-    for weight in model.parameters():  # at their usual scale all texts look alike to so small a model
-        torch.nn.init.normal_(weight, std=0.3) if weight.ndim > 1 else None
-    model.logit_scale.data.fill_(4.6052)
-    model.save_pretrained(folder)
-    tokenizer = {"model_max_length": CONTEXT, "tokenizer_class": "CLIPTokenizer", "do_lower_case": True, **SPECIAL}
-    files = {"tokenizer_config": tokenizer, "special_tokens_map": SPECIAL, "preprocessor_config": PREPROCESSING}
-    files["vocab"] = {token: i for i, token in enumerate(TOKENS)}
-    for name, content in files.items():
-        (folder / f"{name}.json").write_text(json.dumps(content))
-    (folder / "merges.txt").write_text(MERGES)
-    return folder
+    return write_clip(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture(scope="module")
@@ -69,12 +39,6 @@ def pictures(count: int, height: int, width: int, seed: int = 0) -> Tensor:
     blocks = torch.nn.functional.interpolate(coarse, (height, width))
     noise = torch.rand(count, 3, height, width, generator=generator) * (torch.arange(width) > width // 2)
     return ((0.7 * blocks + 0.3 * noise) * 255).round() / 255
-
-
-def as_pil(images: Tensor) -> list:
-    from PIL import Image
-
-    return [Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy()) for image in images]
 
 
 def stock(folder, images: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor]:
@@ -92,19 +56,7 @@ def stock(folder, images: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor]:
     return (text * image).sum(-1), scores.diagonal().detach()
 
 
-@pytest.mark.parametrize("size", [(96, 96), (90, 133), (133, 90), (32, 32), (20, 45)])
-def test_preprocessing_is_the_image_processors_up_to_8_bits(checkpoint, reward, size) -> None:
-    from transformers import CLIPImageProcessorPil
-
-    images = pictures(3, *size)
-    expected = CLIPImageProcessorPil.from_pretrained(checkpoint)(as_pil(images), return_tensors="pt").pixel_values
-    error = (reward.preprocess(images) - expected).abs() * reward.preprocess.std * 255
-    assert expected.shape == (3, 3, SIDE, SIDE)
-    assert error.max() < 1.6  # two roundings, one per axis, the first spread by the second's weights
-    assert error.mean() < 0.3
-
-
-@pytest.mark.parametrize("size", [(96, 96), (90, 133)])
+@pytest.mark.parametrize("size", [(96, 96), (90, 133), (133, 90), (20, 45), (100, 40)])
 def test_scores_are_those_of_the_stock_path(checkpoint, size) -> None:
     images = pictures(5, *size)
     cosine, scaled = stock(checkpoint, images, PROMPTS)
@@ -112,8 +64,8 @@ def test_scores_are_those_of_the_stock_path(checkpoint, size) -> None:
     clip = build_reward("clip", {"path": str(checkpoint)})
     pick = build_reward("pickscore", {"path": str(checkpoint), "processor": str(checkpoint)})
     assert isinstance(clip, ClipScore) and isinstance(pick, PickScore)
-    torch.testing.assert_close(clip(images, PROMPTS), cosine, atol=5e-3, rtol=0)
-    torch.testing.assert_close(pick(images, PROMPTS), scaled, atol=0.5, rtol=0)
+    torch.testing.assert_close(clip(images, PROMPTS), cosine, atol=1e-5, rtol=0)
+    torch.testing.assert_close(pick(images, PROMPTS), scaled, atol=1e-3, rtol=0)
     torch.testing.assert_close(pick(images, PROMPTS), clip(images, PROMPTS) * 100, atol=0, rtol=1e-4)
 
 
@@ -124,7 +76,7 @@ def test_text_features_are_those_of_the_stock_path(checkpoint, reward) -> None:
     assert tokens.input_ids.shape == (5, CONTEXT)
     with torch.no_grad():
         expected = CLIPModel.from_pretrained(checkpoint).get_text_features(**tokens).pooler_output
-        found = reward._text_features(PROMPTS, torch.device("cpu"))
+        found = reward._text_features(matched(torch.zeros(5, 3, 1, 1), PROMPTS))
     torch.testing.assert_close(found, expected / expected.norm(dim=1, keepdim=True))
 
 
@@ -194,7 +146,7 @@ def test_dtypes_and_shapes(checkpoint, reward) -> None:
     scores = rounded(images.bfloat16(), PROMPTS)
     assert scores.dtype == torch.float32 and not scores.requires_grad
     torch.testing.assert_close(scores, reward(images, PROMPTS), atol=0.05, rtol=0)
-    assert rounded.logit_scale == reward.logit_scale
+    assert rounded.model.logit_scale == reward.model.logit_scale
     assert reward(images[:0], []).shape == (0,)
     with pytest.raises(ValueError, match="as many prompts"):
         reward(images, PROMPTS[:2])
@@ -206,9 +158,9 @@ def test_dtypes_and_shapes(checkpoint, reward) -> None:
 
 def test_what_is_not_a_clip_model_is_refused(checkpoint, tmp_path, monkeypatch) -> None:
     missing = tmp_path / "nowhere"
-    with pytest.raises(InputError, match=f"rewards: {missing}: no such folder.*name a CLIP model"):
+    with pytest.raises(InputError, match=f"rewards: {missing}: no such file or folder, nor a Hub id"):
         ClipScore(str(missing))
-    with pytest.raises(InputError, match=f"rewards: {missing}: no such folder"):
+    with pytest.raises(InputError, match=f"rewards: {missing}: no such file or folder"):
         PickScore(str(checkpoint), processor=str(missing))
     with pytest.raises(InputError, match=rf"rewards: {tmp_path}: CLIP: lacks .*config\.json"):
         ClipScore(str(tmp_path), processor=str(checkpoint))
@@ -238,8 +190,11 @@ def test_incomplete_folders_are_refused(checkpoint, tmp_path) -> None:
         "preprocessor_config.json: resample": ("preprocessor_config.json", json.dumps(other).encode()),
         "preprocessor_config.json: size": ("preprocessor_config.json", b'{"crop_size": 32}'),
         r"crops to \(64, 64\)": ("preprocessor_config.json", json.dumps(larger).encode()),
-        "cannot be loaded as a CLIP model.*vocab": ("vocab.json", None),
-        "has 87 tokens": ("vocab.json", json.dumps({token: i for i, token in enumerate([*TOKENS, "!"])}).encode()),
+        "no tokenizer can be loaded from": ("vocab.json", None),
+        "has 87; name complete folders": (
+            "vocab.json",
+            json.dumps({token: i for i, token in enumerate([*TOKENS, "!"])}).encode(),
+        ),
         "can be downloaded": ("preprocessor_config.json", None),
     }
     for number, (message, change) in enumerate(cases.items()):
@@ -300,3 +255,143 @@ def test_older_checkpoints_with_position_ids_load_whole(checkpoint, reward, tmp_
     expected, found = reward.model.state_dict(), older.model.state_dict()
     assert expected.keys() == found.keys() and all(torch.equal(found[name], t) for name, t in expected.items())
     torch.testing.assert_close(older(images, PROMPTS[:2]), reward(images, PROMPTS[:2]))
+
+
+def normalised(images: Tensor) -> Tensor:
+    mean, std = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+    return (images.double() - mean) / std
+
+
+@pytest.mark.parametrize("size", [(96, 96), (40, 44)])
+def test_flow_grpos_score_is_its_formula_in_fp64(size, checkpoint) -> None:
+    from transformers import AutoTokenizer, CLIPModel
+
+    images = pictures(5, *size) + 0.3 / 255  # they are not rounded to 8 bits
+    options = {"padding": "max_length", "truncation": True, "max_length": CONTEXT, "return_tensors": "pt"}
+    tokens = AutoTokenizer.from_pretrained(checkpoint)(PROMPTS, **options)
+    seen = center_crop(resized(images, shorter_side(size, SIDE), triangle, 1.0), (SIDE, SIDE), "even")
+    with torch.no_grad():
+        expected = CLIPModel.from_pretrained(checkpoint).double()(pixel_values=normalised(seen), **tokens).logits_per_image
+    found = build_reward("clip", {"path": str(checkpoint), "variant": "flow-grpo"})(images, PROMPTS)
+    torch.testing.assert_close(found.double(), expected.diagonal() / 30, atol=1e-4, rtol=0)
+
+
+GOLDEN = Path(__file__).parents[1] / "assets" / "rewards" / "hpsv2" / "HPS_v2.1_compressed.pt"
+MODEL = {
+    "quick_gelu": True,
+    "vision_cfg": {"image_size": 28, "layers": 2, "width": 40, "head_width": 20, "patch_size": 14},
+    "text_cfg": {"context_length": 77, "vocab_size": 512, "width": 24, "heads": 3, "layers": 2},
+}
+LETTERS = ["ab cd", "ab, cd", "x yz", "ab cd"]
+
+
+def open_clip_folder(folder: Path, config: dict | None) -> str:
+    """As open_clip's models lie on the Hub, tokenizer included."""
+    write_letters(folder)
+    torch.save(torch.load(GOLDEN, weights_only=True)["state_dict"], folder / "open_clip_pytorch_model.bin")
+    if config is not None:
+        (folder / "open_clip_config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+SHORTEST = {"model_cfg": MODEL, "preprocess_cfg": {"interpolation": "bicubic", "resize_mode": "shortest"}}
+LARGER = {"model_cfg": MODEL | {"vision_cfg": MODEL["vision_cfg"] | {"image_size": 30}, "quick_gelu": False}}
+
+
+@pytest.mark.parametrize(
+    ("config", "architecture", "seen", "quick"),
+    [
+        (SHORTEST, {}, "crop", True),
+        (SHORTEST | {"preprocess_cfg": {"resize_mode": "squash"}}, {}, "squash", True),
+        (LARGER, {}, "larger", False),  # 30 pixels for 2 x 2 patches of 14, as 384 for 27 x 27
+        (None, {"vision_heads": 2, "text_heads": 3}, "squash", True),  # DFN's activation and way of resizing
+        (None, {"vision_heads": 2, "text_heads": 3, "activation": "gelu"}, "squash", False),
+    ],
+)
+def test_mixgrpos_score_is_open_clips_formula_in_fp64(config, architecture, seen, quick, tmp_path) -> None:
+    kwargs = {"path": open_clip_folder(tmp_path, config), "variant": "mixgrpo", "architecture": architecture}
+    check_reward_files("clip", kwargs)
+    images = pictures(4, 40, 45)
+    targets = {"crop": (28, 31), "squash": (28, 28), "larger": (30, 33)}
+    side = 30 if seen == "larger" else 28
+    small = center_crop(by_pillow(images, targets[seen]) / 255, (side, side), "even")
+    reward = build_reward("clip", kwargs)
+    words = [reward.tokenizer(prompt).input_ids for prompt in LETTERS]
+    ids = torch.tensor([row + [0] * (8 - len(row)) for row in words])
+    state = torch.load(GOLDEN, weights_only=True)["state_dict"]
+    expected = cosines(*open_clip_features(state, normalised(small), ids, (2, 3), quick))
+    torch.testing.assert_close(reward(images, LETTERS).double(), expected, atol=1e-5, rtol=0)
+
+
+def test_a_file_of_open_clip_may_be_named_and_its_tokenizer_elsewhere(tmp_path) -> None:
+    folder = Path(open_clip_folder(tmp_path / "a", SHORTEST))
+    words = write_letters(tmp_path / "words")
+    kwargs = {"variant": "mixgrpo", "processor": str(words)}
+    images = pictures(2, 30, 30)
+    expected = build_reward("clip", {"variant": "mixgrpo", "path": str(folder)})(images, LETTERS[:2])
+    file = folder / "open_clip_pytorch_model.bin"
+    assert torch.equal(build_reward("clip", kwargs | {"path": str(file)})(images, LETTERS[:2]), expected)
+    with pytest.raises(InputError, match="no tokenizer can be loaded from"):
+        build_reward("clip", {"variant": "mixgrpo", "path": str(file)})
+
+
+REFUSED = {
+    r"resizes by longest and bicubic": SHORTEST | {"preprocess_cfg": {"resize_mode": "longest"}},
+    r"resizes by shortest and bilinear": SHORTEST | {"preprocess_cfg": {"interpolation": "bilinear"}},
+    r"names no vision_cfg and text_cfg": {"model_cfg": {"vision_cfg": {}}},
+    r"names a hf_model_name: not a CLIP": {"model_cfg": MODEL | {"text_cfg": {"hf_model_name": "roberta-base"}}},
+    r"vision_heads = 3 do not share 40 channels": {"model_cfg": MODEL | {"vision_cfg": {"width": 40, "head_width": 13}}},
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_configurations_of_open_clip_that_cannot_be_followed_are_refused(message: str, tmp_path) -> None:
+    kwargs = {"path": open_clip_folder(tmp_path, REFUSED[message]), "variant": "mixgrpo"}
+    for use in (check_reward_files, build_reward):
+        with pytest.raises(InputError, match=message):
+            use("clip", kwargs)
+
+
+def test_variants_are_named_and_keep_to_their_arguments(checkpoint) -> None:
+    for use in (check_reward_files, build_reward):
+        with pytest.raises(InputError, match="variant = mixgpro: one of cosine, flow-grpo, mixgrpo"):
+            use("clip", {"path": str(checkpoint), "variant": "mixgpro"})
+        with pytest.raises(InputError, match=r"architecture is for variant = mixgrpo; for cosine, config\.json tells it"):
+            use("clip", {"path": str(checkpoint), "architecture": {"vision_heads": 2}})
+
+
+CLEANED = {
+    "The  dog\u2019s\tCAT ": "the dog's cat",  # a curly apostrophe
+    "\u201ccat\u201d": '"cat"',
+    "\uff24\uff2f\uff27\u3000\uff11": "dog 1",  # of full width
+    "cat &amp; dog": "cat & dog",
+    "cat &amp;lt; dog": "cat < dog",
+    "sch\u00c3\u00b6n": "sch\u00f6n",  # UTF-8 that was read as Latin-1
+}
+
+
+@pytest.mark.parametrize("prompt", CLEANED)
+def test_text_is_cleaned_as_open_clip_does(prompt: str) -> None:
+    assert clean_text(prompt) == CLEANED[prompt]
+
+
+def test_only_open_clips_variants_clean_text(checkpoint) -> None:
+    prompts, plain = ["the dog\u2019s cat", "a cat &amp; dog"], ["the dog's cat", "a cat & dog"]
+    images = pictures(2, 40, 40)
+    of = {name: build_reward("clip", {"path": str(checkpoint), "variant": name}) for name in ("cosine", "flow-grpo", "mixgrpo")}
+    for name in ("cosine", "flow-grpo"):
+        assert (of[name](images, prompts) - of[name](images, plain))[0].abs() > 1e-4
+    assert torch.equal(of["mixgrpo"](images, prompts), of["mixgrpo"](images, plain))
+    assert torch.equal(of["mixgrpo"](images, plain), of["cosine"](images, plain))  # a CLIPModel's folder, nothing to clean
+
+
+def test_cleaning_needs_a_package(checkpoint, monkeypatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "ftfy", None)
+    with pytest.raises(InputError, match=r"needs ftfy: pip install 'adagrpo\[rewards\]'"):
+        build_reward("clip", {"path": str(checkpoint), "variant": "mixgrpo"})
+
+
+def test_chunks_do_not_matter(reward) -> None:
+    images, prompts = pictures(7, 40, 44), [*PROMPTS, "a dog", "a"]
+    one_by_one = torch.cat([reward(images[i : i + 1], prompts[i : i + 1]) for i in range(7)])
+    torch.testing.assert_close(reward(images, prompts), one_by_one, atol=2e-6, rtol=0)

@@ -1,9 +1,8 @@
 """Preprocessing against Pillow, transformers' image processors and filters written out in fp64."""
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from pictures import as_pil, by_pillow, cubic, noise, resized, triangle
 
 from adagrpo.rewards.pixels import (
     Normalise,
@@ -18,27 +17,6 @@ from adagrpo.rewards.pixels import (
 
 PIXELS = 256 * 28 * 28  # of HPS-v3
 SIZES = [(224, 224), (512, 512), (720, 720), (511, 767), (767, 511), (768, 512), (810, 400), (400, 810)]
-
-
-def noise(height: int, width: int, count: int = 1) -> Tensor:
-    """Images in [0, 1], not rounded: noise beside hard edges, the hardest to resize alike."""
-    generator = torch.Generator().manual_seed(height * 1000 + width)
-    images = torch.rand(count, 3, height, width, generator=generator)
-    images[:, :, :, : width // 3] = images[:, :, :, : width // 3].round()
-    return images
-
-
-def as_pil(images: Tensor) -> list:
-    from PIL import Image
-
-    return [Image.fromarray((image.numpy().transpose(1, 2, 0) * 255).round().astype("uint8")) for image in images]
-
-
-def by_pillow(images: Tensor, size: tuple[int, int]) -> Tensor:
-    from PIL import Image
-
-    resized = [np.array(picture.resize(size[::-1], Image.Resampling.BICUBIC)) for picture in as_pil(images)]
-    return torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).float()
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -91,33 +69,12 @@ def test_clip_preprocessing_is_transformers(size) -> None:
     assert (error > 0.01).float().mean() <= 0.002
 
 
-def resized(images: Tensor, size: tuple[int, int], kernel, support: float) -> Tensor:
-    """Images [N, C, H, W] in fp64 by a filter that is stretched where the image shrinks, weights summing to one."""
-    for axis, out in ((2, size[0]), (3, size[1])):
-        scale = images.shape[axis] / out
-        stretch = max(scale, 1.0)
-        weights = torch.zeros(out, images.shape[axis], dtype=torch.float64)
-        for i in range(out):
-            centre = (i + 0.5) * scale
-            for j in range(max(0, int(centre - support * stretch + 0.5)), int(centre + support * stretch + 0.5)):
-                if j < images.shape[axis]:
-                    weights[i, j] = kernel(abs(j + 0.5 - centre) / stretch)
-        weights /= weights.sum(1, keepdim=True)
-        images = torch.tensordot(images.double(), weights, dims=([axis], [1])).movedim(-1, axis)
-    return images
-
-
-def cubic(x: float) -> float:
-    """Keys' filter with a = -1/2."""
-    return 1.5 * x**3 - 2.5 * x**2 + 1 if x < 1 else -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2 if x < 2 else 0.0
-
-
 @pytest.mark.parametrize("size", [(90, 60), (60, 95), (24, 20)])
 def test_floating_point_ways_are_their_filters(size) -> None:
     images = noise(*size)
     target, mean, std = shorter_side(size, 32), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
     rounded = (images.double() * 255).round() / 255
-    cases = {"bicubic": (rounded, cubic, 2.0), "bilinear": (images, lambda x: max(0.0, 1 - x), 1.0)}
+    cases = {"bicubic": (rounded, cubic, 2.0), "bilinear": (images, triangle, 1.0)}
     for way, (seen, kernel, support) in cases.items():
         expected = resized(seen, target, kernel, support)
         assert way == "bilinear" or (expected.min() < -0.05 and expected.max() > 1.05)  # no bounds
