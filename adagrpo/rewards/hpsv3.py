@@ -6,6 +6,7 @@ alike; the frequencies of both rotary embeddings are rounded to bf16; one token 
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
@@ -38,6 +39,8 @@ FILE = "HPSv3.safetensors"
 _PIXELS = 256 * 28 * 28  # what every image is resized to, as nearly as its proportions allow
 _CHUNK = 8  # images encoded at once
 _EMBEDDINGS = "model.embed_tokens.weight"
+_NAMES = "Reward|endoftext|im_(start|end)|(object_ref|box|quad|vision)_(start|end)|(vision|image|video)_pad"
+_SPECIAL = re.compile(rf"<\|({_NAMES})\|>")
 _BACKBONE = Component("Qwen2-VL", "transformers", "Qwen2VLModel", r"^(lm_head|rm_head)\.")
 _HEAD = Component("head", "torch", "Linear", r"^(?!rm_head\.)")
 
@@ -47,7 +50,7 @@ class Hpsv3:
 
     The published formula: the mean that the head reads at the prompt's reward token. The model is loaded at once, and moves to
     the device of its images; they are resized as by Pillow. A prompt that holds a special token of the tokenizer, or is too
-    long, has no score. A call needs no more than 8 images' activations.
+    long, has no score. No more than 8 images are encoded at once.
 
     Args:
         path: ``HPSv3.safetensors``, a folder that holds it, or its Hub id (downloaded unless ``HF_HUB_OFFLINE`` is set).
@@ -105,20 +108,21 @@ class Hpsv3:
         if Path(base).is_dir():
             Prompts(load_tokenizer(base, where), found, backbone.config, max_prompt_tokens, f"rewards: {base}")
 
-    def check_prompts(self, prompts: Iterable[str]) -> None:
-        """Refuse the first prompt that this reward would leave without a score.
+    @staticmethod
+    def check_prompts(prompts: Iterable[str]) -> None:
+        """Refuse prompts that hold a special token of Qwen2-VL, or the reward token.
 
         Raises:
-            InputError: naming the prompt and what is wrong with it.
+            InputError: naming the first of them.
         """
         for prompt in prompts:
-            if problem := self.prompts.problem(prompt):
-                raise InputError(f"rewards: hpsv3: the prompt {cut(prompt, 60)!r} {problem}")
+            if found := _SPECIAL.search(prompt):
+                raise InputError(f"the prompt {cut(prompt, 60)!r} holds {found[0]}, a special token of the model; remove it")
 
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Images [N, 3, H, W] in [0, 1] and N prompts -> scores [N] float32; NaN where not all pixels are finite, and for
-        prompts that ``check_prompts`` refuses."""
+        prompts that hold a special token or are too long."""
         rows = matched(images, prompts)
         if not len(rows):
             return images.new_zeros(0, dtype=torch.float32)
@@ -254,31 +258,25 @@ class Prompts:
         self.before, self._least = empty[:place], len(empty)
         self._after = lru_cache(maxsize=4096)(self._read)
 
-    def problem(self, prompt: str) -> str:
-        """Why a prompt has no score; empty if it has one."""
-        after = self._after(prompt)
-        return after if isinstance(after, str) else ""
-
     def table(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens after the image, int64 [T, A] padded on the right; the reward token's place among them, int64 [T]; whether
         there is a score, bool [T]."""
         read = [self._after(prompt) for prompt in prompts]
-        rows = [self._after("") if isinstance(after, str) else after for after in read]
+        rows = [after or self._after("") for after in read]
         longest = max(len(row) for row in rows)
         tokens = torch.tensor([[*row, *[row[-1]] * (longest - len(row))] for row in rows])
         ends = torch.tensor([len(row) - 1 for row in rows])
-        return tokens, ends, torch.tensor([not isinstance(after, str) for after in read])
+        return tokens, ends, torch.tensor([bool(after) for after in read])
 
     def _tokens(self, prompt: str) -> list[int]:
         return self.tokenizer(conversation(self.texts.around(prompt)), add_special_tokens=False).input_ids
 
-    def _read(self, prompt: str) -> tuple[int, ...] | str:
-        """Tokens after the image up to the reward token, or what is wrong with the prompt."""
+    def _read(self, prompt: str) -> tuple[int, ...]:
+        """Tokens after the image up to the reward token; none for a prompt without a score."""
         tokens = self._tokens(prompt)
-        if strange := Counter(token for token in tokens if token in self._special) - self._wanted:
-            return f"holds {self.tokenizer.convert_ids_to_tokens(min(strange))}, a special token of the model; remove it"
-        if (length := len(tokens) - self._least) > self.longest:
-            return f"has {length} tokens, kwargs.max_prompt_tokens = {self.longest}; shorten it, or raise that"
+        strange = Counter(token for token in tokens if token in self._special) - self._wanted
+        if strange or len(tokens) - self._least > self.longest:
+            return ()
         return tuple(tokens[tokens.index(self._image) + 1 : tokens.index(self._reward) + 1])
 
 

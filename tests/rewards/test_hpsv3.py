@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from adagrpo.errors import InputError
-from adagrpo.rewards import PromptRows
+from adagrpo.rewards import PromptRows, check_prompts
 from adagrpo.rewards.hpsv3 import Backbone, Head, Hpsv3, VisionRotary, read_config
 from adagrpo.rewards.hpsv3_texts import conversation
 from adagrpo.rewards.weights import unfilled
@@ -197,13 +197,13 @@ def test_a_prompt_with_a_special_token_or_too_long_has_no_score(base: str) -> No
     prompts = ["a red cat", *SPECIAL, "a red cat . a dog", "two"]
     scores = short(noise(1, 28, 28).expand(8, -1, -1, -1), prompts)
     assert scores.isnan().tolist() == [False, *[True] * 6, False]
-    short.check_prompts(["a red cat", "two"])
-    for prompt in SPECIAL:
-        name = re.search(r"<\|\w+\|>", prompt)[0]
-        with pytest.raises(InputError, match=re.escape(f"the prompt {prompt!r} holds {name}, a special token")):
-            short.check_prompts(["two", prompt])
-    with pytest.raises(InputError, match=r"has 6 tokens, kwargs\.max_prompt_tokens = 4"):
-        short.check_prompts(prompts[6:])
+    for prompts in (["a red cat", f"two {special}"] for special in SPECIAL):
+        name = re.search(r"<\|\w+\|>", prompts[1])[0]
+        with pytest.raises(
+            InputError, match=re.escape(f"rewards.2 = hpsv3: the prompt {prompts[1]!r} holds {name}, a special")
+        ):
+            check_prompts("hpsv3", {}, prompts, "rewards.2")
+    check_prompts("hpsv3", {}, ["a red cat", "<|cat|>"])
 
 
 def test_bf16_rounds_all_but_the_head(base: str, reward: Hpsv3) -> None:
