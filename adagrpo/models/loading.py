@@ -180,6 +180,7 @@ def refuse_differences(
         InputError: naming component and tensor.
     """
     extra = [name for name in unexpected if not (component.spare and re.search(component.spare, name))]
+    missing = [name for name in missing if not (component.unread and re.search(component.unread, name))]
     if misshaped:
         name = min(misshaped)
         found, wanted = misshaped[name]

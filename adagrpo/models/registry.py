@@ -22,6 +22,7 @@ class Component:
         kind: name of its class there.
         spare: regular expression of tensors that its files may hold beyond what the class has.
         optional: whether a pipeline may be saved without it.
+        unread: regular expression of tensors that the class has and never reads: its files may lack them.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Component:
     kind: str
     spare: str = ""
     optional: bool = False
+    unread: str = ""
 
     @property
     def cls(self) -> Any:

