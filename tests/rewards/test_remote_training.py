@@ -1,0 +1,126 @@
+"""Training on a reward behind a server: what happens to the server happens to no score, and a run ends as its guards say."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from fault_server import Faulty, brightness, closed_port, faulty, within
+
+from adagrpo.cli import main
+from adagrpo.rewards import client
+
+RECIPE = """base = "tiny"
+[train]
+iterations = {iterations}
+slots = 1
+[selection]
+candidates = 2
+[rollout]
+steps = 2
+sde_steps = [0]
+group_size = 4
+[evaluation]
+every = 0
+final_prompts = 0
+[output]
+grid_every = 0
+checkpoint_every = 50
+[guards]
+failed_rewards = {{limit = 0.5, action = "stop", patience = 2}}
+[[rewards]]
+name = "remote"
+kwargs = {{url = "{url}", per_request = 1, limits = {{retries = {retries}, timeout = 5.0}}}}
+"""
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch) -> None:
+    monkeypatch.setattr(client, "FIRST_PAUSE", 0.02)
+    monkeypatch.setattr(client, "LONGEST_PAUSE", 0.1)
+
+
+def trained(folder: Path, url: str, retries: int = 2, iterations: int = 2) -> tuple[int, list[dict]]:
+    """Exit code and metrics of a run."""
+    folder.mkdir()
+    (folder / "recipe.toml").write_text(RECIPE.format(url=url, retries=retries, iterations=iterations), "utf-8")
+    code = main(["train", str(folder / "recipe.toml"), "--out", str(folder / "run")])
+    file = folder / "run" / "metrics.jsonl"
+    return code, [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
+
+
+def told(metrics: list[dict]) -> list[dict]:
+    """All but how long it took."""
+    return [{key: value for key, value in line.items() if not key.startswith(("perf/", "time"))} for line in metrics]
+
+
+def test_a_server_that_restarts_in_the_middle_changes_nothing(tmp_path) -> None:
+    """Bit for bit the metrics of an undisturbed run; and no image was scored twice."""
+    with faulty(lambda number, body: brightness(body)) as server:
+        code, truth = trained(tmp_path / "undisturbed", server.url)
+        images = sum(len(body["image"]) for body in server.seen)
+        assert code == 0 and len(truth) == 2
+
+    half = server.answered // 2
+    lost, back = threading.Event(), []
+
+    def behave(number, body):
+        if number >= half:
+            lost.set()
+            first.hang()
+            raise ConnectionError
+        return brightness(body)
+
+    first = Faulty(behave)
+
+    def restart() -> None:
+        lost.wait(60)
+        first.close()
+        time.sleep(0.3)
+        back.append(Faulty(lambda number, body: brightness(body), first.server.server_port))
+
+    thread = threading.Thread(target=restart)
+    thread.start()
+    code, metrics = trained(tmp_path / "restarted", first.url, retries=100)
+    thread.join()
+    back[0].close()
+    assert code == 0 and told(metrics) == told(truth)
+    counted = [len(body["image"]) for body in first.seen[:half] + back[0].seen]
+    assert sum(counted) == images and len(first.seen) > half
+
+
+def test_a_server_that_is_dead_at_the_start_ends_the_run_before_it_begins(tmp_path, capsys) -> None:
+    url = f"http://127.0.0.1:{closed_port()}"
+    code, metrics = within(60, lambda: trained(tmp_path / "dead", url))
+    said = capsys.readouterr().err
+    assert code == 2 and not metrics
+    assert url in said and "start it, or correct kwargs.url" in said and "rewards" in said
+
+
+@pytest.mark.filterwarnings("ignore:rewards:RuntimeWarning")
+def test_a_server_that_stays_dead_stops_the_run_by_its_guard(tmp_path) -> None:
+    """Failed images are none that scored 0: the run goes on without them, then stops, and says why."""
+    dead = threading.Event()
+
+    def behave(number, body):
+        if sum(len(seen["image"]) for seen in server.seen) > 8:
+            dead.set()
+        return (500, {"detail": "out of memory"}) if dead.is_set() else brightness(body)
+
+    with faulty(behave) as server:
+        code, metrics = within(120, lambda: trained(tmp_path / "dies", server.url, retries=0, iterations=20))
+    assert code == 3 and 2 <= len(metrics) < 20
+    assert [line["advantage/failed"] for line in metrics[-2:]] == [1.0, 1.0]
+    assert metrics[-1]["reward/train"] is None or math.isnan(metrics[-1]["reward/train"])
+
+
+@pytest.mark.filterwarnings("ignore:rewards:RuntimeWarning")
+def test_a_server_that_fails_now_and_then_is_trained_on(tmp_path) -> None:
+    with faulty(lambda number, body: (200, {"rewards": []}) if number % 4 == 2 else brightness(body)) as server:
+        code, metrics = trained(tmp_path / "now", server.url)
+    assert code == 0 and len(metrics) == 2 and any(0 < line["advantage/failed"] < 0.5 for line in metrics)
+    assert all(math.isfinite(line["reward/train"]) for line in metrics)
