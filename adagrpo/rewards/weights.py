@@ -23,6 +23,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 _NESTS = ("state_dict", "model", "module")  # keys under which a checkpoint keeps its model's tensors
 _PARALLEL = "module."  # before every name, where a model was saved inside DataParallel
+_WORDS = ("tokenizer.json", "vocab.json", "vocab.txt")  # what a tokenizer cannot do without
 _QUANTISED = "name the weights in bf16, fp16 or fp32"
 
 
@@ -99,6 +100,11 @@ def load_tokenizer(source: str, where: str) -> Any:
         InputError: there is none, or it cannot be downloaded.
     """
     refuse_form(source, where)
+    if Path(source).is_dir() and not any((Path(source) / name).is_file() for name in _WORDS):
+        # transformers would make a tokenizer of few words
+        raise InputError(
+            f"{where}: {source} holds no tokenizer: none of {', '.join(_WORDS)}; name a folder that holds its files"
+        )
     from transformers import AutoTokenizer
 
     try:

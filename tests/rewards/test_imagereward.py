@@ -136,6 +136,7 @@ def test_what_does_not_belong_together_is_named(bert: str, tmp_path: Path, monke
         ((str(GOLDEN), bert, "fp8", HEADS), "dtype = fp8: one of fp32, bf16"),
         ((str(GOLDEN), str(other), "fp32", HEADS), re.escape(f"made for 60 tokens, but {other} has 20 with [DEC] and [ENC]")),
         ((str(tmp_path), bert, "fp32", HEADS), r"ImageReward\.pt is truncated or damaged"),
+        ((str(GOLDEN), str(GOLDEN), "fp32", HEADS), r"holds no tokenizer: none of tokenizer\.json, vocab\.json, vocab\.txt"),
         ((str(GOLDEN.parent), bert, "fp32", HEADS), r"this folder holds no ImageReward\.pt \(but hpsv"),
     ):
         for make in (ImageReward, ImageReward.check):
