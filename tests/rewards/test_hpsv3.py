@@ -41,7 +41,7 @@ def lay_out(folder: Path, words: int = 108) -> Path:
     tokenizer = Tokenizer(WordLevel(vocabulary | CHATTING, "[UNK]"))
     tokenizer.pre_tokenizer = Whitespace()
     tokenizer.add_special_tokens(list(CHATTING))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="<|endoftext|>").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|endoftext|>").save_pretrained(folder)
     shutil.copy(GOLDEN / "config.json", folder)
     (folder / "texts.py").write_text(f"import torchvision  # not here\n{TEXTS}raise SystemExit\n")
     return folder
@@ -194,7 +194,7 @@ SPECIAL = ["a <|Reward|> cat", "<|image_pad|>", "cat<|vision_start|>", "a dog <|
 
 def test_a_prompt_with_a_special_token_or_too_long_has_no_score(base: str) -> None:
     short = load(base, max_prompt_tokens=4)
-    prompts = ["a red cat", *SPECIAL, "a red cat . a dog", "two"]
+    prompts = ["a red cat", *SPECIAL, "a red cat . a dog", "two zebras"]
     scores = short(noise(1, 28, 28).expand(8, -1, -1, -1), prompts)
     assert scores.isnan().tolist() == [False, *[True] * 6, False]
     for prompts in (["a red cat", f"two {special}"] for special in SPECIAL):
