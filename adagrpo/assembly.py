@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ from .models.base import FlowModel
 from .models.schedule import own_levels
 from .recipe.derived import Derived
 from .recipe.keys import JUDGES, Config, bucket_size
+from .rewards import Reward
+from .rewards.placed import Entry, PlacedReward
 
 
 def build_course(config: Config, ranks: Ranks) -> Course:
@@ -87,6 +89,36 @@ def build_fusion(config: Config, weights: Tensor, impl: str | None, fuse: Fuse |
     shuffle = train.seed if train.shuffle_advantages else None
     names = tuple(reward.name for reward in config.rewards)
     return Fusion(names, weights, a.clip, a.weight, a.calibration, impl, fuse, shuffle)
+
+
+def place_rewards(config: Config, rewards: Sequence[Reward]) -> list[PlacedReward]:
+    """The rewards of a recipe, each as its entry says."""
+    keys = [field.name for field in dataclasses.fields(Entry) if field.name != "number"]
+    entries = (Entry(number=i, **{key: getattr(r, key) for key in keys}) for i, r in enumerate(config.rewards))
+    return [PlacedReward(reward, entry) for reward, entry in zip(rewards, entries, strict=True)]
+
+
+def require_groups(config: Config, rewards: Sequence[object]) -> None:
+    """Refuse a groupwise reward (or the class of one) where images without a group must be scored by it.
+
+    Raises:
+        InputError: naming the reward and the keys.
+    """
+    groupwise = [bool(getattr(reward, "groupwise", False)) for reward in rewards]
+    if not any(groupwise):
+        return
+    i = groupwise.index(True)
+    named = f"rewards.{i} = {config.rewards[i].name}: compares the images of a group"
+    if Derived(config).scores_needed:
+        raise InputError(
+            f"{named}, and candidates have none: set selection.candidates = 1 (or selection.strategy = random) and "
+            "advantage.weight = 0"
+        )
+    if all(groupwise) and (config.evaluation.every or config.evaluation.final_prompts):
+        raise InputError(
+            f"{named}, and evaluations have none: add a reward that scores single images, or set evaluation.every and "
+            "evaluation.final_prompts to 0"
+        )
 
 
 def build_objective(config: Config) -> Objective:

@@ -20,7 +20,9 @@ from .assembly import (
     build_optimizer,
     build_sampler,
     own_noise_levels,
+    place_rewards,
     replaced_levels,
+    require_groups,
 )
 from .curriculum.judge import Curriculum
 from .curriculum.picks import Strategy
@@ -62,18 +64,24 @@ def choose_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device("model.device", name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def _device(key: str, name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise InputError(f"model.device = {name}: not a device; use auto, cpu, cuda or cuda:N") from error
+        raise InputError(f"{key} = {name}: not a device; use auto, cpu, cuda or cuda:N") from error
     if device.type not in ("cpu", "cuda", "meta"):
-        raise InputError(f"model.device = {name}: not supported; use auto, cpu, cuda or cuda:N")
+        raise InputError(f"{key} = {name}: not supported; use auto, cpu, cuda or cuda:N")
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            raise InputError(f"model.device = {name}: no CUDA device here; use auto or cpu")
+            raise InputError(f"{key} = {name}: no CUDA device here; use {'auto or ' * (key == 'model.device')}cpu")
         if (device.index or 0) >= torch.cuda.device_count():
-            raise InputError(f"model.device = {name}: this machine has {torch.cuda.device_count()} CUDA devices")
-        torch.cuda.set_device(device)
+            raise InputError(f"{key} = {name}: this machine has {torch.cuda.device_count()} CUDA devices")
     return device
 
 
@@ -128,6 +136,9 @@ def check_engine(config: Config) -> None:
     """Refuse ``engine`` keys that cannot run on the recipe's device, without loading the model."""
     e, device = config.engine, choose_device(config.model.device)
     require_backends(device, e.forward, e.precision == "fp8", e.attention)
+    for i, reward in enumerate(config.rewards):
+        if reward.device:
+            _device(f"rewards.{i}.device", reward.device)
     if e.kernels != "triton":
         return
     problem = device_problem({device.type})
@@ -211,6 +222,7 @@ def build_trainer(
     prompts, held_out = load_data(config)
     own = load_plugins(config)
     rewards = [build_reward(r.name, r.kwargs, f"rewards.{i}", r.dtype) for i, r in enumerate(config.rewards)]
+    require_groups(config, rewards)
     if model is None:
         if config.model.buckets or config.rollout.shift == "model":
             check_sizes(config)
@@ -249,7 +261,7 @@ def assemble(
     executor = build_executor(config, model, rollouts=True, say=notices)
     if replaced := replaced_levels(config, model):
         notices(replaced)
-    score = Scorer(executor, rewards, [r.name for r in config.rewards], [r.timeout for r in config.rewards])
+    score = Scorer(executor, place_rewards(config, rewards))
     if config.engine.overlap and model.device.type == "cuda":
         score.stream = torch.cuda.Stream(model.device)
     weights = torch.tensor([reward.weight for reward in config.rewards], device=model.device)

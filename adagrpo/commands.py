@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from .algorithm.sde import Stream
-from .assembly import build_executor, build_table, own_noise_levels, sampled_sizes
+from .assembly import build_executor, build_table, own_noise_levels, require_groups, sampled_sizes
 from .build import (
     build_architecture,
     build_model,
@@ -106,8 +106,8 @@ def dry_run(config: Config, out: Path | None = None, resume: str | None = None) 
     check_sizes(config)
     prompts, held_out = load_data(config)
     load_plugins(config)
-    for i, reward in enumerate(config.rewards):
-        check_reward_files(reward.name, reward.kwargs, f"rewards.{i}", reward.dtype)
+    found = [check_reward_files(r.name, r.kwargs, f"rewards.{i}", r.dtype) for i, r in enumerate(config.rewards)]
+    require_groups(config, found)
     check_loggers(config.output.loggers)
     if out is not None:
         check_opening(config, out, resume)

@@ -94,6 +94,7 @@ class Trainer:
     def iteration(self) -> dict[str, Any]:
         """One iteration; its metrics stay on the device. ``selection/picked`` holds the picked prompts."""
         self.executor.reset_counts()
+        self.score.forget()
         self._begun = _Begun(self.draws, self.stream.position, self.knowledge, self.executor.limit.state)
         self.refresh()
         with self.bucket():
@@ -105,7 +106,7 @@ class Trainer:
             policy = self.update(groups, advantage)
         self.iterations_done += 1
         self._begun = None
-        metrics = statistics | policy | {"selection/picked": groups.prompts}
+        metrics = statistics | policy | {"selection/picked": groups.prompts} | self.score.failures()
         return metrics | selection_metrics(groups.scores, groups.picks, self.knowledge)
 
     def draw(self, slots: int) -> Groups:
@@ -144,7 +145,8 @@ class Trainer:
         """Groups of the picked prompts, and the scores of their images, which are worked out beside the rollout."""
         per_slot = self.sampler.rows_per_slot(self.iterations_done)
         slot = torch.arange(len(choice.picks), device=choice.picks.device).repeat_interleave(per_slot)
-        scores = self.score.overlapped(PromptRows(picked.texts, picked.text_index.index_select(0, slot)))
+        group = self.sampler.shape.group_index(slot.shape[0], slot.device)
+        scores = self.score.overlapped(PromptRows(picked.texts, picked.text_index.index_select(0, slot), group))
         anchors = (choice.anchors, choice.anchor_row)
         return self.sampler(self.executor, *anchors, conditioning, self.iterations_done, self.draws, scores), scores
 

@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..algorithm.losses import clipped_surrogate
-from ..assembly import build_optimizer, build_table
+from ..assembly import build_optimizer, build_table, place_rewards
 from ..engine.timing import PhaseTimer
 from ..errors import InputError
 from ..models.base import Conditioning, FlowModel
@@ -34,7 +34,7 @@ from ..parts.plugins import is_import_path
 from ..prompts.stream import PromptStream
 from ..recipe.derived import Derived
 from ..recipe.keys import Config
-from ..rewards import Reward
+from ..rewards import PromptRows, Reward
 from ..run.grid import to_pil
 
 
@@ -83,7 +83,7 @@ class PublishedLoop:
         for key, name in (("selection.strategy", config.selection.strategy), ("advantage.function", config.advantage.function)):
             if is_import_path(name) or name == "random":
                 raise InputError(f"{key} = {name}: the plain loop knows the built-in, deterministic ones only")
-        self.config, self.model, self.rewards = config, model, list(rewards)
+        self.config, self.model, self.rewards = config, model, place_rewards(config, rewards)
         self.stream = PromptStream(prompts, config.train.seed)
         derived = Derived(config)
         self.slots, self.storage = derived.slots, derived.storage
@@ -182,7 +182,8 @@ class PublishedLoop:
                 picture = to_pil(self.model.decode(latent.unsqueeze(0).to(self.model.device))[0])
             with self.phase("reward"):
                 image = from_pil(picture).to(self.model.device)
-                columns.append([float(reward(image, [prompt])[0]) for reward in self.rewards])
+                asked = PromptRows([prompt], torch.zeros(1, dtype=torch.int64, device=image.device))
+                columns.append([float(reward(image, asked)[0]) for reward in self.rewards])
         return torch.tensor(columns, dtype=torch.float64).T
 
     def advantage(self, rewards: Tensor) -> Tensor:

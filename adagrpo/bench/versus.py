@@ -32,7 +32,7 @@ def baseline_command(config: Config, options: Options) -> int:
 
 def plain_loop(config: Config, trainer: Trainer) -> PublishedLoop:
     """The published loop over the same recipe, model, rewards and prompts."""
-    return PublishedLoop(config, trainer.model, trainer.score.rewards, trainer.stream.prompts)
+    return PublishedLoop(config, trainer.model, [placed.reward for placed in trainer.score.rewards], trainer.stream.prompts)
 
 
 def measure_plain(loop: PublishedLoop) -> Iteration:

@@ -20,10 +20,14 @@ class Overlap:
     Args:
         work: (latents [r, L, C], rows int64 [r] of the rollout) -> scores [M, r].
         stream: the second stream; None is the current one.
+        finish: is given all scores [M, R], in the order they were worked out in, and says what they are in the end: some may
+            have been worked out elsewhere meanwhile.
     """
 
-    def __init__(self, work: Work, stream: torch.cuda.Stream | None = None) -> None:
-        self.work, self.stream = work, stream
+    def __init__(
+        self, work: Work, stream: torch.cuda.Stream | None = None, finish: Callable[[Tensor], Tensor] = lambda scores: scores
+    ) -> None:
+        self.work, self.stream, self.finish = work, stream, finish
         self._waiting: tuple[Tensor, Tensor, torch.cuda.Event | None] | None = None
         self._done: list[tuple[Tensor, Tensor]] = []
 
@@ -43,7 +47,7 @@ class Overlap:
         if self.stream is not None:
             torch.cuda.current_stream().wait_stream(self.stream)
         rows = torch.cat([rows for _, rows in self._done])
-        found = torch.cat([scores for scores, _ in self._done], 1)
+        found = self.finish(torch.cat([scores for scores, _ in self._done], 1))
         return torch.empty_like(found).index_copy(1, rows, found)
 
     def _run(self, chunk: tuple[Tensor, Tensor, torch.cuda.Event | None] | None) -> None:

@@ -81,6 +81,10 @@ class GroupShape:
     slots_per_batch: int = 1
     ranks: Ranks = dataclasses.field(default_factory=Ranks)
 
+    def group_index(self, samples: int, device: torch.device | str) -> Tensor:
+        """int64 [R], the group of each sample of a rollout, which are ordered (slot, group, member)."""
+        return torch.arange(samples, device=device) // self.group_size
+
     def batches(self, slots: int, samples: int, steps: int, max_rows: int, device: torch.device | str) -> list[list[Tensor]]:
         """Micro-batches of ``samples`` transitions per slot at each of ``steps`` steps."""
         return update_batches(slots, samples, steps, self.optimizer_steps, self.slots_per_batch, max_rows, device)
@@ -88,6 +92,11 @@ class GroupShape:
 
 class Sampler(Protocol):
     """Draws the groups of an iteration by one of the plans, and tells what that runs."""
+
+    @property
+    def shape(self) -> GroupShape:
+        """Sizes of groups, and which sample is in which."""
+        ...
 
     @property
     def fresh_velocity(self) -> bool:

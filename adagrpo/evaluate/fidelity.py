@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..algorithm.sde import Stream
 from ..algorithm.selection import CapabilityState, capability_step
-from ..assembly import build_executor
+from ..assembly import build_executor, place_rewards
 from ..engine.executor import RolloutExecutor
 from ..engine.plans import probe_plan
 from ..engine.rollout import Rollout
@@ -129,8 +129,7 @@ def compare(
     e = dataclasses.replace(config.engine, forward="eager", precision="auto", attention="auto")
     plain = dataclasses.replace(config, engine=e, rollout=dataclasses.replace(config.rollout, tail_steps=0))
     sides = [build_executor(c, model, rollouts=True) for c in (plain, config)]
-    names = [reward.name for reward in config.rewards]
-    scorers = [Scorer(executor, rewards, names, [r.timeout for r in config.rewards]) for executor in sides]
+    scorers = [Scorer(executor, place_rewards(config, rewards)) for executor in sides]
     stream, r, s = PromptStream(prompts, config.train.seed), config.rollout, config.selection
     capability = CapabilityState.for_rewards(len(rewards), model.device)
     plan = probe_plan(range(s.candidates), r.steps, keep=r.sde_steps)

@@ -19,7 +19,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -94,14 +94,26 @@ def _called(part: Part, function: Callable[..., Any], args: tuple[Any, ...], gra
     result, error = call(part, function, args, gradients)
     if error is None:
         return result
+    remedy = f"; {part.timeout_key} = 0 calls it in the main thread, without a time limit" if call is _in_thread else ""
+    try:
+        raise_failure(part, error, remedy)
+    finally:
+        del error  # it knows the frames, and they the tensors
+
+
+def raise_failure(part: Part, error: BaseException, main_thread_remedy: str = "") -> NoReturn:
+    """Raise what a part raised as what ``call_part`` says.
+
+    Args:
+        main_thread_remedy: what the message adds where the part wanted the main thread.
+    """
     try:
         if isinstance(error, (torch.OutOfMemoryError, PartHung, *part.passes)):
             raise error
-        own_thread = call is _in_thread and "main thread" in str(error)
-        remedy = f"; {part.timeout_key} = 0 calls it in the main thread, without a time limit" if own_thread else ""
+        remedy = main_thread_remedy if "main thread" in str(error) else ""
         raise part.failure(f"{part.name}{part.doing}: {type(error).__name__}: {error}{remedy}") from error
     finally:
-        del error  # it knows the frames, and they the tensors
+        del error
 
 
 def own(value: Any) -> Any:
@@ -149,17 +161,17 @@ def _sheltered(gradients: bool) -> Iterator[None]:
     if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         yield  # an adapter's step in a CUDA graph: reading a random state would end the capture
         return
-    with _random_states(), _place(), kept_settings(), torch.inference_mode(False), torch.set_grad_enabled(gradients):
+    with random_states(), _place(), kept_settings(), torch.inference_mode(False), torch.set_grad_enabled(gradients):
         yield
 
 
 @contextlib.contextmanager
-def _random_states() -> Iterator[None]:
-    """Keep the global generators of Python, torch and, where it is imported, numpy."""
+def random_states(cuda: bool = True) -> Iterator[None]:
+    """Keep the global generators of Python, torch and, where it is imported, numpy; ``cuda``: those of the devices too."""
     numpy = sys.modules.get("numpy")
     python, cpu = random.getstate(), torch.get_rng_state()
     legacy = None if numpy is None else numpy.random.get_state(legacy=False)
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    devices = torch.cuda.get_rng_state_all() if cuda and torch.cuda.is_initialized() else []
     try:
         yield
     finally:
@@ -167,28 +179,37 @@ def _random_states() -> Iterator[None]:
         torch.set_rng_state(cpu)
         if numpy is not None:
             numpy.random.set_state(legacy)
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)
+        if devices:
+            torch.cuda.set_rng_state_all(devices)
 
 
 @contextlib.contextmanager
 def _place() -> Iterator[None]:
     """Keep the working directory, the current CUDA device and stream and, in the main thread, the signals' handlers."""
-    folder = None
-    with contextlib.suppress(OSError):
-        folder = os.getcwd()
     stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
     main = threading.current_thread() is threading.main_thread()
     numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGALRM") if hasattr(signal, name)]
     handlers = {number: signal.getsignal(number) for number in numbers} if main else {}
     try:
-        yield
+        with kept_folder():
+            yield
     finally:
         for number, handler in handlers.items():
             if handler is not None and signal.getsignal(number) != handler:
                 signal.signal(number, handler)
         if stream is not None:
             torch.cuda.set_stream(stream)  # and its device
+
+
+@contextlib.contextmanager
+def kept_folder() -> Iterator[None]:
+    """Keep the working directory."""
+    folder = None
+    with contextlib.suppress(OSError):
+        folder = os.getcwd()
+    try:
+        yield
+    finally:
         if folder is not None:
             with contextlib.suppress(OSError):
                 os.chdir(folder)
@@ -197,7 +218,7 @@ def _place() -> Iterator[None]:
 # ---- threads -----------------------------------------------------------------------------------------------------------------
 
 _stop_asked: list[Callable[[], bool]] = []
-_left_behind: list[str] = []
+_under_way: set[Job] = set()
 
 
 @contextlib.contextmanager
@@ -216,8 +237,8 @@ def stop_asked() -> bool:
 
 
 def leave_if_hanging(code: int) -> None:
-    """End the process with exit code ``code`` if a part hangs in it: the interpreter's own end could wait for that part."""
-    if _left_behind:
+    """End the process with exit code ``code`` if a part is at work in it: the interpreter's end could wait for that part."""
+    if _under_way:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
@@ -230,12 +251,28 @@ def _watched() -> bool:
     return bool(torch.autograd._profiler_enabled() or modes)
 
 
-class _Job:
-    """One call in a thread of its own, under the caller's stream, number of threads and context variables."""
+class Job:
+    """One call in a thread of its own, under the caller's stream, number of threads and context variables.
 
-    def __init__(self, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-        self.function, self.args = function, args
-        self.done = threading.Event()
+    Args:
+        shelter: what it is called in; None restores everything after the call, for a caller that waits.
+        given: makes the arguments, in the thread; the part's time begins behind it.
+
+    Attributes:
+        done: it is over. seconds: that it took. cancelled: it is not to begin.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...] = (),
+        shelter: Callable[[], contextlib.AbstractContextManager[None]] | None = None,
+        given: Callable[[], tuple[Any, ...]] | None = None,
+    ) -> None:
+        self.function, self.args, self.shelter, self.given = function, args, shelter or _in_waited_thread, given
+        self.done, self.cancelled = threading.Event(), False
+        self.began: float | None = None
+        self.seconds = 0.0
         self.result: Any = None
         self.error: BaseException | None = None
         self.stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
@@ -243,32 +280,44 @@ class _Job:
 
     def run(self) -> None:
         """In the thread."""
+        _under_way.add(self)
         try:
             if self.stream is not None:
                 torch.cuda.set_stream(self.stream)
             if torch.get_num_threads() != self.threads:
                 torch.set_num_threads(self.threads)
-            with _sheltered(gradients=False):
-                self.result = self.context.run(self.function, *self.args)
+            args = self.args if self.given is None else self.given()
+            self.began = time.monotonic()
+            with self.shelter():
+                self.result = self.context.run(self.function, *args)
+            self.seconds = time.monotonic() - self.began
         except BaseException as error:
             self.error = error
-        del self.function, self.args
+        args = ()
+        del self.function, self.args, self.given
+        _under_way.discard(self)
         self.done.set()
 
 
-class _Worker:
-    """A thread that takes one job after the other; kept, because libraries keep handles and buffers per thread."""
+def _in_waited_thread() -> contextlib.AbstractContextManager[None]:
+    return _sheltered(gradients=False)
 
-    def __init__(self) -> None:
-        jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+
+class Worker:
+    """Threads that take one job after the other; kept, because libraries keep handles and buffers per thread."""
+
+    def __init__(self, threads: int = 1) -> None:
+        jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self.put = jobs.put
-        threading.Thread(target=_work, args=(jobs,), name="adagrpo-part", daemon=True).start()
-        weakref.finalize(self, jobs.put, None)
+        for _ in range(threads):
+            threading.Thread(target=_work, args=(jobs,), name="adagrpo-part", daemon=True).start()
+            weakref.finalize(self, jobs.put, None)
 
 
-def _work(jobs: queue.SimpleQueue[_Job | None]) -> None:
+def _work(jobs: queue.SimpleQueue[Job | None]) -> None:
     while (job := jobs.get()) is not None:
-        job.run()
+        if not job.cancelled:
+            job.run()
         del job  # and its tensors
 
 
@@ -278,17 +327,16 @@ os.register_at_fork(after_in_child=lambda: setattr(_local, "worker", None))  # t
 
 def _in_thread(part: Part, function: Callable[..., Any], args: tuple[Any, ...], gradients: bool) -> Outcome:
     """The call by this thread's worker, for as long as ``part`` may take; never with gradients."""
-    worker: _Worker | None = getattr(_local, "worker", None)
+    worker: Worker | None = getattr(_local, "worker", None)
     if worker is None:
-        worker = _local.worker = _Worker()
-    job, settings, folder = _Job(function, args), read_settings(), os.getcwd()
+        worker = _local.worker = Worker()
+    job, settings, folder = Job(function, args), read_settings(), os.getcwd()
     del args
     worker.put(job)
     try:
-        _wait(job, part)
+        wait_for(job, part)
     except BaseException:
         _local.worker = None
-        _left_behind.append(part.name)
         write_settings(settings)  # what the thread had switched when it was left stays no longer
         with contextlib.suppress(OSError):
             os.chdir(folder)
@@ -298,15 +346,17 @@ def _in_thread(part: Part, function: Callable[..., Any], args: tuple[Any, ...], 
     return result, error
 
 
-def _wait(job: _Job, part: Part) -> None:
-    """Until the job is done.
+def wait_for(job: Job, part: Part) -> None:
+    """Until the job is done; ``part.timeout`` counts from its beginning, 0 is no limit.
 
     Raises:
         PartHung: its time is over.
     """
-    end, asked_at = time.monotonic() + part.timeout, float("inf")
+    end = asked_at = float("inf")
     while not job.done.wait(min(POLL, max(0.0, end - time.monotonic()))):
         now = time.monotonic()
+        if job.began is not None and part.timeout:
+            end = job.began + part.timeout
         if stop_asked():
             asked_at = min(asked_at, now)
         if now >= end:

@@ -33,6 +33,7 @@ class HeldOut:
         tell: receives warnings.
 
     Attributes:
+        single, first: numbers of the rewards that score single images, and the first of them, which is the held-out reward.
         baseline: scores [prompts, noises] of the initial policy, fp64; None before they are measured or restored.
     """
 
@@ -42,6 +43,9 @@ class HeldOut:
         self.trainer, self.run, self.tell = trainer, run, tell
         self.names, e = [reward.name for reward in config.rewards], config.evaluation
         self.prompts, self.final_prompts = list(prompts)[: e.prompts], list(prompts)[: e.final_prompts]
+        groupwise = [reward.groupwise for reward in trainer.score.rewards]
+        self.single = [m for m, grouped in enumerate(groupwise) if not grouped]
+        self.first = self.single[0] if self.single else 0
         self.noises, self.final_noises, self.guidance = e.noises, e.final_noises, e.guidance
         self.baseline: Tensor | None = None
 
@@ -62,10 +66,11 @@ class HeldOut:
     def curve(self) -> dict[str, float]:
         """The held-out rewards, for the metrics."""
         scores = self.scores(self.prompts, self.noises, Stream.HELD_OUT)
-        found = {"reward/held_out": float(scores[0].nanmean())}
-        found["reward/held_out_std"] = float(scores[0].nanmean(1).std()) if len(self.prompts) > 1 else 0.0
-        for m, name in list(enumerate(self.names))[1:]:
-            found[f"reward/held_out_{m}_{name}"] = float(scores[m].nanmean())
+        first = scores[self.first]
+        found = {"reward/held_out": float(first.nanmean())}
+        found["reward/held_out_std"] = float(first.nanmean(1).std()) if len(self.prompts) > 1 else 0.0
+        for m in self.single[1:]:
+            found[f"reward/held_out_{m}_{self.names[m]}"] = float(scores[m].nanmean())
         return found
 
     def try_rewards(self) -> None:
@@ -82,7 +87,7 @@ class HeldOut:
                     scores = self._first_scores((self.prompts * 2)[:2])
         self.trainer.phase.read()
         for m, some in enumerate(scores.isfinite().any(1).tolist()):
-            if not some:
+            if not some and m in self.single:
                 name = f"rewards.{m} ({self.names[m]})"
                 raise RunError(f"{name} has no finite score, neither of noise nor of the policy's images: {scores[m].tolist()}")
 
@@ -90,7 +95,7 @@ class HeldOut:
         """Scores [M, 2] of noise, or of what the policy draws."""
         x = self.trainer.executor.initial_noise(torch.arange(2), 0, Stream.SAMPLE)
         scores = self.trainer.score(x, PromptRows(prompts, torch.arange(2, device=x.device)))
-        if not bool(scores.isfinite().any(1).all()):
+        if not bool(scores[self.single].isfinite().any(1).all()):
             scores = evaluate(self.trainer.executor, self.trainer.score, prompts, 1, Stream.SAMPLE).flatten(1)
         return scores
 
@@ -103,7 +108,7 @@ class HeldOut:
             return None
         shape = (len(self.final_prompts), self.final_noises)
         if self.trainer.iterations_done == 0:
-            self.baseline = self.scores(self.final_prompts, shape[1], Stream.FINAL_EVALUATION)[0].double().cpu()
+            self.baseline = self.scores(self.final_prompts, shape[1], Stream.FINAL_EVALUATION)[self.first].double().cpu()
         copied = read_baseline(self.run.path / BASELINE, shape)
         if self.baseline is None and copied is not None:
             self.baseline = copied  # a run of a former version
@@ -120,7 +125,7 @@ class HeldOut:
         """The trained policy against ``before``; None without it."""
         if before is None:
             return None
-        after = self.scores(self.final_prompts, self.final_noises, Stream.FINAL_EVALUATION)[0]
+        after = self.scores(self.final_prompts, self.final_noises, Stream.FINAL_EVALUATION)[self.first]
         gain = paired_gain(before, after.cpu())
         self.run.write_json("result.json", vars(gain))
         return gain
@@ -139,7 +144,7 @@ class HeldOut:
     def _samples(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         latents = sample_latents(self.trainer.executor, prompts, 1, Stream.SAMPLE)
         everyone = torch.arange(len(prompts), device=latents.device)
-        return latents, self.trainer.score(latents, PromptRows(prompts, everyone))[0]
+        return latents, self.trainer.score(latents, PromptRows(prompts, everyone))[self.first]
 
 
 def read_baseline(file: Path, shape: tuple[int, int]) -> Tensor | None:

@@ -30,6 +30,7 @@ def performance(trainer: Trainer, seconds: float) -> dict[str, float]:
     record = {"perf/seconds": seconds}
     record |= {f"perf/{phase}_seconds": spent for phase, spent in phases.items()}
     record["perf/other_seconds"] = max(0.0, seconds - sum(phases.values()))
+    record |= trainer.score.seconds()
     for phase, count in trainer.executor.counts.items():
         record |= {f"perf/{phase}_evaluations": count.evaluations, f"perf/{phase}_calls": count.calls}
     if trainer.model.device.type == "cuda":

@@ -65,13 +65,13 @@ def test_overhead_of_the_official_schedule(probe: str, selection: dict, probing:
 def scored_prompts(trainer: Trainer) -> list[tuple[int, Tensor]]:
     """Receives (images, prompts' places among the draw's candidates) of every call of the reward."""
     seen: list[tuple[int, Tensor]] = []
-    score = trainer.score.rewards[0]
+    score = trainer.score.rewards[0].reward
 
     def watched(images, prompts):
         seen.append((len(images), prompts.text_index.clone()))
         return score(images, prompts)
 
-    trainer.score.rewards[0] = watched
+    trainer.score.rewards[0].reward = watched
     return seen
 
 
@@ -217,7 +217,7 @@ def test_a_races_previews_are_the_images_expected_from_the_full_trajectory() -> 
     """x - sigma*v of step 2 on the trajectories of the full probe, decoded."""
     trainer, full = toy_trainer(recipe("racing", race_steps=(3,))), toy_trainer(recipe("full"))
     images: list[Tensor] = []
-    trainer.score.rewards[0] = lambda pictures, prompts: images.append(pictures) or pictures.mean((1, 2, 3))
+    trainer.score.rewards[0].reward = lambda pictures, prompts: images.append(pictures) or pictures.mean((1, 2, 3))
     trainer.draw(2)
     rows, model = torch.arange(6), full.model
     x = full.executor.initial_noise(rows, 0, Stream.PROBE_INIT)
@@ -236,7 +236,7 @@ def next_numbers(trainer: Trainer, count: int) -> list[int]:
 def test_slots_whose_previews_all_fail_are_not_trained() -> None:
     trainer = toy_trainer(recipe("racing", race_steps=(1, 2)))
     fails = lambda images, prompts: torch.where(prompts.text_index < 3, torch.nan, images.mean((1, 2, 3)))  # noqa: E731
-    trainer.score.rewards[0] = fails
+    trainer.score.rewards[0].reward = fails
     draw = trainer.draw(2)
     assert int(draw.picks[0]) == -1 and int(draw.picks[1]) >= 3
     assert draw.rewards[0, :2].isnan().all() and draw.rewards[0, 2:].isfinite().all()
@@ -346,7 +346,7 @@ def test_a_race_without_forks_trains_on_its_winner(race_steps: tuple[int, ...]) 
 
 def test_the_logged_distance_leaves_failed_slots_out() -> None:
     trainer = toy_trainer(recipe("full"), reward=own_number)
-    trainer.score.rewards[0] = lambda images, prompts: own_number(images, prompts).masked_fill(
+    trainer.score.rewards[0].reward = lambda images, prompts: own_number(images, prompts).masked_fill(
         prompts.text_index >= 3, torch.nan
     )
     draw = trainer.draw(2)

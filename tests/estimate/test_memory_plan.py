@@ -120,7 +120,9 @@ def test_checkpoints_are_as_large_as_planned(tmp_path) -> None:
     trainer = toy_trainer(toy_config(output={"checkpoint_every": 2, "keep_last": 1}))
     run = RunFolder.fresh(tmp_path / "run")
     run.write_start(trainer.config, trainer.model.device, {})
-    plan = planned_memory(trainer.config, trainer.model, rehearse(trainer.model, "a"), trainer.score.rewards, 40, 4)
+    plan = planned_memory(
+        trainer.config, trainer.model, rehearse(trainer.model, "a"), [placed.reward for placed in trainer.score.rewards], 40, 4
+    )
     lines: list[str] = []
     Fit(trainer.config, trainer, run, ["a", "b", "c", "d"], lines.append, plan)()
     assert plan.checkpoint == checkpoint_bytes(trainer.optimizer.parameters, False) == 16 * WEIGHTS

@@ -90,7 +90,7 @@ def test_every_part_acts() -> None:
     choice = trainer.probe_and_select(trainer.candidates([i % 7 for i in range(64)], 8))
     assert choice.picks.tolist() == [8 * slot + 6 for slot in range(8)]
     assert trainer.advantage(torch.rand(1, 4, 8))[0].unique().tolist() == [1.0]
-    assert trainer.score.rewards[0](torch.zeros(1, 3, 4, 4), [""]).tolist() == [2.0]
+    assert trainer.score.rewards[0].reward(torch.zeros(1, 3, 4, 4), [""]).tolist() == [2.0]
     metrics = trainer.iteration()
     assert metrics["policy/ratio_deviation"] <= 1e-6
 

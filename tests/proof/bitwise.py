@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-TIMES = re.compile(r"perf/(\w+_)?seconds")  # the only metrics whose values may differ; the keys may not
+TIMES = re.compile(r"perf/(\w+_|reward/.*/)?seconds")  # the only metrics whose values may differ; the keys may not
 # Each holds a clock's, a machine's or an identity's words, or digests of files that do; of these only the names are compared.
 UNREPEATABLE = ("manifest.json", "memory.json", "report.html", "checkpoint.json", "records.json", "owner.json", "config.toml")
 WORDS = ("events.jsonl",)  # compared with what the command prints
