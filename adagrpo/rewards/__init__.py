@@ -14,6 +14,7 @@ from .base import BuiltIn, PromptRows, Reward
 
 __all__ = [
     "BUILT_IN",
+    "OVER_HTTP",
     "BuiltIn",
     "PromptRows",
     "Reward",
@@ -53,6 +54,9 @@ BUILT_IN = {
     "unifiedreward": BuiltIn("adagrpo.rewards.unifiedreward:UnifiedReward", 0, "MIT; see the model card"),
     "remote": BuiltIn("adagrpo.rewards.remote:Remote", 0, "that of the reward served"),
 }
+
+OVER_HTTP = ("judge", "unifiedreward", "remote")
+"""Those that a server gives, which may move: ``kwargs.url``."""
 
 
 def reward_target(name: str, key: str = "rewards") -> str:

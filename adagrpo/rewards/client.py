@@ -26,18 +26,27 @@ T = TypeVar("T")
 AGAIN = (408, 429)
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0
 MOST_ANSWER = 64 * 2**20
+_MOST_REASONS = 100
 _JSON = "application/json"
 
 
 class NoAnswer(Exception):
-    """Why a request brought nothing that can be used."""
+    """Why a request brought nothing that can be used.
+
+    Attributes:
+        status: of the answer; 0 where there is none, or the answer is not the reason.
+    """
+
+    def __init__(self, reason: str, status: int = 0) -> None:
+        super().__init__(reason)
+        self.status = status
 
 
 class _Again(NoAnswer):
     """Another attempt may do better; ``pause``: seconds the server asks to wait."""
 
-    def __init__(self, reason: str, pause: float = 0.0) -> None:
-        super().__init__(reason)
+    def __init__(self, reason: str, status: int = 0, pause: float = 0.0) -> None:
+        super().__init__(reason, status)
         self.pause = pause
 
 
@@ -89,6 +98,9 @@ class Client:
         limits: of each call.
         token: sent as ``Authorization: Bearer``; empty sends none.
 
+    Attributes:
+        failures: reasons why images had no score so far, and how many each.
+
     Raises:
         InputError: not the address of a server, or httpx is not installed.
     """
@@ -100,9 +112,11 @@ class Client:
         except ImportError as error:
             raise InputError("rewards: asking a server needs httpx; pip install 'adagrpo[rewards]'") from error
         self.url, self.limits = url.rstrip("/"), limits
+        self.failures: Counter[str] = Counter()
         pool = httpx.Limits(max_connections=limits.concurrency, max_keepalive_connections=limits.concurrency)
         headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {token}"} if token else {})
-        self._http, self._lost = httpx.Client(trust_env=False, limits=pool, headers=headers), httpx.TransportError
+        self._http = httpx.Client(trust_env=False, limits=pool, headers=headers)
+        self._lost, self._other = httpx.TransportError, httpx.HTTPError
         weakref.finalize(self, self._http.close)
 
     def each(self, count: int, work: Callable[[int, Call[T]], T]) -> list[T | NoAnswer]:
@@ -130,7 +144,7 @@ class Client:
                 pause = max(pause, min(error.pause, LONGEST_PAUSE))
                 times = f" ({attempt + 1} times)" if attempt else ""
                 if attempt == self.limits.retries or not call.pause(pause):
-                    raise NoAnswer(f"{error}{times}") from error
+                    raise NoAnswer(f"{error}{times}", error.status) from error
             pause = min(2 * pause, LONGEST_PAUSE)
         raise AssertionError
 
@@ -150,14 +164,15 @@ class Client:
                         raise NoAnswer(f"an answer of more than {MOST_ANSWER // 2**20} MiB")
                     if time.monotonic() - started > seconds:
                         raise _Again(f"no whole answer within {seconds:.3g} s")
-        except self._lost as error:
-            raise _Again(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__) from error
+        except self._other as error:
+            reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            raise (_Again if isinstance(error, self._lost) else NoAnswer)(reason) from error
         if 200 <= status < 300:
             return bytes(body)
         reason = f"status {status}: {_detail(bytes(body))}"
         if status in AGAIN or status >= 500:
-            raise _Again(reason, float(asked) if asked.isdigit() else 0.0)
-        raise NoAnswer(reason)
+            raise _Again(reason, status, float(asked) if asked.isdigit() else 0.0)
+        raise NoAnswer(reason, status)
 
     def require(self, path: str, statuses: tuple[int, ...] = ()) -> bytes:
         """The answer to a first GET of ``path``, asked once; empty where the status is another one of ``statuses``.
@@ -168,13 +183,12 @@ class Client:
         try:
             return self._once(time.monotonic() + min(self.limits.timeout, 10.0), path, None, _JSON)
         except NoAnswer as error:
-            said = str(error)
-            if any(said.startswith(f"status {status}:") for status in statuses):
+            if error.status in statuses:
                 return b""
             remedy = "start it, or correct kwargs.url"
-            if said.startswith(("status 401:", "status 403:")):
+            if error.status in (401, 403):
                 remedy = "give it the token that it wants: env:VARIABLE reads one from the environment"
-            raise InputError(f"rewards: the server at {self.url} does not answer {path or '/'} ({said}); {remedy}") from error
+            raise InputError(f"rewards: the server at {self.url} does not answer {path or '/'} ({error}); {remedy}") from error
 
     def scores(self, answers: list[list[float] | NoAnswer], counts: list[int]) -> list[float]:
         """One number per image of requests of ``counts`` images each; NaN, and a warning that says why, where there is none."""
@@ -188,6 +202,8 @@ class Client:
                 reasons["no score for them in the answer"] += failed
             found += answer
         if reasons:
+            seen = self.failures + reasons
+            self.failures = seen if len(seen) <= _MOST_REASONS else self.failures + Counter({"others": reasons.total()})
             reason, others = reasons.most_common(1)[0][0], f" ({len(reasons) - 1} other reasons)" * (len(reasons) > 1)
             said = f"rewards: {self.url}: no score for {reasons.total()} of {len(found)} images: {reason}{others}"
             warnings.warn(said, RuntimeWarning, stacklevel=3)
@@ -265,7 +281,9 @@ def check_url(url: str) -> None:
     """
     try:
         parts = urlsplit(url)
-        sound = parts.scheme in ("http", "https") and parts.hostname and not (parts.query or parts.fragment)
+        sound = (
+            parts.scheme in ("http", "https") and parts.hostname and not (parts.query or parts.fragment or "@" in parts.netloc)
+        )
         sound = sound and (parts.port is None or parts.port > 0) and url.isprintable() and " " not in url
     except ValueError:
         sound = False

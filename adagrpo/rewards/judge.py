@@ -71,6 +71,11 @@ class Judge:
         self.client = Client(url.rstrip("/").removesuffix("/v1"), Limits.of(limits), api_key)
         self._require_model()
 
+    @property
+    def failures(self) -> Mapping[str, int]:
+        """Images without a score so far, by reason."""
+        return self.client.failures
+
     @staticmethod
     def check(
         url: str,

@@ -58,6 +58,11 @@ class Remote:
         if protocol == "unirl":
             self._choose_reward()
 
+    @property
+    def failures(self) -> Mapping[str, int]:
+        """Images without a score so far, by reason."""
+        return self.client.failures
+
     @staticmethod
     def check(
         url: str,

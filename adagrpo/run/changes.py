@@ -9,6 +9,7 @@ from typing import Any
 from ..errors import InputError
 from ..recipe.derived import Derived
 from ..recipe.keys import Config, GuardConfig, GuardsConfig
+from ..rewards import OVER_HTTP
 from ..text.redaction import comparable
 
 Reason = Callable[[Config, Config], str]
@@ -63,6 +64,9 @@ class Changes:
 
 
 NO_CHANGES = Changes({}, True)
+
+ASKING = {"url", "limits", "per_request"}
+"""Arguments of a reward that a server gives, which say nothing of its scores."""
 
 
 def acts(guard: GuardConfig) -> bool:
@@ -137,6 +141,15 @@ def _judge_of_held_out(before: Config, now: Config) -> str:
     return "output.keep_best" if before.output.keep_best or now.output.keep_best else ""
 
 
+def _asked_elsewhere(before: Config, now: Config) -> str:
+    """Where a server is, and how it is asked, may change; other arguments of rewards may not."""
+    for one, other in zip(comparable(before).rewards, comparable(now).rewards, strict=False):
+        changed = {name for name in {**one.kwargs, **other.kwargs} if one.kwargs.get(name) != other.kwargs.get(name)}
+        if changed - (ASKING if other.name in OVER_HTTP else set()):
+            return _fixed(before, now)
+    return ""
+
+
 def _same_batch(before: Config, now: Config) -> str:
     """Other micro-batches of the same prompts are another order of summation."""
     prompts = [Derived(config).slots for config in (before, now)]
@@ -189,7 +202,8 @@ _KEYS: dict[str, list[tuple[Rule, str]]] = {
     "rewards": [
         (FREE, "*.timeout *.offload"),
         (EQUAL, "*.device *.rows"),
-        (FIXED, "*.name *.weight *.kwargs *.scale *.shift *.dtype"),
+        (Rule(_asked_elsewhere, bitwise=False), "*.kwargs"),
+        (FIXED, "*.name *.weight *.scale *.shift *.dtype"),
     ],
 }
 

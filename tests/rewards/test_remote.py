@@ -95,9 +95,12 @@ def test_a_busy_or_broken_server_is_asked_again(status: int) -> None:
 @pytest.mark.parametrize("status", [400, 401, 404, 413, 422])
 def test_a_refusal_is_not_repeated(status: int) -> None:
     with faulty(lambda number, body: (status, {"detail": "no such thing"})) as server:
-        found, said = complained(remote(server), 6)
-    assert all(map(math.isnan, found)) and len(server.seen) == 2
-    assert said.endswith(f"no score for 6 of 6 images: status {status}: no such thing")
+        one = remote(server)
+        found, said = complained(one, 6)
+        complained(one, 2)
+    assert all(map(math.isnan, found)) and len(server.seen) == 3
+    reason = f"status {status}: no such thing"
+    assert said.endswith(f"no score for 6 of 6 images: {reason}") and one.failures == {reason: 8}
 
 
 def test_attempts_are_bounded() -> None:
@@ -260,6 +263,7 @@ def test_proxies_of_the_environment_are_not_used(monkeypatch) -> None:
         ({"url": "http://"}, "http://host:port"),
         ({"url": "http://h:99999"}, "http://host:port"),
         ({"url": "http://h/?a=b"}, "http://host:port"),
+        ({"url": "http://name:word@h"}, "http://host:port"),
         ({"protocol": "flow-factor"}, "did you mean flow-factory"),
         ({"protocol": "flow-grpo"}, "allow_pickle = true"),
         ({"image": "gif"}, "png, jpeg"),

@@ -58,6 +58,7 @@ def verdict(before: Config, now: Config) -> str:
 BASE = toy_config(guards=GuardsConfig(non_finite=GuardConfig(limit=0.5, action="stop")))
 ROLLBACK = dataclasses.replace(BASE, guards=GuardsConfig(kl=GuardConfig(limit=1.0, action="rollback")))
 HACKING = dataclasses.replace(BASE, guards=GuardsConfig(reward_hacking=GuardConfig(limit=0.1, action="stop")))
+REMOTE = dataclasses.replace(BASE, rewards=(RewardConfig("remote", kwargs={"url": "http://a", "token": "<redacted>"}),))
 LINEAR = changed(BASE, "optimizer.schedule", "linear")
 
 
@@ -99,6 +100,9 @@ LINEAR = changed(BASE, "optimizer.schedule", "linear")
         (BASE, "selection.kwargs", {"a": 1}, "selection.kwargs"),
         (BASE, "rewards", (RewardConfig(weight=2.0),), "rewards.0.weight = 1.0 there, 2.0 here"),
         (BASE, "rewards", (RewardConfig(), RewardConfig()), "rewards.1.name"),
+        (BASE, "rewards", (dataclasses.replace(BASE.rewards[0], kwargs={"url": "http://a"}),), "rewards.0.kwargs"),
+        (REMOTE, "rewards", (RewardConfig("remote", kwargs={"url": "http://b", "token": "env:A"}),), "rounding"),
+        (REMOTE, "rewards", (RewardConfig("remote", kwargs={"url": "http://b", "reward": "x"}),), "rewards.0.kwargs"),
     ],
 )  # fmt: skip
 def test_what_may_change(before: Config, key: str, value: object, expected: str) -> None:
