@@ -72,7 +72,7 @@ def build_report(folders: Sequence[Path]) -> str:
         "curriculum": _join(charts.categories(), charts.panels(CURRICULUM)),
         "advantage": charts.panels(ADVANTAGE),
         "policy": charts.panels(POLICY),
-        "time": _join(charts.phases(), charts.panels((*TIME, *MEMORY))) + _phase_table(runs),
+        "time": _join(charts.phases(), charts.panels((*TIME, *charts.each_reward(), *MEMORY))) + _phase_table(runs),
         "events": _events(runs),
         "recipe": _recipes(runs),
         "machine": _machines(runs),

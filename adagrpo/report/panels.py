@@ -176,6 +176,25 @@ class Charts:
         panels = [Panel(f"Held-out: {name}", note, (Metric(prefix + name, name, "points"),)) for name in names]
         return self.panels(panels)
 
+    def each_reward(self) -> list[Panel]:
+        """What each reward took, and the share of images that it could not score: ``perf/reward/<name>/seconds`` and
+        ``reward/<name>/failed``, with its reasons where it tells them."""
+        failed = "Images without a finite score, probes and groups."
+        found = [
+            self._by_reward("Seconds by reward", "Of a reward on the host: in its threads.", "perf/reward/", "/seconds", " s"),
+            self._by_reward("Failed by reward", f"Shares. {failed}", "reward/", "/failed", ""),
+        ]
+        reasons = sorted({key for run in self.runs for key in run.columns if key.startswith("reward/") and "/failed_" in key})
+        metrics = tuple(Metric(key, key.removeprefix("reward/").replace("/failed_", ": "), "points") for key in reasons)
+        found.append(Panel("Reasons of failures", f"Images. {failed}", metrics, zero=True))
+        return [panel for panel in found if panel.metrics]
+
+    def _by_reward(self, title: str, note: str, before: str, behind: str, unit: str) -> Panel:
+        keys = {key for run in self.runs for key in run.columns if key.startswith(before) and key.endswith(behind)}
+        names = sorted(key.removeprefix(before).removesuffix(behind) for key in keys)
+        metrics = tuple(Metric(f"{before}{name}{behind}", name, title=f"{title}: {name}", note=note) for name in names)
+        return Panel(title, note, metrics, zero=True, unit=unit)
+
     def lines(self, metric: Metric) -> list[Line]:
         """The metric's curve in each run that knows it."""
         found = []

@@ -32,7 +32,7 @@ from .folder import RunFolder
 from .guards import Trip
 from .held_out import HeldOut
 from .loggers import Dashboard, open_loggers
-from .metrics import is_finite, performance, read_metrics
+from .metrics import is_finite, performance, read_metrics, reward_words
 from .signals import StopRequest
 from .state import RunState
 from .telling import Telling
@@ -217,7 +217,7 @@ class Fit:
             record = record | self.held_out.curve()
             self.telling.say(
                 f"iteration {done}: reward train {record['reward/train']:.3f}, held-out {record['reward/held_out']:.3f}, "
-                f"{record['perf/seconds']:.2f} s"
+                f"{record['perf/seconds']:.2f} s{reward_words(record)}"
             )
         if self.trainer.ranks.writes:
             self.run.log(record)

@@ -40,6 +40,17 @@ def performance(trainer: Trainer, seconds: float) -> dict[str, float]:
     return record
 
 
+def reward_words(record: Mapping[str, Any]) -> str:
+    """Seconds and failures of each reward, for the console; empty where one reward scored every image."""
+    prefix, suffix = "perf/reward/", "/seconds"
+    names = [key.removeprefix(prefix).removesuffix(suffix) for key in record if key.startswith(prefix)]
+    failed = {name: record.get(f"reward/{name}/failed", 0.0) for name in names}
+    if len(names) < 2 and not any(failed.values()):
+        return ""
+    shares = {name: f", {share:.1%} failed" if share else "" for name, share in failed.items()}
+    return "; " + "; ".join(f"{name} {record[f'{prefix}{name}{suffix}']:.2f} s{shares[name]}" for name in names)
+
+
 def is_finite(record: Mapping[str, Any]) -> bool:
     """Whether the iteration left weights that can be gone on from."""
     return math.isfinite(record["policy/loss"]) and math.isfinite(record["policy/grad_norm"])

@@ -21,7 +21,7 @@ from adagrpo.recipe.keys import RewardConfig
 from adagrpo.rewards.holdings import Offloaded
 from adagrpo.run.fit import Fit
 from adagrpo.run.folder import RunFolder
-from adagrpo.run.metrics import read_metrics
+from adagrpo.run.metrics import read_metrics, reward_words
 
 PLAIN = {"selection": {"candidates": 1}, "advantage": {"weight": 0.0}}
 
@@ -179,6 +179,9 @@ def test_seconds_and_failures_of_each_reward_are_told() -> None:
         seconds = trainer.score.seconds()
         assert list(seconds) == [f"perf/reward/{name}/seconds" for name in ("0_x", "y", "2_x")]
         assert all(value > 0 for value in seconds.values())
+    words = {"perf/reward/a/seconds": 1.25, "perf/reward/b/seconds": 0.5, "reward/b/failed": 0.125}
+    assert reward_words(words) == "; a 1.25 s; b 0.50 s, 12.5% failed"
+    assert reward_words({"perf/reward/a/seconds": 1.25, "reward/a/failed": 0.0}) == ""
     assert labels(["a", "b", "a"]) == ["0_a", "b", "2_a"]
 
 

@@ -185,7 +185,7 @@ def test_user_text_is_escaped(tmp_path: Path) -> None:
     records = metrics(run)
     for r in records:
         r["selection/categories"] = {evil: 3, '"><img src=x onerror=alert(1)>': 1}
-        r[f"perf/{evil}_seconds"] = 1.0
+        r[f"perf/{evil}_seconds"] = r[f"perf/reward/{evil}/seconds"] = r[f"reward/{evil}/failed"] = 1.0
         r[f"reward/held_out_{evil}"] = 0.5
     (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     (run / "events.jsonl").write_text(json.dumps({"iteration": 5, "kind": '"><b>', "message": evil}) + "\n")
@@ -197,6 +197,21 @@ def test_user_text_is_escaped(tmp_path: Path) -> None:
     assert not any(tag in ("b", "img") and "onerror" in attrs for tag, attrs in tree.tags)
     assert "<script>alert(1)</script>&\"'" in tree.visible and "<i>name&" in tree.visible
     assert plots(page), "the charts are well-formed XML"
+
+
+def test_seconds_failures_and_reasons_of_each_reward_are_drawn(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    records = metrics(run)
+    for i, r in enumerate(records):
+        for name in ("ocr", "pkg:Reward", *"abcdefghij"):
+            r |= {f"perf/reward/{name}/seconds": 1.5 + 0.1 * i, f"reward/{name}/failed": 0.01 * i}
+    records[3]["reward/ocr/failed_no text"] = 4.0
+    (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    visible = Tree(build_report([run])).visible
+    for words in ("Seconds by reward", "Failed by reward", "Reasons of failures", "pkg:Reward", "ocr: no text"):
+        assert words in visible, words
+    assert "Failed by reward: pkg:Reward" in Tree(build_report([run, run])).visible
+    assert "Failed by reward" not in Tree(build_report([write_run(tmp_path / "other")])).visible
 
 
 def test_nothing_is_loaded_from_elsewhere(page: str) -> None:
