@@ -102,11 +102,13 @@ class Client:
         failures: reasons why images had no score so far, and how many each.
 
     Raises:
-        InputError: not the address of a server, or httpx is not installed.
+        InputError: not the address of a server, no token, or httpx is not installed.
     """
 
     def __init__(self, url: str, limits: Limits, token: str = "") -> None:
         check_url(url)
+        if not (token.isascii() and token.isprintable()):
+            raise InputError("rewards: the token is not printable ASCII text, which a header has to be; correct it")
         try:
             import httpx
         except ImportError as error:
@@ -171,7 +173,7 @@ class Client:
             return bytes(body)
         reason = f"status {status}: {_detail(bytes(body))}"
         if status in AGAIN or status >= 500:
-            raise _Again(reason, status, float(asked) if asked.isdigit() else 0.0)
+            raise _Again(reason, status, float(asked) if asked.isascii() and asked.isdigit() else 0.0)
         raise NoAnswer(reason, status)
 
     def require(self, path: str, statuses: tuple[int, ...] = ()) -> bytes:

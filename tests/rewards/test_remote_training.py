@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 import threading
 import time
 from pathlib import Path
@@ -44,11 +46,11 @@ def short_pauses(monkeypatch) -> None:
     monkeypatch.setattr(client, "LONGEST_PAUSE", 0.1)
 
 
-def trained(folder: Path, url: str, retries: int = 2, iterations: int = 2) -> tuple[int, list[dict]]:
+def trained(folder: Path, url: str, *words: str, retries: int = 2, iterations: int = 2) -> tuple[int, list[dict]]:
     """Exit code and metrics of a run."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     (folder / "recipe.toml").write_text(RECIPE.format(url=url, retries=retries, iterations=iterations), "utf-8")
-    code = main(["train", str(folder / "recipe.toml"), "--out", str(folder / "run")])
+    code = main(["train", str(folder / "recipe.toml"), "--out", str(folder / "run"), *words])
     file = folder / "run" / "metrics.jsonl"
     return code, [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
 
@@ -58,14 +60,19 @@ def told(metrics: list[dict]) -> list[dict]:
     return [{key: value for key, value in line.items() if not key.startswith(("perf/", "time"))} for line in metrics]
 
 
-def test_a_server_that_restarts_in_the_middle_changes_nothing(tmp_path) -> None:
-    """Bit for bit the metrics of an undisturbed run; and no image was scored twice."""
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> tuple[list[dict], list[dict]]:
+    """Metrics, and the requests that the server got."""
     with faulty(lambda number, body: brightness(body)) as server:
-        code, truth = trained(tmp_path / "undisturbed", server.url)
-        images = sum(len(body["image"]) for body in server.seen)
-        assert code == 0 and len(truth) == 2
+        code, truth = trained(tmp_path_factory.mktemp("undisturbed"), server.url)
+    assert code == 0 and len(truth) == 2 and server.answered == len(server.seen)
+    return truth, server.seen
 
-    half = server.answered // 2
+
+def test_a_server_that_restarts_in_the_middle_changes_nothing(tmp_path, undisturbed) -> None:
+    """Bit for bit the metrics of an undisturbed run; and no image was scored twice."""
+    truth, seen = undisturbed
+    half = len(seen) // 2
     lost, back = threading.Event(), []
 
     def behave(number, body):
@@ -89,8 +96,33 @@ def test_a_server_that_restarts_in_the_middle_changes_nothing(tmp_path) -> None:
     thread.join()
     back[0].close()
     assert code == 0 and told(metrics) == told(truth)
-    counted = [len(body["image"]) for body in first.seen[:half] + back[0].seen]
-    assert sum(counted) == images and len(first.seen) > half
+    assert sent(first.seen[:half] + back[0].seen) == sent(seen) and len(first.seen) > half
+
+
+def sent(bodies: list[dict]) -> list[str]:
+    """Every image that was sent, and its prompt."""
+    pairs = [zip(body["prompt"], body["image"], strict=True) for body in bodies]
+    return sorted(prompt + image for pair in pairs for prompt, image in pair)
+
+
+def test_a_run_stopped_while_its_server_hangs_goes_on_with_another_one(tmp_path, undisturbed, monkeypatch) -> None:
+    """The signal ends the wait; resumed with a server elsewhere, the metrics are bit for bit those of an undisturbed run."""
+    monkeypatch.setattr(client, "GRACE", 0.4)
+    truth, seen = undisturbed
+
+    def behave(number, body):
+        if number == len(seen) - 3:  # in the last iteration
+            os.kill(os.getpid(), signal.SIGTERM)
+        if number >= len(seen) - 3:
+            server.hang()
+        return brightness(body)
+
+    with faulty(behave) as server:
+        code, metrics = within(60, lambda: trained(tmp_path / "run", server.url))
+    assert code == 128 + signal.SIGTERM and told(metrics) == told(truth)[: len(metrics)] and len(metrics) < 2
+    with faulty(lambda number, body: brightness(body)) as other:
+        code, metrics = trained(tmp_path / "run", other.url, "--resume", "auto")
+    assert code == 0 and told(metrics) == told(truth)
 
 
 def test_a_server_that_is_dead_at_the_start_ends_the_run_before_it_begins(tmp_path, capsys) -> None:
