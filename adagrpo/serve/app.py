@@ -19,6 +19,8 @@ from .batching import Request as Scored
 from .wire import Asked, Bounds, read_compute, read_score
 
 RETRY_AFTER = "1"
+MOST_READ = 16
+"""Largest requests that may be read at one time; beyond, they are told to come again."""
 _LOOK = 1.0
 
 
@@ -32,6 +34,7 @@ class Service:
 
     def __init__(self, batcher: Batcher, name: str, token: str, bounds: Bounds) -> None:
         self.batcher, self.name, self.token, self.bounds = batcher, name, token, bounds
+        self._reading = 0
 
     def app(self) -> FastAPI:
         """The application."""
@@ -80,12 +83,7 @@ class Service:
             raise HTTPException(415, "send application/json")  # what a page of another site cannot send unasked
         if self.batcher.queued >= self.batcher.most:
             raise _busy()
-        body = await self._body(request)
-        try:
-            asked = await asyncio.to_thread(read, body, self.bounds)
-        except ValueError as error:
-            raise HTTPException(422, str(error)) from error
-        del body
+        asked = await self._read(request, read)
         loop, done = asyncio.get_running_loop(), asyncio.Event()
         try:
             scored = self.batcher.submit(asked.images, asked.prompts, lambda: loop.call_soon_threadsafe(done.set))
@@ -100,25 +98,41 @@ class Service:
                     raise HTTPException(499, "nobody waits for the answer") from None
         return asked, scored
 
-    async def _body(self, request: Request) -> bytes:
-        limit, body = self.bounds.body, bytearray()
-        declared = request.headers.get("content-length", "0")
+    async def _read(self, request: Request, read: Callable[[bytes, Bounds], Asked]) -> Asked:
+        """The request's images; what is read at one time is bounded too."""
+        limit, declared = self.bounds.body, request.headers.get("content-length", "")
+        size = int(declared) if declared.isascii() and declared.isdigit() else limit
+        if size > limit:
+            raise _too_large(limit)
+        if self._reading + size > MOST_READ * limit:
+            raise _busy()
+        self._reading += size
         try:
-            if declared.isdigit() and int(declared) <= limit:
-                async for piece in request.stream():
-                    body += piece
-                    if len(body) > limit:
-                        break
-                else:
-                    return bytes(body)
+            return await asyncio.to_thread(read, await _body(request, limit), self.bounds)
+        except ValueError as error:
+            raise HTTPException(422, str(error)) from error
         except ClientDisconnect as error:
             raise HTTPException(499, "the request ended early") from error
-        raise HTTPException(413, f"a request of more than {limit} bytes; send fewer images in one")
+        finally:
+            self._reading -= size
 
     def _admit(self, request: Request) -> None:
         given = request.headers.get("authorization", "")
         if self.token and not hmac.compare_digest(given.encode(), f"Bearer {self.token}".encode()):
             raise HTTPException(401, "the token is missing or wrong", {"WWW-Authenticate": "Bearer"})
+
+
+async def _body(request: Request, limit: int) -> bytes:
+    body = bytearray()
+    async for piece in request.stream():
+        body += piece
+        if len(body) > limit:
+            raise _too_large(limit)
+    return bytes(body)
+
+
+def _too_large(limit: int) -> HTTPException:
+    return HTTPException(413, f"a request of more than {limit} bytes; send fewer images in one")
 
 
 def _busy() -> HTTPException:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import base64
 import contextlib
 import os
@@ -29,7 +30,7 @@ from adagrpo.rewards.pictures import encoded
 from adagrpo.rewards.remote import Remote
 from adagrpo.serve.app import Service
 from adagrpo.serve.batching import Batcher
-from adagrpo.serve.command import _listening
+from adagrpo.serve.command import _entry, _listening
 from adagrpo.serve.wire import Bounds
 
 
@@ -249,6 +250,21 @@ def test_too_many_images_are_told_to_come_again_and_none_is_lost() -> None:
     assert busy.status_code == 503 and busy.headers["Retry-After"] == "1"
 
 
+def test_only_so_much_is_read_at_one_time(monkeypatch) -> None:
+    """The first request never ends; the next one does not fit beside it."""
+    monkeypatch.setattr("adagrpo.serve.app.MOST_READ", 1)
+    with serving(Recording(), bounds=Bounds(5_000)) as url:
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as endless:
+            head = "POST /compute HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 4900\r\n\r\n{"
+            endless.sendall(head.encode())
+            while (busy := asked(url, **one())).status_code != 503:
+                time.sleep(0.01)
+        while (answer := asked(url, **one())).status_code == 503:
+            time.sleep(0.01)
+    assert busy.headers["Retry-After"] == "1" and answer.status_code == 200
+
+
 def test_work_that_nobody_waits_for_is_dropped(monkeypatch) -> None:
     monkeypatch.setattr("adagrpo.serve.app._LOOK", 0.05)
     reward = Recording()
@@ -285,6 +301,18 @@ def test_the_command_refuses_what_it_cannot_serve(words: list[str], said: str, c
     with _listening("127.0.0.1", 0) as taken:  # so that nothing is served whatever happens
         assert main(["serve", "--port", str(taken.getsockname()[1]), *words]) == 2
     assert re.search(said, capsys.readouterr().err)
+
+
+def test_an_entry_of_a_recipe_is_served_with_its_keys(tmp_path) -> None:
+    (tmp_path / "r.toml").write_text(
+        'base = "tiny"\n[[rewards]]\nname = "brightness"\n[[rewards]]\nname = "clip"\ndtype = "bf16"\nrows = 7\n'
+        'kwargs = {path = "here", architecture = {heads = 2, patch = 4}}\n'
+    )
+    for named in ("clip", "1"):
+        args = argparse.Namespace(reward=named, recipe=str(tmp_path / "r.toml"))
+        entry = _entry(args, ["--kwargs.path", "there", "--kwargs.architecture.heads", "3"])
+        assert (entry.name, entry.dtype, entry.rows) == ("clip", "bf16", 7)
+        assert entry.kwargs == {"path": "there", "architecture": {"heads": 3, "patch": 4}}
 
 
 def test_a_port_that_is_taken_is_found_before_the_reward_is_loaded(capsys) -> None:
