@@ -79,7 +79,8 @@ def _train(config: Config, run: RunFolder, checkpoint: Path | None) -> int:
     began = {"prompts_sha256": digest}
     if (start := getattr(trainer.model, "start", None)) is not None:
         began["lora_from_sha256"] = start.sha256
-    extra = {"latent_shape": list(trainer.model.latent_shape), "backends": backends, **began}
+    rewards = [{"name": reward.entry.name, **reward.provenance} for reward in trainer.score.rewards]
+    extra = {"latent_shape": list(trainer.model.latent_shape), "backends": backends, "rewards": rewards, **began}
     if run.continued and (checkpoint is not None or run.began_with(began)):
         run.check_prompts(digest, checkpoint)
         run.describe(trainer.model.device, extra)

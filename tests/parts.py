@@ -1,5 +1,7 @@
 """Parts a recipe can name by import path in tests."""
 
+import functools
+
 import torch
 from toy import PROMPTS, ToyModel, half_bright
 
@@ -17,7 +19,9 @@ def held_out() -> list[str]:
 
 
 def reward():
-    return half_bright
+    told = functools.partial(half_bright)
+    told.provenance = {"made_from": "nothing"}
+    return told
 
 
 def broken():

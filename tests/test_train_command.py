@@ -49,6 +49,7 @@ def test_a_run_writes_its_folder(recipe, tmp_path, capsys) -> None:
     } <= names  # fmt: skip
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["versions"]["torch"] and manifest["device"] == "cpu"
+    assert manifest["rewards"] == [{"name": "parts:reward", "made_from": "nothing"}]
     record = lines(out)[-1]
     assert {name.split("/")[0] for name in record} - {"iteration"} == {"reward", "advantage", "policy", "selection", "perf"}
     spent = sum(v for k, v in record.items() if k.endswith("_seconds"))

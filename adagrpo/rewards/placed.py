@@ -78,6 +78,12 @@ class PlacedReward:
         told = getattr(self.reward, "failures", None)
         return dict(told) if isinstance(told, Mapping) else {}
 
+    @property
+    def provenance(self) -> dict[str, str]:
+        """What the reward tells of its origin (``Reward``), for the run folder."""
+        told = getattr(self.reward, "provenance", None)
+        return {str(key): str(value) for key, value in told.items()} if isinstance(told, Mapping) else {}
+
     def __call__(self, images: Tensor, prompts: PromptRows, kept: bool = True) -> Tensor:
         """Scores [N] of images [N, 3, H, W] in [0, 1].
 
