@@ -23,10 +23,9 @@ from ..text.strict_json import from_json
 from ..text.user_text import cut, nearest, shown
 
 T = TypeVar("T")
-AGAIN = (408, 429)
+BUSY = (408, 429, 503)
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0
 MOST_ANSWER = 64 * 2**20
-_MOST_REASONS = 100
 _JSON = "application/json"
 
 
@@ -34,19 +33,20 @@ class NoAnswer(Exception):
     """Why a request brought nothing that can be used.
 
     Attributes:
+        kind: ``lost`` (no connection), ``late``, ``busy``, ``broken``, ``refused``; of an answer ``unreadable``, ``unscored``.
         status: of the answer; 0 where there is none, or the answer is not the reason.
     """
 
-    def __init__(self, reason: str, status: int = 0) -> None:
+    def __init__(self, reason: str, kind: str = "unreadable", status: int = 0) -> None:
         super().__init__(reason)
-        self.status = status
+        self.kind, self.status = kind, status
 
 
 class _Again(NoAnswer):
     """Another attempt may do better; ``pause``: seconds the server asks to wait."""
 
-    def __init__(self, reason: str, status: int = 0, pause: float = 0.0) -> None:
-        super().__init__(reason, status)
+    def __init__(self, reason: str, kind: str, status: int = 0, pause: float = 0.0) -> None:
+        super().__init__(reason, kind, status)
         self.pause = pause
 
 
@@ -99,7 +99,7 @@ class Client:
         token: sent as ``Authorization: Bearer``; empty sends none.
 
     Attributes:
-        failures: reasons why images had no score so far, and how many each.
+        failures: images without a score so far, by the ``kind`` of the reason; ``unscored`` where the server gave none.
 
     Raises:
         InputError: not the address of a server, no token, or httpx is not installed.
@@ -118,7 +118,7 @@ class Client:
         pool = httpx.Limits(max_connections=limits.concurrency, max_keepalive_connections=limits.concurrency)
         headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {token}"} if token else {})
         self._http = httpx.Client(trust_env=False, limits=pool, headers=headers)
-        self._lost, self._other = httpx.TransportError, httpx.HTTPError
+        self._late, self._lost, self._other = httpx.TimeoutException, httpx.TransportError, httpx.HTTPError
         weakref.finalize(self, self._http.close)
 
     def each(self, count: int, work: Callable[[int, Call[T]], T]) -> list[T | NoAnswer]:
@@ -146,7 +146,7 @@ class Client:
                 pause = max(pause, min(error.pause, LONGEST_PAUSE))
                 times = f" ({attempt + 1} times)" if attempt else ""
                 if attempt == self.limits.retries or not call.pause(pause):
-                    raise NoAnswer(f"{error}{times}", error.status) from error
+                    raise NoAnswer(f"{error}{times}", error.kind, error.status) from error
             pause = min(2 * pause, LONGEST_PAUSE)
         raise AssertionError
 
@@ -155,7 +155,7 @@ class Client:
         started = time.monotonic()
         seconds = min(self.limits.timeout, end - started)
         if seconds <= 0:
-            raise NoAnswer("no time was left to ask")
+            raise NoAnswer("no time was left to ask", "late")
         method, headers = ("GET", {}) if content is None else ("POST", {"Content-Type": kind})
         try:
             with self._http.stream(method, self.url + path, content=content, headers=headers, timeout=seconds) as response:
@@ -165,16 +165,19 @@ class Client:
                     if len(body) > MOST_ANSWER:
                         raise NoAnswer(f"an answer of more than {MOST_ANSWER // 2**20} MiB")
                     if time.monotonic() - started > seconds:
-                        raise _Again(f"no whole answer within {seconds:.3g} s")
+                        raise _Again(f"no whole answer within {seconds:.3g} s", "late")
         except self._other as error:
             reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-            raise (_Again if isinstance(error, self._lost) else NoAnswer)(reason) from error
+            if not isinstance(error, self._lost):
+                raise NoAnswer(reason) from error
+            raise _Again(reason, "late" if isinstance(error, self._late) else "lost") from error
         if 200 <= status < 300:
             return bytes(body)
         reason = f"status {status}: {_detail(bytes(body))}"
-        if status in AGAIN or status >= 500:
-            raise _Again(reason, status, float(asked) if asked.isascii() and asked.isdigit() else 0.0)
-        raise NoAnswer(reason, status)
+        if status in BUSY or status >= 500:
+            pause = float(asked) if asked.isascii() and asked.isdigit() else 0.0
+            raise _Again(reason, "busy" if status in BUSY else "broken", status, pause)
+        raise NoAnswer(reason, "refused", status)
 
     def require(self, path: str, statuses: tuple[int, ...] = ()) -> bytes:
         """The answer to a first GET of ``path``, asked once; empty where the status is another one of ``statuses``.
@@ -196,16 +199,18 @@ class Client:
         """One number per image of requests of ``counts`` images each; NaN, and a warning that says why, where there is none."""
         found: list[float] = []
         reasons: Counter[str] = Counter()
+        kinds: Counter[str] = Counter()
         for answer, count in zip(answers, counts, strict=True):
             if isinstance(answer, NoAnswer):
                 reasons[str(answer)] += count
+                kinds[answer.kind] += count
                 answer = [math.nan] * count
             elif failed := sum(map(math.isnan, answer)):
                 reasons["no score for them in the answer"] += failed
+                kinds["unscored"] += failed
             found += answer
         if reasons:
-            seen = self.failures + reasons
-            self.failures = seen if len(seen) <= _MOST_REASONS else self.failures + Counter({"others": reasons.total()})
+            self.failures = self.failures + kinds  # another thread may be reading the former ones
             reason, others = reasons.most_common(1)[0][0], f" ({len(reasons) - 1} other reasons)" * (len(reasons) > 1)
             said = f"rewards: {self.url}: no score for {reasons.total()} of {len(found)} images: {reason}{others}"
             warnings.warn(said, RuntimeWarning, stacklevel=3)
@@ -241,7 +246,7 @@ class Call(Generic[T]):
                 self._wait()
                 if self._error is not None:
                     raise self._error
-                late = NoAnswer(f"no answer within limits.deadline = {self.limits.deadline:g} s")
+                late = NoAnswer(f"no answer within limits.deadline = {self.limits.deadline:g} s", "late")
                 return [late if found is None else found for found in self._found]
         finally:
             self._over.set()  # what comes later is not taken

@@ -16,7 +16,7 @@ from ..errors import InputError
 from ..prompts.prompt import data_of
 from ..text.user_text import cut, read_text, shown
 from .client import Call, Client, Limits, NoAnswer, check_url, read_json
-from .pictures import KINDS, as_bytes, encoded
+from .pictures import KINDS, encoded
 
 IMAGE = "image"
 _MOST_TEMPLATE = 2**20
@@ -73,7 +73,7 @@ class Judge:
 
     @property
     def failures(self) -> Mapping[str, int]:
-        """Images without a score so far, by reason."""
+        """Images without a score so far, by the kind of the reason: see ``NoAnswer``."""
         return self.client.failures
 
     @staticmethod
@@ -119,12 +119,11 @@ class Judge:
             )
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Images [N, 3, H, W], uint8, and N prompts -> scores [N] float64, NaN where there is no answer that can be read.
+        """Images [N, 3, H, W], uint8 on the CPU, and N prompts -> scores [N] float64, NaN where no answer can be read.
 
         Raises:
             InputError: a prompt without metadata that the template names.
         """
-        images = as_bytes(images)
         texts = [self._texts(prompt) for prompt in prompts]
 
         def one(number: int, call: Call[list[float]]) -> list[float]:

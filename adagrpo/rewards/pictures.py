@@ -8,15 +8,8 @@ import numpy
 import torch
 from torch import Tensor
 
-from .pixels import grey_levels
-
 KINDS = ("png", "jpeg")
 JPEG_QUALITY = 95
-
-
-def as_bytes(images: Tensor) -> Tensor:
-    """Images [N, 3, H, W], uint8 or floats in [0, 1], as uint8 on the CPU."""
-    return grey_levels(images).to(torch.uint8).cpu()
 
 
 def encoded(image: Tensor, kind: str) -> bytes:

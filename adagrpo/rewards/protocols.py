@@ -73,7 +73,7 @@ def _table(answer: Any) -> dict[str, Any]:
     if not isinstance(answer, dict):
         raise NoAnswer(f"the answer is no table: {shown(answer, 200)}")
     if error := answer.get("error"):
-        raise NoAnswer(f"the server says: {shown(error, 200)}")
+        raise NoAnswer(f"the server says: {shown(error, 200)}", "broken")
     return answer
 
 
@@ -98,7 +98,7 @@ def _told(scores: list[float], errors: Any) -> list[float]:
     """The scores, if there are any, else what the server says of the first image."""
     if errors and isinstance(errors, list) and all(map(math.isnan, scores)):
         first = next(iter(errors[0].values()), "") if isinstance(errors[0], dict) else errors[0]
-        raise NoAnswer(f"the server says: {shown(first, 200)}")
+        raise NoAnswer(f"the server says: {shown(first, 200)}", "unscored")
     return scores
 
 

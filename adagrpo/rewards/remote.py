@@ -12,7 +12,7 @@ from ..errors import InputError
 from ..prompts.prompt import data_of
 from ..text.user_text import cut, nearest, shown
 from .client import Call, Client, Limits, NoAnswer, check_url, read_json
-from .pictures import KINDS, as_bytes, encoded
+from .pictures import KINDS, encoded
 from .protocols import PROTOCOLS, Batch
 
 
@@ -60,7 +60,7 @@ class Remote:
 
     @property
     def failures(self) -> Mapping[str, int]:
-        """Images without a score so far, by reason."""
+        """Images without a score so far, by the kind of the reason: see ``NoAnswer``."""
         return self.client.failures
 
     @staticmethod
@@ -91,8 +91,8 @@ class Remote:
             raise InputError(f"rewards: per_request = {shown(per_request)}: must be a whole number from 1 to 1024")
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Images [N, 3, H, W], uint8, and N prompts -> scores [N] float64."""
-        images, asked, size = as_bytes(images), list(prompts), self.per_request
+        """Images [N, 3, H, W], uint8 on the CPU, and N prompts -> scores [N] float64."""
+        asked, size = list(prompts), self.per_request
         starts = range(0, len(images), size)
         counts = [min(size, len(images) - start) for start in starts]
 

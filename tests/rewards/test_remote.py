@@ -100,7 +100,7 @@ def test_a_refusal_is_not_repeated(status: int) -> None:
         complained(one, 2)
     assert all(map(math.isnan, found)) and len(server.seen) == 3
     reason = f"status {status}: no such thing"
-    assert said.endswith(f"no score for 6 of 6 images: {reason}") and one.failures == {reason: 8}
+    assert said.endswith(f"no score for 6 of 6 images: {reason}") and one.failures == {"refused": 8}
 
 
 def test_attempts_are_bounded() -> None:
@@ -130,10 +130,12 @@ def test_garbage_fails_its_own_images_only(kind: str) -> None:
         return (200, GARBAGE[kind]) if body["prompt"][0] == "p3" else brightness(body)
 
     with faulty(behave) as server:
-        found, said = complained(remote(server), 9)
+        one = remote(server)
+        found, said = complained(one, 9)
     assert all(map(math.isnan, found[3:6]))
     assert found[:3] + found[6:] == pytest.approx(expected(9)[:3] + expected(9)[6:], abs=1e-12)
     assert len(server.seen) == 3 and "3 of 9 images" in said
+    assert one.failures == {"broken" if kind == "error" else "unreadable": 3}
 
 
 def test_single_scores_that_are_no_numbers_fail_alone() -> None:
@@ -155,7 +157,7 @@ def test_a_slow_server_is_waited_for_and_a_hanging_one_is_not() -> None:
         one = remote(server, per_request=1, limits={"timeout": 0.4, "retries": 1})
         found, said = within(10, lambda: complained(one, 8))
     assert math.isnan(found[4]) and found[:4] + found[5:] == pytest.approx(expected(8)[:4] + expected(8)[5:], abs=1e-12)
-    assert "1 of 8 images" in said and "Timeout" in said and "2 times" in said
+    assert "1 of 8 images" in said and "Timeout" in said and "2 times" in said and one.failures == {"late": 1}
 
 
 def test_an_answer_that_drips_and_a_call_without_end_are_left() -> None:

@@ -147,6 +147,7 @@ def test_a_server_that_stays_dead_stops_the_run_by_its_guard(tmp_path) -> None:
         code, metrics = within(120, lambda: trained(tmp_path / "dies", server.url, retries=0, iterations=20))
     assert code == 3 and 2 <= len(metrics) < 20
     assert [line["advantage/failed"] for line in metrics[-2:]] == [1.0, 1.0]
+    assert metrics[-1]["reward/remote/failed"] == 1.0 and metrics[-1]["reward/remote/failed_broken"] > 0
     assert metrics[-1]["reward/train"] is None or math.isnan(metrics[-1]["reward/train"])
 
 
