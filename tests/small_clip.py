@@ -71,6 +71,30 @@ def spelled(ids: list[int]) -> str:
     return "".join(words[i] for i in ids).strip()
 
 
+def open_clip_shapes(
+    vision: tuple[int, int], text: tuple[int, int], embedding: int, vocabulary: int, positions: int = 257
+) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of open_clip's ViT with patches of 14 pixels; ``vision`` and ``text`` are width and layers."""
+
+    def blocks(prefix: str, width: int, count: int) -> dict[str, tuple[int, ...]]:
+        inside = {
+            "ln_1.weight": (width,), "ln_1.bias": (width,), "ln_2.weight": (width,), "ln_2.bias": (width,),
+            "attn.in_proj_weight": (3 * width, width), "attn.in_proj_bias": (3 * width,),
+            "attn.out_proj.weight": (width, width), "attn.out_proj.bias": (width,),
+            "mlp.c_fc.weight": (4 * width, width), "mlp.c_fc.bias": (4 * width,),
+            "mlp.c_proj.weight": (width, 4 * width), "mlp.c_proj.bias": (width,),
+        }  # fmt: skip
+        return {f"{prefix}transformer.resblocks.{i}.{name}": shape for i in range(count) for name, shape in inside.items()}
+
+    seen, read = vision[0], text[0]
+    shapes = blocks("visual.", *vision) | blocks("", *text)
+    shapes |= {f"visual.ln_{name}.{part}": (seen,) for name in ("pre", "post") for part in ("weight", "bias")}
+    shapes |= {"visual.class_embedding": (seen,), "visual.positional_embedding": (positions, seen)}
+    shapes |= {"visual.proj": (seen, embedding), "visual.conv1.weight": (seen, 3, 14, 14), "logit_scale": ()}
+    shapes |= {"ln_final.weight": (read,), "ln_final.bias": (read,), "text_projection": (read, embedding)}
+    return shapes | {"token_embedding.weight": (vocabulary, read), "positional_embedding": (77, read)}
+
+
 def open_clip_features(
     state: Mapping[str, Tensor], pixels: Tensor, ids: Tensor, heads: tuple[int, int], quick: bool = False
 ) -> tuple[Tensor, Tensor]:

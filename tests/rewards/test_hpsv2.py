@@ -8,7 +8,7 @@ import pytest
 import torch
 from pictures import cubic, noise, resized
 from safetensors.torch import load_file
-from small_clip import cosines, open_clip_features, spelled, write_letters
+from small_clip import cosines, open_clip_features, open_clip_shapes, spelled, write_letters
 from torch import Tensor
 
 from adagrpo.errors import InputError
@@ -191,29 +191,10 @@ def test_another_vocabulary_is_refused(words: str, tmp_path: Path) -> None:
         Hpsv2(str(GOLDEN), tokenizer=str(folder), architecture=HEADS)
 
 
-def published() -> dict[str, Tensor]:
-    """Names and shapes of the published files: open_clip's ViT-H-14."""
-
-    def blocks(prefix: str, width: int, count: int) -> dict[str, tuple[int, ...]]:
-        inside = {
-            "ln_1.weight": (width,), "ln_1.bias": (width,), "ln_2.weight": (width,), "ln_2.bias": (width,),
-            "attn.in_proj_weight": (3 * width, width), "attn.in_proj_bias": (3 * width,),
-            "attn.out_proj.weight": (width, width), "attn.out_proj.bias": (width,),
-            "mlp.c_fc.weight": (4 * width, width), "mlp.c_fc.bias": (4 * width,),
-            "mlp.c_proj.weight": (width, 4 * width), "mlp.c_proj.bias": (width,),
-        }  # fmt: skip
-        return {f"{prefix}transformer.resblocks.{i}.{name}": shape for i in range(count) for name, shape in inside.items()}
-
-    shapes = blocks("visual.", 1280, 32) | blocks("", 1024, 24)
-    shapes |= {f"visual.ln_{name}.{part}": (1280,) for name in ("pre", "post") for part in ("weight", "bias")}
-    shapes |= {"visual.class_embedding": (1280,), "visual.positional_embedding": (257, 1280), "visual.proj": (1280, 1024)}
-    shapes |= {"visual.conv1.weight": (1280, 3, 14, 14), "ln_final.weight": (1024,), "ln_final.bias": (1024,)}
-    shapes |= {"token_embedding.weight": (49408, 1024), "positional_embedding": (77, 1024), "text_projection": (1024, 1024)}
-    return {name: torch.empty(shape, device="meta") for name, shape in (shapes | {"logit_scale": ()}).items()}
-
-
 def test_the_published_model_is_the_size_of_its_files() -> None:
-    model = unfilled_clip(published(), Architecture(), "here")
+    shapes = open_clip_shapes(vision=(1280, 32), text=(1024, 24), embedding=1024, vocabulary=49408)
+    state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    model = unfilled_clip(state, Architecture(), "here")
     assert sum(parameter.numel() for parameter in model.parameters()) == 986_109_441 == BUILT_IN["hpsv2"].parameters
     vision, text = model.config.vision_config, model.config.text_config
     assert (vision.num_attention_heads, text.num_attention_heads, vision.hidden_act) == (16, 16, "gelu")
