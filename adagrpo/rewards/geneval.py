@@ -7,8 +7,7 @@ known before.
 from __future__ import annotations
 
 import dataclasses
-import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ from ..models.loading import check_component, check_finite, load_component, read
 from ..models.registry import Component
 from .base import matched
 from .geneval_rules import CLASSES, COLOURS, COUNTING, MAX_OBJECTS, Found, Record, coloured, flow_grpo, official, record_of
+from .host import no_score
 from .pixels import Normalise, Preprocess, center_crop, grey_levels, pil_resize, shorter_side
 from .similarity import Similarity, check_clip, check_vocabulary, load_clip, read_processor
 from .towers import place, shared
@@ -112,6 +112,9 @@ class GenEval:
         counting_threshold: the same, for prompts of the task ``counting``.
         side: pixels that the shorter side has for the detector.
 
+    Attributes:
+        failures: images without a score so far, by reason.
+
     Raises:
         InputError: a checkpoint that is missing or not complete, or a value that cannot be.
     """
@@ -133,6 +136,7 @@ class GenEval:
         self.normalise = Normalise(_MEAN, _STD)
         self.formula, self.side = formula, side
         self.threshold, self.counting_threshold = threshold, counting_threshold
+        self.failures: Counter[str] = Counter()
 
     @staticmethod
     def check(path: str, clip: str, formula: str, threshold: float, counting_threshold: float, side: int) -> None:
@@ -154,7 +158,7 @@ class GenEval:
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Images [N, 3, H, W] in [0, 1] and N prompts -> scores [N] float32; NaN where not all pixels are finite, and, with a
         warning that says why, where a prompt has no record."""
-        records = [_tried(prompt) for prompt in matched(images, prompts)]
+        records = [self._asked(prompt) for prompt in matched(images, prompts)]
         if self.detector.device != images.device:
             self.detector.to(images.device)
         found: list[float] = []
@@ -188,6 +192,13 @@ class GenEval:
         if self.formula == "official":
             return official(record, objects)
         return flow_grpo(record, objects)[self.formula == "flow-grpo-strict"]
+
+    def _asked(self, prompt: str) -> Record | None:
+        try:
+            return record_of(prompt)
+        except InputError as error:
+            self.failures[no_score("geneval", error)[1]] += 1
+            return None
 
     def _least(self, record: Record | None) -> float:
         return self.counting_threshold if record is not None and record.tag == COUNTING else self.threshold
@@ -289,14 +300,6 @@ def _crop(levels: Tensor, seen: Seen, sizes: Sizes) -> Tensor:
     x0, y0, x1, y1 = seen.box
     inside = sizes.grown(seen.mask[None])[0] > 0
     return torch.where(inside, levels, _GREY)[:, y0:y1, x0:x1]
-
-
-def _tried(prompt: str) -> Record | None:
-    try:
-        return record_of(prompt)
-    except InputError as error:
-        warnings.warn(f"rewards: geneval: no score: {error}", RuntimeWarning, stacklevel=1)
-        return None
 
 
 def _check_values(formula: str, threshold: float, counting_threshold: float, side: int) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import threading
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,6 +30,9 @@ class HostReward:
         name: of the reward, for messages.
         workers: threads; 0 is one per core, 8 at most.
 
+    Attributes:
+        failures: images without a score so far, by reason.
+
     Raises:
         InputError: ``workers`` is negative.
     """
@@ -38,6 +43,8 @@ class HostReward:
     def __init__(self, name: str, workers: int) -> None:
         check_workers(name, workers)
         self.name = name
+        self.failures: Counter[str] = Counter()
+        self._counting = threading.Lock()
         count = workers or min(os.cpu_count() or 1, _MOST_WORKERS)
         self._pool = ThreadPoolExecutor(count, thread_name_prefix=f"adagrpo-{name}")
 
@@ -54,15 +61,25 @@ class HostReward:
         if len(prompts) != len(images):
             raise ValueError(f"{len(images)} images need as many prompts, got {len(prompts)}")
         pictures = images.permute(0, 2, 3, 1).contiguous().numpy()
-        return torch.tensor(list(self._pool.map(self._tried, pictures, prompts)), dtype=torch.float32)
+        scored = list(self._pool.map(self._tried, pictures, prompts))
+        failed = Counter(reason for _, reason in scored if reason)
+        with self._counting:
+            self.failures = self.failures + failed
+        return torch.tensor([score for score, _ in scored], dtype=torch.float32)
 
-    def _tried(self, picture: ndarray[Any, Any], prompt: str) -> float:
+    def _tried(self, picture: ndarray[Any, Any], prompt: str) -> tuple[float, str]:
+        """The score, and why there is none."""
         try:
-            return self.one(picture, prompt)
+            return self.one(picture, prompt), ""
         except Exception as error:  # whatever an engine raises: the picture has no score, and the guard counts it
-            said = str(error).strip() or type(error).__name__
-            warnings.warn(f"rewards: {self.name}: no score: {said.splitlines()[-1]}", RuntimeWarning, stacklevel=1)
-            return float("nan")
+            return no_score(self.name, error)
+
+
+def no_score(name: str, error: Exception) -> tuple[float, str]:
+    """NaN and the reason, in a word or two, after a warning that says all of it."""
+    said = str(error).strip() or type(error).__name__
+    warnings.warn(f"rewards: {name}: no score: {said.splitlines()[-1]}", RuntimeWarning, stacklevel=2)
+    return float("nan"), "refused prompt" if isinstance(error, InputError) else type(error).__name__
 
 
 def check_workers(name: str, workers: int) -> None:

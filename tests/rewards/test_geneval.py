@@ -8,8 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
-from small_clip import MERGES, TOKENS, write_tokenizer
+from small_geneval import SIDE, write_geneval
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,47 +18,10 @@ from adagrpo.rewards import BUILT_IN, build_reward, check_reward_files
 from adagrpo.rewards.geneval import GenEval, Sizes, class_names
 from adagrpo.rewards.geneval_rules import CLASSES, COLOURS
 
-DARKNET = {"motorcycle": "motorbike", "airplane": "aeroplane", "couch": "sofa", "potted plant": "pottedplant"} | {
-    "dining table": "diningtable",
-    "tv": "tvmonitor",
-    "computer mouse": "mouse",
-    "tv remote": "remote",
-    "computer keyboard": "keyboard",
-}
-SIDE = 32  # of the small CLIP
-
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A detector with the tensors and the names of classes of the published one, and a CLIP that reads 77 tokens."""
-    from transformers import CLIPConfig, CLIPModel, Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
-
-    root = tmp_path_factory.mktemp("geneval")
-    swin = SwinConfig(
-        depths=[1] * 4, embed_dim=8, num_heads=[1, 1, 2, 2], window_size=4, out_features=[f"stage{i}" for i in range(1, 5)]
-    )
-    sizes = dict.fromkeys(("feature_size", "mask_feature_size", "hidden_dim", "encoder_feedforward_dim", "dim_feedforward"), 32)
-    layers = {"encoder_layers": 1, "decoder_layers": 2, "num_attention_heads": 2, "num_queries": 12}
-    names = {i: DARKNET.get(name, name) for i, name in enumerate(CLASSES)}
-    torch.manual_seed(0)
-    detector = Mask2FormerForUniversalSegmentation(Mask2FormerConfig(backbone_config=swin, id2label=names, **sizes, **layers))
-    detector.class_predictor.weight.data.normal_(std=3)  # sure of something
-    detector.save_pretrained(root / "detector")
-    file = root / "detector" / "model.safetensors"
-    tensors = {name: t for name, t in load_file(file).items() if ".swin.layernorm." not in name}
-    tables = [name for name in tensors if name.endswith("relative_position_bias_table")]
-    tensors |= {name.replace("bias_table", "index"): torch.zeros(16, 16, dtype=torch.int64) for name in tables}
-    save_file(tensors, file, {"format": "pt"})
-    width = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text = width | {"vocab_size": len(TOKENS), "max_position_embeddings": 77, "bos_token_id": 0, "eos_token_id": 2}
-    clip = CLIPModel(
-        CLIPConfig(text_config=text, vision_config=width | {"image_size": SIDE, "patch_size": 8}, projection_dim=24)
-    )
-    for weight in clip.parameters():
-        nn.init.normal_(weight, std=0.3) if weight.ndim > 1 else None
-    clip.save_pretrained(root / "clip")
-    write_tokenizer(root / "clip", TOKENS, MERGES, 77)
-    return {"path": str(root / "detector"), "clip": str(root / "clip")}
+    return write_geneval(tmp_path_factory.mktemp("geneval"))
 
 
 @pytest.fixture(scope="module")
@@ -268,7 +230,7 @@ def test_no_record_and_no_number_are_no_score(planted) -> None:
     broken[0, 0, 0] = float("nan")
     with pytest.warns(RuntimeWarning, match="geneval: no score: prompt 'a cat'"):
         scores = planted(torch.stack([PETS, broken, PETS]), [prompt, prompt, "a cat"])
-    assert scores[0] == 1 and scores[1:].isnan().all()
+    assert scores[0] == 1 and scores[1:].isnan().all() and planted.failures == {"refused prompt": 1}
     with pytest.raises(InputError, match="no GenEval record"):
         GenEval.check_prompts([prompt, "a cat"])
     assert planted(torch.empty(0, 3, 64, 64), []).shape == (0,)

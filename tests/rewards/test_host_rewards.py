@@ -73,8 +73,9 @@ def test_a_prompt_without_a_target_is_refused_at_load_and_has_no_score(prompt, o
     with pytest.raises(InputError, match=r"target|quotes"):
         Ocr.check_prompts([HELLO, prompt])
     with pytest.warns(RuntimeWarning, match="ocr: no score: prompt"):
+        before = ocr.failures["refused prompt"]
         scores = ocr(drawn("x", 64)[None], [prompt])
-    assert scores.isnan().all()
+    assert scores.isnan().all() and ocr.failures["refused prompt"] == before + 1
 
 
 def test_a_recipe_whose_prompts_name_no_text_is_refused(tmp_path) -> None:
@@ -136,6 +137,7 @@ def test_an_engine_that_fails_on_one_picture_costs_its_score_only(ocr, monkeypat
     with pytest.warns(RuntimeWarning, match="ocr: no score: engine broke"):
         scores = ocr(images, [NASA] * 3)
     assert scores[[0, 2]].tolist() == [1, 1] and bool(scores[1].isnan())
+    assert ocr.failures["OSError"] == 1
 
 
 def test_the_engine_sees_the_colours_in_its_own_order(ocr, monkeypatch) -> None:
