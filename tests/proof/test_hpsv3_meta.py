@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_qwen import GOLDEN
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -20,7 +21,6 @@ from adagrpo.rewards.pixels import Normalise, grey_levels, patches, pil_resize, 
 from adagrpo.rewards.weights import read_state, unfilled
 
 ROOT = Path(__file__).resolve().parents[2]
-GOLDEN = ROOT / "tests" / "assets" / "rewards" / "hpsv3"
 RECORD = ROOT / "bench" / "results" / "meta" / "hpsv3.json"
 WORDS, TEXT, BEFORE = 151658, 700, 15
 SIZES = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28}

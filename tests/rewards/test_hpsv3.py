@@ -2,12 +2,12 @@
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_qwen import CHATTING, END, GOLDEN, IMAGE, REWARD, START, WORDS, lay_out
 from torch import Tensor
 
 from adagrpo.errors import InputError
@@ -16,35 +16,7 @@ from adagrpo.rewards.hpsv3 import Backbone, Head, Hpsv3, VisionRotary, read_conf
 from adagrpo.rewards.hpsv3_texts import conversation
 from adagrpo.rewards.weights import unfilled
 
-GOLDEN = Path(__file__).parents[1] / "assets" / "rewards" / "hpsv3"
-IMAGE, START, END, REWARD = 110, 112, 113, 115
-CHATTING = {"<|endoftext|>": 0, "<|im_end|>": 109, "<|image_pad|>": IMAGE, "<|video_pad|>": 111, "<|vision_start|>": START}
-CHATTING |= {"<|vision_end|>": END, "<|im_start|>": 114}
-WORDS = ["[UNK]", "system", "user", "assistant", "You", "are", "a", "helpful", ".", "rate", "the", "picture", "of", ":", "end"]
-WORDS += ["cat", "dog", "red", "two", "{", "}"]
-TEXTS = """
-INSTRUCTION = "\\nrate the picture of {text_prompt}\\n"
-prompt_with_special_token = "\\nrate : <|Reward|>\\n\\nend\\n"
-"""
 PROMPTS = ["a red cat", "two { dog }", "a red cat", "two red dog . a cat : a red dog"]
-
-
-def lay_out(folder: Path, words: int = 108) -> Path:
-    """The files of a base model beside the golden weights: a tokenizer of as many words, and texts of the same form."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Whitespace
-    from transformers import PreTrainedTokenizerFast
-
-    free = [i for i in range(115) if i not in CHATTING.values()][:words]
-    vocabulary = dict(zip(WORDS + [f"w{i}" for i in range(words - len(WORDS))], free, strict=True))
-    tokenizer = Tokenizer(WordLevel(vocabulary | CHATTING, "[UNK]"))
-    tokenizer.pre_tokenizer = Whitespace()
-    tokenizer.add_special_tokens(list(CHATTING))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|endoftext|>").save_pretrained(folder)
-    shutil.copy(GOLDEN / "config.json", folder)
-    (folder / "texts.py").write_text(f"import torchvision  # not here\n{TEXTS}raise SystemExit\n")
-    return folder
 
 
 @pytest.fixture(scope="module")
