@@ -88,7 +88,7 @@ def build_fusion(config: Config, weights: Tensor, impl: str | None, fuse: Fuse |
     a, train = config.advantage, config.train
     shuffle = train.seed if train.shuffle_advantages else None
     names = tuple(reward.name for reward in config.rewards)
-    return Fusion(names, weights, a.clip, a.weight, a.calibration, impl, fuse, shuffle)
+    return Fusion(names, weights, a.clip, a.weight, a.calibration, Derived(config).scale, impl, fuse, shuffle)
 
 
 def place_rewards(config: Config, rewards: Sequence[Reward]) -> list[PlacedReward]:

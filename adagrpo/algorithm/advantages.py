@@ -6,7 +6,7 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-from adagrpo_kernels import CALIBRATIONS, STATISTICS, advantage_statistics_reference
+from adagrpo_kernels import CALIBRATIONS, PAPER_SCALE, STATISTICS, Scale, advantage_statistics_reference
 from adagrpo_kernels import fused_advantage as fused_kernel
 from adagrpo_kernels import global_advantage_reference as global_advantage
 from adagrpo_kernels import local_advantage_reference as local_advantage
@@ -20,7 +20,9 @@ from .selection import CapabilityState
 
 __all__ = [
     "CALIBRATIONS",
+    "PAPER_SCALE",
     "RewardAdvantage",
+    "Scale",
     "advantage_statistics",
     "fused_advantage",
     "global_advantage",
@@ -157,6 +159,7 @@ def reward_advantage(
     weight: float,
     calibration: str,
     impl: str | None = None,
+    scale: Scale = PAPER_SCALE,
 ) -> RewardAdvantage:
     """Each reward normalised inside its group and against its own EMA, then summed with ``reward_weights``.
 
@@ -164,14 +167,15 @@ def reward_advantage(
         rewards: [M, groups, G].
         state: capability of shape [M].
         reward_weights: [M].
-        clip, weight, calibration: as in ``fused_advantage``. With weight 0 the EMA is not used.
+        clip, weight, calibration: as in ``fused_advantage``. With weight 0 only scale.std = ``floored`` reads the EMA.
         impl: ``auto``, ``triton`` or ``reference``; None for the environment's.
+        scale: of the local part.
 
     Returns:
         ``RewardAdvantage``; the advantage is 0 where any reward of a sample is not finite.
     """
     found = multi_reward_kernel(
-        rewards, state.mean, state.std, state.count, reward_weights, clip, weight, calibration, impl=impl
+        rewards, state.mean, state.std, state.count, reward_weights, clip, weight, calibration, impl=impl, scale=scale
     )
     return RewardAdvantage(found.advantage, [dict(zip(STATISTICS, row.unbind(), strict=True)) for row in found.statistics])
 

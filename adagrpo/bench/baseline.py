@@ -192,7 +192,7 @@ class PublishedLoop:
         with self.phase("advantage"):
             std = var.clamp_min(1e-8).sqrt()
             return multi_reward_advantage_reference(
-                rewards, mean, std, count, self.weights, a.clip, a.weight, a.calibration
+                rewards, mean, std, count, self.weights, a.clip, a.weight, a.calibration, scale=Derived(self.config).scale
             ).advantage
 
     def update(self, forks: Sequence[tuple[Fork, Conditioning]], advantage: Tensor, valid: Tensor) -> None:

@@ -8,7 +8,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..algorithm.advantages import advantage_statistics, groups_with_signal, reward_advantage, reward_statistics
+from ..algorithm.advantages import (
+    PAPER_SCALE,
+    Scale,
+    advantage_statistics,
+    groups_with_signal,
+    reward_advantage,
+    reward_statistics,
+)
 from ..algorithm.host_choices import host_generator
 from ..algorithm.selection import CapabilityState
 
@@ -22,6 +29,7 @@ class Fusion:
     Attributes:
         names, weights: of the M rewards; weights [M].
         clip, weight, calibration: as in ``reward_advantage``.
+        scale: of the local part.
         impl: implementation of the operator.
         function: a user's, ``(rewards [M, groups, G], level, weights) -> [groups, G]``; None for the recipe's own.
         shuffle_seed: deal the advantages of each group to the wrong samples by it; None deals them rightly.
@@ -32,6 +40,7 @@ class Fusion:
     clip: float = 5.0
     weight: float = 1.0
     calibration: str = "mass"
+    scale: Scale = PAPER_SCALE
     impl: str | None = None
     function: Fuse | None = None
     shuffle_seed: int | None = None
@@ -46,7 +55,7 @@ class Fusion:
             advantage = self.function(rewards, level, self.weights)
             found = [advantage_statistics(r, advantage, level[m]) | reward_statistics(r) for m, r in enumerate(rewards)]
         else:
-            options = (self.clip, self.weight, self.calibration, self.impl)
+            options = (self.clip, self.weight, self.calibration, self.impl, self.scale)
             advantage, found = reward_advantage(rewards, level, self.weights, *options)
         statistics = self._named(found)
         if len(self.names) > 1:  # what the guards watch: a sample fails with any of its rewards

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..algorithm.advantages import Scale
 from ..algorithm.sde import sigma_schedule
 from ..algorithm.selection import STRATEGIES
 from ..algorithm.tables import RolloutTable, rollout_table
@@ -76,7 +77,14 @@ class Derived:
     def scores_needed(self) -> bool:
         """Whether anything reads what candidates score."""
         s = self.config.selection
-        return (s.candidates > 1 and s.strategy != "random") or self.config.advantage.weight > 0
+        a = self.config.advantage
+        return (s.candidates > 1 and s.strategy != "random") or a.weight > 0 or a.std == "floored"
+
+    @property
+    def scale(self) -> Scale:
+        """What the local advantage is divided by."""
+        a = self.config.advantage
+        return Scale(a.std, a.ddof, a.eps, a.std_floor, a.clip_of == "sum")
 
     @property
     def built_in_strategy(self) -> str:

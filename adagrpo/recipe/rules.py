@@ -105,8 +105,8 @@ def _check_name(c: Config) -> Iterator[Problem]:
 
 def _check_ranges(c: Config) -> Iterator[Problem]:
     at_least: dict[str, float] = {
-        "model.guidance": 0, "advantage.weight": 0, "model.height": 8, "model.width": 8,
-        "model.max_text_tokens": 1, "model.lora_rank": 1, "model.prompt_cache": 1,
+        "model.guidance": 0, "advantage.weight": 0, "advantage.ddof": 0, "advantage.eps": 0,
+        "model.height": 8, "model.width": 8, "model.max_text_tokens": 1, "model.lora_rank": 1, "model.prompt_cache": 1,
         "rollout.steps": 1, "rollout.eta": 0, "rollout.group_size": 2, "rollout.window_size": 1,
         "rollout.window_stride": 0, "rollout.window_every": 1, "selection.candidates": 1, "loss.clip_range": 0,
         "loss.kl_weight": 0, "train.iterations": 1, "train.seed": 0, "train.slots": 1, "train.accumulation": 1,
@@ -124,10 +124,10 @@ def _check_ranges(c: Config) -> Iterator[Problem]:
         "selection.candidates": 4096, "train.seed": MOST_SEED, "evaluation.noises": 4096, "evaluation.final_noises": 4096,
         "train.iterations": 2**31, "model.height": 2**14, "model.width": 2**14, "model.max_text_tokens": 4096,
         "model.lora_rank": 4096, "selection.probe_steps": 4096, "rollout.tail_steps": 4096, "output.grid_prompts": 1024,
-        "train.part_timeout": LONGEST_TIMEOUT,
+        "train.part_timeout": LONGEST_TIMEOUT, "advantage.ddof": 1,
     }  # fmt: skip
     above_zero = (
-        "selection.half_life", "selection.noise_share", "advantage.clip", "optimizer.max_grad_norm",
+        "selection.half_life", "selection.noise_share", "advantage.clip", "advantage.std_floor", "optimizer.max_grad_norm",
         "model.lora_alpha",
     )  # fmt: skip
     below_one = (
@@ -185,6 +185,13 @@ def _check_dead_keys(c: Config) -> Iterator[Problem]:
         (r.plan != "window", "rollout.plan = window", [f"rollout.window_{k}" for k in ("size", "stride", "every")]),
         (c.loss.kl_weight == 0, "loss.kl_weight above 0", ["loss.kl_variance"]),
         (c.train.steps_per_iteration == 1, "train.steps_per_iteration above 1", ["loss.average"]),
+        (
+            is_import_path(c.advantage.function),
+            "advantage.function = fused",
+            [f"advantage.{k}" for k in ("clip_of", "std", "ddof", "eps", "std_floor")],
+        ),
+        (c.advantage.std != "floored", "advantage.std = floored", ["advantage.std_floor"]),
+        (c.advantage.std == "none", "another advantage.std than none", ["advantage.ddof", "advantage.eps"]),
         (c.optimizer.schedule == "constant", "another optimizer.schedule", ["optimizer.final_share"]),
         (
             not is_import_path(c.data.prompts) and not is_import_path(c.data.held_out),

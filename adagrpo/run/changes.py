@@ -178,7 +178,7 @@ _KEYS: dict[str, list[tuple[Rule, str]]] = {
         (FREE, "allow_unseen"),
         (FIXED, "candidates strategy kwargs alpha probe probe_steps race_steps finalists half_life noise_share group_evidence"),
     ],
-    "advantage": [(FIXED, "function kwargs weight calibration clip equal_groups")],
+    "advantage": [(FIXED, "function kwargs weight calibration clip clip_of std ddof eps std_floor equal_groups")],
     "loss": [(FIXED, "clip_range old_logp kl_weight kl_variance step_weights average")],
     "train": [
         (Rule(_longer), "iterations"),

@@ -6,6 +6,7 @@ A case calls the public operator, so that what is compiled is what a run launche
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .capability_step import STRATEGIES, capability_step
-from .fused_advantage import CALIBRATIONS, fused_advantage, multi_reward_advantage
+from .fused_advantage import CALIBRATIONS, PAPER_SCALE, Scale, fused_advantage, multi_reward_advantage
 from .gelu_join import gelu_join
 from .group_log_prob import group_log_prob
 from .layer_norm_modulate import layer_norm_modulate
@@ -128,13 +129,15 @@ def _group_log_prob_cases() -> Iterator[Case]:
     yield case("fp32, one odd row, backward", "fp32", ODD, latents=1, group=1, backward=True)
 
 
-def advantage(storage: str, calibration: str, size: int, weight: float, groups: int = 16, number: int = 2) -> None:
+def advantage(
+    storage: str, calibration: str, size: int, weight: float, groups: int = 16, number: int = 2, scale: Scale = PAPER_SCALE
+) -> None:
     """``multi_reward_advantage`` of ``number`` rewards and ``groups`` groups."""
     rewards = torch.zeros(number, groups, size, dtype=DTYPES[storage])
     mean, std = torch.zeros(number, dtype=torch.float64), torch.ones(number, dtype=torch.float64)
     count, weights = torch.ones(number, dtype=torch.int64), torch.ones(number)
     mask = torch.ones(groups, size, dtype=torch.bool)
-    multi_reward_advantage(rewards, mean, std, count, weights, 5.0, weight, calibration, mask, "triton")
+    multi_reward_advantage(rewards, mean, std, count, weights, 5.0, weight, calibration, mask, "triton", scale)
 
 
 def _advantage_cases() -> Iterator[Case]:
@@ -147,6 +150,9 @@ def _advantage_cases() -> Iterator[Case]:
     yield case("fp64", "mass", 16, 0.0)
     yield case("fp64", "mass", 64, 1.0)
     yield case("fp32", "mass", 32, 1.0)
+    for scale in (Scale("global", 0, 1e-4), Scale("floored"), Scale("none", clip_sum=True)):
+        run = functools.partial(advantage, "fp64", "mass", 16, 1.0, scale=scale)
+        yield Case("fused_advantage", f"fp64, divided by {scale.std}", run)
     yield Case("fused_advantage", "fp32, one group of one", lambda: advantage("fp32", "mass", 1, 1.0, groups=1, number=1))
     alone = torch.zeros(1, 12)
     yield Case("fused_advantage", "fp32, alone", lambda: fused_advantage(alone, 0.0, 1.0, impl="triton"))

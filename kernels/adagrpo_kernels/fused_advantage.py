@@ -7,6 +7,9 @@
 Calibrations of the global part: ``mass`` (the paper's: positive z divided by their sum, negative z by theirs; centred z
 when one side is empty), ``zscore`` (z), ``zscore_centred`` (z - mean(z)), ``none`` (R - mean, in units of the reward).
 
+What a deviation is divided by is the recipe's (``Scale``): hosts differ in the deviation's ddof and epsilon, and in whose
+rewards it is taken over.
+
 A group whose valid rewards are all equal carries no signal and gets exactly 0 everywhere: max - min is compared with
 ``1e-6 * max(1, |mean|)``, since rounding of the mean would otherwise become an advantage of ±clip. So does a group with
 fewer than two valid (finite, unmasked) rewards, and every invalid reward.
@@ -14,6 +17,7 @@ fewer than two valid (finite, unmasked) rewards, and every invalid reward.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -21,6 +25,7 @@ from torch import Tensor
 
 from ._dispatch import run
 
+STD_MODES = ("group", "global", "floored", "none")
 CALIBRATIONS = ("mass", "zscore", "zscore_centred", "none")
 EPS = 1e-8
 EQUAL_TOLERANCE = 1e-6
@@ -28,6 +33,28 @@ MIN_MASS = 1e-6
 STATISTICS = (
     "mean_abs", "false_positive", "false_negative", "turned", "equal_groups", "failed", "reward_mean", "group_std",
 )  # fmt: skip
+
+
+class Scale(NamedTuple):
+    """What the local advantage divides the deviation from the group's mean by, and what is clamped.
+
+    Attributes:
+        std: ``group``: ``std_G + eps``; ``global``: ``std_all + eps``, over all valid rewards of the reward model (Flow-GRPO's
+            ``global_std``); ``floored``: ``std_G + floor*std_EMA + eps``; ``none``: 1.
+        ddof: of std_G and std_all, 0 or 1.
+        eps: see ``std``; Flow-GRPO 1e-4 with ddof 0, DanceGRPO, MixGRPO, G2RPO and AdaGRPO 1e-8 with ddof 1.
+        floor: share of the EMA's std that stands below every group's own.
+        clip_sum: clamp the weighted sum over parts and reward models, as DanceGRPO, MixGRPO and G2RPO do, instead of each part.
+    """
+
+    std: str = "group"
+    ddof: int = 1
+    eps: float = EPS
+    floor: float = 0.5
+    clip_sum: bool = False
+
+
+PAPER_SCALE = Scale()
 
 
 class MultiRewardAdvantage(NamedTuple):
@@ -57,23 +84,36 @@ def has_signal(rewards: Tensor, valid: Tensor) -> Tensor:
     return (valid.sum(-1, keepdim=True) >= 2) & (high - low > EQUAL_TOLERANCE * level)
 
 
-def local_advantage_reference(rewards: Tensor, clip: float, mask: Tensor | None = None) -> Tensor:
+def local_advantage_reference(
+    rewards: Tensor, clip: float, mask: Tensor | None = None, scale: Scale = PAPER_SCALE, level_std: Tensor | float = 0.0
+) -> Tensor:
     """Advantage inside the group.
 
     Args:
-        rewards: [..., G], floating; non-finite entries are failed samples.
+        rewards: [..., G], floating; non-finite entries are failed samples. With scale.std = ``global`` [M, ..., G].
         clip: clamp to ±clip, above 0.
         mask: optional bool [..., G], False for samples to ignore.
+        scale: what deviations are divided by.
+        level_std: std of the EMA, for scale.std = ``floored``; broadcasts against ``rewards``.
 
     Returns:
         [..., G] in the dtype of ``rewards``.
     """
+    _check_known("std", scale.std, STD_MODES)
     valid = valid_rewards(rewards, mask)
-    count = valid.sum(-1, keepdim=True)
     deviation = (rewards - _mean(rewards, valid)).masked_fill(~valid, 0)
-    std = (deviation.square().sum(-1, keepdim=True) / (count - 1).clamp_min(1)).sqrt()
-    advantage = (deviation / (std + EPS)).clamp(-clip, clip)
+    if scale.std != "none":
+        std = overall_std(rewards, valid, scale.ddof) if scale.std == "global" else _std(rewards, valid, scale.ddof)
+        floor = scale.floor * level_std if scale.std == "floored" else 0
+        deviation = deviation / (std + floor + scale.eps)
+    advantage = deviation.clamp(-clip, clip)
     return advantage.masked_fill(~(valid & has_signal(rewards, valid)), 0)
+
+
+def overall_std(rewards: Tensor, valid: Tensor, ddof: int) -> Tensor:
+    """Standard deviation of all valid rewards [M, ..., G] of each model: [M, 1, ..., 1]."""
+    per_reward = [-1] + [1] * (rewards.ndim - 1)
+    return _std(rewards.flatten(1), valid.flatten(1), ddof).reshape(per_reward)
 
 
 def global_advantage_reference(
@@ -96,7 +136,7 @@ def global_advantage_reference(
     Returns:
         [..., G] in the dtype of ``rewards``.
     """
-    _check_calibration(calibration)
+    _check_known("calibration", calibration, CALIBRATIONS)
     valid = valid_rewards(rewards, mask)
     mean, std = (t.to(rewards.dtype) if isinstance(t, Tensor) else t for t in (mean, std))
     difference = (rewards - mean).masked_fill(~valid, 0)
@@ -123,7 +163,7 @@ def fused_advantage(
     Args:
         impl: see ``adagrpo_kernels._dispatch``. The kernel takes one mean and one std for all rewards.
     """
-    _check_calibration(calibration)
+    _check_known("calibration", calibration, CALIBRATIONS)
     levels = [t for t in (mean, std) if isinstance(t, Tensor)]
     problem = _kernel_problem(rewards) or (None if all(t.numel() == 1 for t in levels) else "it takes one mean and one std")
 
@@ -131,7 +171,9 @@ def fused_advantage(
         from ._triton import fused_advantage
 
         level, spread, one = _vector(mean, rewards), _vector(std, rewards), rewards.unsqueeze(0)
-        return fused_advantage.fused_advantage(one, level, spread, None, None, clip, weight, calibration, mask, False)[0]
+        return fused_advantage.fused_advantage(
+            one, level, spread, None, None, clip, weight, calibration, mask, PAPER_SCALE, False
+        )[0]
 
     reference = lambda: fused_advantage_reference(rewards, mean, std, clip, weight, calibration, mask)  # noqa: E731
     return run("fused_advantage", impl, [rewards, *levels, mask], kernel, reference, problem)
@@ -148,6 +190,7 @@ def multi_reward_advantage(
     calibration: str = "mass",
     mask: Tensor | None = None,
     impl: str | None = None,
+    scale: Scale = PAPER_SCALE,
 ) -> MultiRewardAdvantage:
     """``multi_reward_advantage_reference`` by the chosen implementation; the kernel is one launch.
 
@@ -155,9 +198,9 @@ def multi_reward_advantage(
         impl: see ``adagrpo_kernels._dispatch``. The kernel takes float32 and float64 rewards, computes in their dtype, and
             adds in another order than the reference.
     """
-    _check_calibration(calibration)
+    _check_known("calibration", calibration, CALIBRATIONS)
     tensors = [rewards, mean, std, count, reward_weights, mask]
-    arguments = (rewards, mean, std, count, reward_weights, clip, weight, calibration, mask)
+    arguments = (rewards, mean, std, count, reward_weights, clip, weight, calibration, mask, scale)
 
     def kernel() -> MultiRewardAdvantage:
         from ._triton import fused_advantage
@@ -178,6 +221,7 @@ def multi_reward_advantage_reference(
     weight: float = 1.0,
     calibration: str = "mass",
     mask: Tensor | None = None,
+    scale: Scale = PAPER_SCALE,
 ) -> MultiRewardAdvantage:
     """Each reward normalised inside its group and against its own EMA, then summed with ``reward_weights``.
 
@@ -185,8 +229,10 @@ def multi_reward_advantage_reference(
         rewards: [M, ..., G], e.g. [M rewards, P slots, S steps, G].
         mean, std, count: [M], capability EMA of each reward; count 0 means that it is empty.
         reward_weights: [M].
-        clip, weight, calibration: as in ``fused_advantage``. With weight 0 the EMA is not used.
+        clip, weight, calibration: as in ``fused_advantage``. With weight 0 the EMA's mean is not used, and its std is by
+            scale.std = ``floored`` only.
         mask: optional bool [..., G], False for samples to ignore in the advantages.
+        scale: of the local part.
 
     Returns:
         ``MultiRewardAdvantage``; the advantage is 0 where a sample is masked or any of its rewards is not finite.
@@ -194,12 +240,14 @@ def multi_reward_advantage_reference(
     valid = rewards.isfinite().all(0)
     valid = (valid if mask is None else valid & mask).expand_as(rewards)
     per_reward = [-1] + [1] * (rewards.ndim - 1)
-    if weight == 0:
-        parts = local_advantage_reference(rewards, clip, valid)
-    else:
-        level, spread = (t.to(rewards.dtype).reshape(per_reward) for t in (mean, std))
-        parts = fused_advantage_reference(rewards, level, spread, clip, weight, calibration, valid)
+    level, spread = (t.to(rewards.dtype).reshape(per_reward) for t in (mean, std))
+    limit = math.inf if scale.clip_sum else clip
+    parts = local_advantage_reference(rewards, limit, valid, scale, spread)
+    if weight != 0:
+        parts = parts + weight * global_advantage_reference(rewards, level, spread, limit, calibration, valid)
     advantage = (reward_weights.to(parts.dtype).reshape(per_reward) * parts).sum(0)
+    if scale.clip_sum:
+        advantage = advantage.clamp(-clip, clip)
     found = [
         advantage_statistics_reference(r, advantage, m, c) | reward_statistics_reference(r)
         for r, m, c in zip(rewards, mean, count, strict=True)
@@ -253,9 +301,9 @@ def fused_advantage_reference(
     return local + weight * global_advantage_reference(rewards, mean, std, clip, calibration, mask)
 
 
-def _check_calibration(calibration: str) -> None:
-    if calibration not in CALIBRATIONS:
-        raise ValueError(f"unknown calibration {calibration!r}: one of {', '.join(CALIBRATIONS)}")
+def _check_known(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"unknown {name} {value!r}: one of {', '.join(known)}")
 
 
 def _kernel_problem(rewards: Tensor) -> str | None:
@@ -271,6 +319,12 @@ def _vector(value: Tensor | float, like: Tensor) -> Tensor:
 def _mean(values: Tensor, valid: Tensor) -> Tensor:
     total = values.masked_fill(~valid, 0).sum(-1, keepdim=True)
     return total / valid.sum(-1, keepdim=True).clamp_min(1)
+
+
+def _std(values: Tensor, valid: Tensor, ddof: int) -> Tensor:
+    deviation = (values - _mean(values, valid)).masked_fill(~valid, 0)
+    count = valid.sum(-1, keepdim=True)
+    return (deviation.square().sum(-1, keepdim=True) / (count - ddof).clamp_min(1)).sqrt()
 
 
 def _mass_calibrated(z: Tensor, centred: Tensor) -> Tensor:

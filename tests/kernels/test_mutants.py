@@ -34,14 +34,14 @@ MUTANTS: dict[str, dict[str, tuple[str, str, str]]] = {
     },
     "sign of dt": dict.fromkeys(("reference", "triton"), ("step_table.py", "s_next - g**2 * dt", "s_next + g**2 * dt")),
     "ddof": {
-        "reference": ("fused_advantage.py", "(count - 1).clamp_min(1)", "count.clamp_min(1)"),
-        "triton": ("_triton/fused_advantage.py", "tl.maximum(count - 1, 1.0)", "tl.maximum(count, 1.0)"),
+        "reference": ("fused_advantage.py", "(count - ddof).clamp_min(1)", "count.clamp_min(1)"),
+        "triton": ("_triton/fused_advantage.py", "tl.maximum(count - DDOF, 1.0)", "tl.maximum(count, 1.0)"),
     },
     "eps outside": {
-        "reference": ("fused_advantage.py", "deviation / (std + EPS)", "deviation / std + EPS"),
+        "reference": ("fused_advantage.py", "deviation / (std + floor + scale.eps)", "deviation / (std + floor) + scale.eps"),
         "triton": (
-            "_triton/fused_advantage.py", "/ (spread(rewards, valid, mean, count) + TINY)",
-            "/ spread(rewards, valid, mean, count) + TINY",
+            "_triton/fused_advantage.py", "/ (spread(rewards, valid, mean, count, DDOF) + eps)",
+            "/ spread(rewards, valid, mean, count, DDOF) + eps",
         ),
     },
     "mask inverted": {

@@ -73,6 +73,19 @@ class AdvantageConfig:
     """Weight of the advantage against the capability EMA; 0 leaves plain group-relative advantages."""
     calibration: Literal["mass", "zscore", "zscore_centred", "none"] = "mass"
     clip: float = 5.0
+    clip_of: Literal["parts", "sum"] = "parts"
+    """What is clamped to ±clip. parts: the local and the global advantage under each reward. sum: their weighted sum over the
+    rewards (DanceGRPO, MixGRPO, G2RPO)."""
+    std: Literal["group", "global", "floored", "none"] = "group"
+    """What the distance from the group's mean is divided by. group: the group's standard deviation. global: that of all rewards
+    of the iteration (Flow-GRPO). floored: the group's plus `std_floor` times that of the capability EMA, so that groups that
+    differ by next to nothing do not count in full; it needs the probe's scores, without a filter too. none: nothing."""
+    ddof: int = 1
+    """Of those standard deviations: 1 (AdaGRPO, DanceGRPO, MixGRPO, G2RPO) or 0 (Flow-GRPO)."""
+    eps: float = 1e-8
+    """What is added to them: Flow-GRPO 1e-4."""
+    std_floor: float = 0.5
+    """See std = floored."""
     equal_groups: Literal["keep", "skip", "refill"] = "keep"
     """Groups whose rewards are all equal carry no signal. keep: they count in the loss average; skip: they do not; refill:
     slots without any spread are drawn once more from new prompts."""

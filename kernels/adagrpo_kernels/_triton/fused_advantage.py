@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._dispatch import launch
-from ..fused_advantage import EPS, EQUAL_TOLERANCE, MIN_MASS, STATISTICS
+from ..fused_advantage import EPS, EQUAL_TOLERANCE, MIN_MASS, STATISTICS, Scale, overall_std
 from .common import MIN_BLOCK, finite
 
 TILE = 256
@@ -40,16 +40,28 @@ def group_facts(rewards, valid):
 
 
 @triton.jit
-def spread(rewards, valid, mean, count):
-    """Standard deviation (ddof 1) of the valid members, [groups, 1]."""
+def spread(rewards, valid, mean, count, DDOF: tl.constexpr):
+    """Standard deviation of the valid members, [groups, 1]."""
     deviation = tl.where(valid, rewards - mean, 0.0)
-    return tl.sqrt(tl.sum(deviation * deviation, 1)[:, None] / tl.maximum(count - 1, 1.0))
+    return tl.sqrt(tl.sum(deviation * deviation, 1)[:, None] / tl.maximum(count - DDOF, 1.0))
 
 
 @triton.jit
-def local_part(rewards, valid, mean, count):
-    """Unclamped ``(R - mean_G)/(std_G + eps)``; 0 for invalid members."""
-    return tl.where(valid, rewards - mean, 0.0) / (spread(rewards, valid, mean, count) + TINY)
+def local_part(
+    rewards, valid, mean, count, std_ptr, overall_ptr,
+    STD: tl.constexpr, DDOF: tl.constexpr, STD_EPS: tl.constexpr, FLOOR: tl.constexpr,
+):  # fmt: skip
+    """Unclamped deviation from the group's mean over what ``Scale`` divides it by; 0 for invalid members."""
+    part = tl.where(valid, rewards - mean, 0.0)
+    eps = tl.full([1, 1], STD_EPS, rewards.dtype)
+    if STD == "global":
+        part = part / (tl.load(overall_ptr).to(rewards.dtype) + eps)
+    if STD == "group":
+        part = part / (spread(rewards, valid, mean, count, DDOF) + eps)
+    if STD == "floored":
+        floor = tl.load(std_ptr).to(rewards.dtype) * tl.full([1, 1], FLOOR, rewards.dtype)
+        part = part / (spread(rewards, valid, mean, count, DDOF) + floor + eps)
+    return part
 
 
 @triton.jit
@@ -82,9 +94,11 @@ def sign(values):
 
 @triton.jit
 def fused_advantage_kernel(
-    reward_ptr, mask_ptr, mean_ptr, std_ptr, count_ptr, weight_ptr, advantage_ptr, statistics_ptr,
+    reward_ptr, mask_ptr, mean_ptr, std_ptr, overall_ptr, count_ptr, weight_ptr, advantage_ptr, statistics_ptr,
     number, groups, size, reward_stride,
-    CLIP: tl.constexpr, WEIGHT: tl.constexpr, CALIBRATION: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr,
+    CLIP: tl.constexpr, CLIP_SUM: tl.constexpr, WEIGHT: tl.constexpr, CALIBRATION: tl.constexpr,
+    STD: tl.constexpr, DDOF: tl.constexpr, STD_EPS: tl.constexpr, FLOOR: tl.constexpr,
+    GROUPS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = reward_ptr.dtype.element_ty
     member = tl.arange(0, SIZE)[None, :]
@@ -101,15 +115,23 @@ def fused_advantage_kernel(
         for m in range(number):
             rewards = tl.load(reward_ptr + m * reward_stride + at, mask=inside, other=0)
             mean, count, signal = group_facts(rewards, valid)
-            part = clamp(local_part(rewards, valid, mean, count), CLIP)
+            part = local_part(
+                rewards, valid, mean, count, std_ptr + m, overall_ptr + m, STD, DDOF, STD_EPS, FLOOR,
+            )  # fmt: skip
+            if not CLIP_SUM:
+                part = clamp(part, CLIP)
             if WEIGHT != 0.0:
                 level = tl.load(mean_ptr + m).to(dtype)
                 above = global_part(rewards, valid, count, level, tl.load(std_ptr + m).to(dtype), CALIBRATION)
-                part += clamp(above, CLIP) * WEIGHT
+                if not CLIP_SUM:
+                    above = clamp(above, CLIP)
+                part += above * WEIGHT
             part = tl.where(valid & signal, part, 0.0)
             if weight_ptr is not None:
                 part = tl.load(weight_ptr + m).to(dtype) * part
             advantage += part
+        if CLIP_SUM:
+            advantage = clamp(advantage, CLIP)
         tl.store(advantage_ptr + at, advantage, mask=inside)
     if statistics_ptr is not None:
         tl.debug_barrier()
@@ -142,7 +164,7 @@ def reward_statistics(
         advantage = tl.load(advantage_ptr + at, mask=inside, other=0)
         valid = inside & finite(rewards)
         mean, count, signal = group_facts(rewards, valid)
-        local = tl.where(valid & signal, local_part(rewards, valid, mean, count), 0.0)
+        local = tl.where(valid & signal, rewards - mean, 0.0)  # only its sign is read
         size_abs += tl.sum(tl.abs(advantage), 1)
         fp += tl.sum(((local > 0) & (rewards < level) & known).to(dtype), 1)
         fn += tl.sum(((local < 0) & (rewards > level) & known).to(dtype), 1)
@@ -154,7 +176,7 @@ def reward_statistics(
         total += tl.sum(tl.where(number, rewards, 0.0), 1)
         there += tl.sum(number.to(dtype), 1)
         whole = real & (tl.sum(valid.to(tl.int32), 1) == size) & (size > 1)
-        spreads += tl.where(whole, tl.sum(spread(rewards, valid, mean, count), 1), 0.0)
+        spreads += tl.where(whole, tl.sum(spread(rewards, valid, mean, count, 1), 1), 0.0)
         spread_number += whole.to(dtype)
     samples = groups * size
     valid_count = tl.sum(valid_sum)
@@ -179,6 +201,7 @@ def fused_advantage(
     weight: float,
     calibration: str,
     mask: Tensor | None,
+    scale: Scale,
     with_statistics: bool,
 ) -> tuple[Tensor, Tensor]:
     """Launch on rewards [M, ..., G]: advantage [..., G] and statistics [M, 8] (empty unless asked for)."""
@@ -189,12 +212,19 @@ def fused_advantage(
     statistics = torch.empty(number, len(STATISTICS), dtype=rewards.dtype, device=rewards.device)
     block = max(MIN_BLOCK, triton.next_power_of_2(size))
     groups = flat.shape[1] // max(size, 1)
+    overall = std  # read for scale.std = global only
+    if scale.std == "global":
+        valid = rewards.isfinite().all(0)
+        valid = valid if mask is None else valid & mask
+        overall = overall_std(rewards, valid.expand_as(rewards), scale.ddof).flatten()
     arguments: dict[str, Any] = {
         "reward_ptr": flat, "mask_ptr": None if mask is None else mask.expand(rewards.shape[1:]).contiguous(),
-        "mean_ptr": mean.contiguous(), "std_ptr": std.contiguous(), "count_ptr": count, "weight_ptr": reward_weights,
+        "mean_ptr": mean.contiguous(), "std_ptr": std.contiguous(), "overall_ptr": overall.contiguous(),
+        "count_ptr": count, "weight_ptr": reward_weights,
         "advantage_ptr": advantage, "statistics_ptr": statistics if with_statistics else None, "number": number,
-        "groups": groups, "size": size, "reward_stride": flat.stride(0), "CLIP": float(clip), "WEIGHT": float(weight),
-        "CALIBRATION": calibration, "GROUPS": max(1, TILE // block), "SIZE": block,
+        "groups": groups, "size": size, "reward_stride": flat.stride(0), "CLIP": float(clip),
+        "CLIP_SUM": scale.clip_sum, "WEIGHT": float(weight), "CALIBRATION": calibration, "STD": scale.std, "DDOF": scale.ddof,
+        "STD_EPS": float(scale.eps), "FLOOR": float(scale.floor), "GROUPS": max(1, TILE // block), "SIZE": block,
     }  # fmt: skip
     launch("fused_advantage", fused_advantage_kernel, (1 if groups * size else 0,), arguments, WARPS)
     return advantage, statistics if with_statistics else statistics[:0]

@@ -1,0 +1,93 @@
+"""Our functions with the keys of each host against the numbers that its released code computed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hosts import CLOSE, Released, distance
+from torch import Tensor
+
+from adagrpo.algorithm.advantages import Scale, reward_advantage
+from adagrpo.algorithm.selection import CapabilityState
+
+GROUP, ALL, SUM = Scale("group", 0, 1e-4), Scale("global", 0, 1e-4), Scale(clip_sum=True)
+
+
+def rewards_of(host: Released, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rewards [M, groups, G] and the weights of the M rewards."""
+    names = [name.removeprefix("in.") for name in host.tensors if name.startswith("in.rewards")]
+    if names == ["rewards_1", "rewards_2"]:  # [granularities, members, steps]: they are summed as rewards are
+        stacked = torch.cat([host.given(name, dtype) for name in names]).movedim(1, 2)
+        return stacked, torch.ones(len(stacked))
+    if "rewards.hps" in names:
+        weights: dict[str, float] = host.setting("reward_weights")
+        return torch.stack([host.given(f"rewards.{name}", dtype) for name in weights]), torch.tensor([*weights.values()])
+    rewards = host.given("rewards", dtype)
+    if rewards.ndim == 3:  # [seeds, branches, steps]: a group per seed and step
+        rewards = rewards.movedim(1, 2).flatten(0, 1)
+    return rewards.unsqueeze(0), torch.ones(1)
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("dtype", CLOSE)
+@pytest.mark.parametrize(
+    ("name", "key", "scale"),
+    [
+        ("flow_grpo", "advantage", GROUP), ("flow_grpo", "advantage_global_std", ALL), ("flow_cps", "advantage", GROUP),
+        ("dance_grpo", "advantage", SUM), ("mixgrpo", "advantage", SUM), ("tempflow", "advantage", GROUP),
+        ("flash_grpo", "advantage", GROUP), ("g2rpo", "advantage", SUM),
+    ],
+)  # fmt: skip
+def test_advantages(name: str, key: str, scale: Scale, dtype: torch.dtype, impl: str) -> None:
+    host = Released(name)
+    rewards, weights = rewards_of(host, dtype)
+    level = CapabilityState.for_rewards(len(rewards))
+    found = reward_advantage(rewards, level, weights, 5.0, 0.0, "mass", impl, scale).advantage
+    truth = host.found(key)
+    truth = truth.movedim(1, 2).flatten(0, 1) if truth.ndim == 3 else truth.T if name == "g2rpo" else truth
+    assert found.dtype is dtype
+    assert distance(found, truth) < CLOSE[dtype]
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize(("key", "scale"), [("", GROUP), ("_global_std", ALL)])
+def test_a_group_of_equal_rewards_counts_in_the_spread_of_all(key: str, scale: Scale, impl: str) -> None:
+    """Flow-GRPO's fixture with one group of equal rewards; they leave a rounding there, we an exact 0."""
+    host = Released("flow_grpo")
+    rewards = host.given("rewards_one_group_equal").unsqueeze(0)
+    found = reward_advantage(rewards, CapabilityState.for_rewards(1), torch.ones(1), 5.0, 0.0, "mass", impl, scale).advantage
+    assert int((found == 0).all(1).sum()) == 1
+    assert distance(found, host.found(f"advantage_one_group_equal{key}")) < 1e-6
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_a_floor_under_the_spread(impl: str) -> None:
+    """0.25 x 0.4 of the level's spread beside each group's own: a group that hardly differs counts next to nothing."""
+    rewards = torch.tensor([[[0.0, 0.2, 0.4], [1.0, 1.002, 1.004]]], dtype=torch.float64)
+    level = CapabilityState(*(torch.tensor([value], dtype=torch.float64) for value in (0.5, 0.16)), torch.ones(1).long())
+    scale = Scale("floored", 1, 1e-8, floor=0.25)
+    found = reward_advantage(rewards, level, torch.ones(1), 5.0, 0.0, "mass", impl, scale).advantage
+    for row, step in zip(found.tolist(), (0.2, 0.002), strict=True):
+        assert row == pytest.approx([-step / (step + 0.1 + 1e-8), 0, step / (step + 0.1 + 1e-8)], rel=1e-12)
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_undivided_and_clamped_as_a_sum(impl: str) -> None:
+    """Two rewards of weights 1 and 2 pull the first sample by -3 and by 2 x 4; each part passes the clip of 2.5."""
+    rewards = torch.tensor([[[-2.0, 4.0]], [[8.0, 0.0]]], dtype=torch.float64)
+    level, weights = CapabilityState.for_rewards(2), torch.tensor([1.0, 2.0])
+    clamped = lambda clip_sum: reward_advantage(  # noqa: E731
+        rewards, level, weights, 2.5, 0.0, "mass", impl, Scale("none", clip_sum=clip_sum)
+    ).advantage.tolist()
+    assert clamped(False) == [[-2.5 + 2 * 2.5, 2.5 - 2 * 2.5]]
+    assert clamped(True) == [[2.5, -2.5]]
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_the_spread_of_all_is_over_valid_samples(impl: str) -> None:
+    """Rewards 0 2 | 5 9 with a failed sample in each group: deviations 1 and 2, variance (16 + 4 + 1 + 25)/3 around 4."""
+    rewards = torch.tensor([[[0.0, 2.0, torch.nan], [torch.inf, 5.0, 9.0]]], dtype=torch.float64)
+    scale, level = Scale("global", 1, 0.0), CapabilityState.for_rewards(1)
+    found = reward_advantage(rewards, level, torch.ones(1), 5.0, 0.0, "mass", impl, scale).advantage
+    std = (46 / 3) ** 0.5
+    assert found.flatten().tolist() == pytest.approx([-1 / std, 1 / std, 0, 0, -2 / std, 2 / std], rel=1e-12)
