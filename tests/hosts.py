@@ -1,5 +1,5 @@
 """Numbers that the released code of other host algorithms computed: random inputs, and what its own functions and loss lines
-made of them in float64. The metadata of each file of ``tests/assets/hosts`` says whose, at which commit, and with which settings."""
+made of them in float64. The metadata of each file of ``tests/assets/hosts`` says whose, at which commit, with what settings."""
 
 from __future__ import annotations
 
