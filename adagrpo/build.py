@@ -231,6 +231,7 @@ def build_trainer(
     if planned is not None or model.device.type == "cuda":
         plan = planned_memory(config, model, rehearse(model, prompts[0]), rewards, len(prompts), len(held_out))
         plan.check(free_bytes(model.device), device=str(model.device))
+        plan.check_elsewhere(free_bytes)
         if planned is not None:
             planned(plan)
     return assemble(config, model, rewards, prompts, own), held_out

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
-from .assembly import build_judge, build_objective, build_sampler
+from .assembly import build_judge, build_objective, build_sampler, sampled_sizes
 from .engine.plans import chunk_sizes
 from .engine.ranks import Ranks
+from .engine.scoring import labels
 from .estimate.calls import decoded, iteration_calls
 from .estimate.memory import MemoryPlan
 from .estimate.planning import Demand, Latents, copy_bytes, plan_memory
 from .estimate.rehearsal import Rehearsal
 from .estimate.roofline import Device, Prediction, predict
+from .estimate.scorers import ScorerDemand, scorer_entries
 from .forward.backends import resolve_forward
 from .models.base import FlowModel
 from .recipe.derived import DTYPES, Derived
@@ -75,14 +78,18 @@ def planned_memory(
         and model.device.type != "cpu",
         checkpoints=d.checkpoints_kept + 1,
     )
-    return plan_memory(model, rehearsal, demand, _judges(config, rewards))
+    size = max(sampled_sizes(config), key=math.prod)
+    chunk = demand.largest("decode")
+    scorers = scorer_entries(_scorers(config, rewards, chunk), model.device, chunk, size, demand.overlapped)
+    return plan_memory(model, rehearsal, demand, scorers)
 
 
-def _judges(config: Config, rewards: Sequence[object] | None) -> dict[str, object]:
-    """The rewards by name, or what is published of their sizes."""
+def _scorers(config: Config, rewards: Sequence[object] | None, chunk: int) -> list[ScorerDemand]:
+    """The rewards, or what is published of their sizes."""
     if rewards is None:
-        return {reward.name: published_bytes(reward.name, reward.kwargs, reward.dtype) for reward in config.rewards}
-    return {key.name: reward for key, reward in zip(config.rewards, rewards, strict=True)}
+        rewards = [published_bytes(reward.name, reward.kwargs, reward.dtype) for reward in config.rewards]
+    named = zip(labels([r.name for r in config.rewards]), config.rewards, rewards, strict=True)
+    return [ScorerDemand(label, reward, r.device, min(r.rows or chunk, chunk), r.offload) for label, r, reward in named]
 
 
 def stored_latents(config: Config, model: FlowModel) -> Latents:

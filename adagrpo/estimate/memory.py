@@ -6,7 +6,7 @@ import dataclasses
 import os
 import resource
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ class Entry:
         phase: when it is held; empty is always.
         loaded: bytes of it that lay on the device already when the plan was made.
         remedy: the key of the recipe that makes it smaller.
+        device: where it is, if not on the model's device; it is then in none of the sums.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Entry:
     phase: str = ""
     loaded: int = 0
     remedy: str = ""
+    device: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,13 +56,13 @@ class MemoryPlan:
     @property
     def resident(self) -> int:
         """Bytes held in every phase."""
-        return sum(entry.bytes for entry in self.entries if not entry.phase)
+        return sum(entry.bytes for entry in self._here if not entry.phase)
 
     @property
     def phases(self) -> dict[str, int]:
         """Bytes each phase adds to the resident ones."""
         found: dict[str, int] = {}
-        for entry in self.entries:
+        for entry in self._here:
             if entry.phase:
                 found[entry.phase] = found.get(entry.phase, 0) + entry.bytes
         return found
@@ -79,18 +81,32 @@ class MemoryPlan:
     @property
     def loaded(self) -> int:
         """Bytes that lay on the device when the plan was made."""
-        return sum(entry.loaded for entry in self.entries)
+        return sum(entry.loaded for entry in self._here)
+
+    @property
+    def elsewhere(self) -> dict[str, int]:
+        """Bytes on other devices that are yet to be taken there, by device."""
+        found: dict[str, int] = {}
+        for entry in self.entries:
+            if entry.device:
+                found[entry.device] = found.get(entry.device, 0) + entry.bytes - entry.loaded
+        return found
+
+    @property
+    def _here(self) -> list[Entry]:
+        return [entry for entry in self.entries if not entry.device]
 
     def table(self) -> str:
         """A readable page; what takes nothing is left out, rewards excepted."""
         unit, divisor = ("GiB", 2**30) if self.peak >= 2**30 else ("MiB", 2**20)
-        entries = sorted((e for e in self.entries if e.bytes or e.name.startswith("reward")), key=lambda e: bool(e.phase))
+        shown_entries = (e for e in self.entries if e.bytes or e.name.startswith("reward"))
+        entries = sorted(shown_entries, key=lambda e: (bool(e.device), bool(e.phase)))
         width = max(len(e.name) for e in entries)
         number = lambda size: f"{size / divisor:9.2f}"  # noqa: E731
         line = lambda when, what, size, why: f"{when:13} {what:{width}} {number(size)}  {why}".rstrip()  # noqa: E731
         lines, shown = [f"{'when':13} {'what':{width}} {unit:>9}"], ""
         for entry in entries:
-            when = entry.phase or "always"
+            when = f"on {entry.device}" if entry.device else entry.phase or "always"
             lines.append(line("" if when == shown else when, entry.name, entry.bytes, entry.why))
             shown = when
         disk = f"{self.checkpoints} checkpoints of {size_text(self.checkpoint)}, the one being written included"
@@ -120,7 +136,7 @@ class MemoryPlan:
         needed = self.peak - self.loaded
         if free_device is not None and needed > free_device:
             missing = needed - free_device
-            held = [e for e in self.entries if e.phase in ("", self.peak_phase) and e.bytes > e.loaded]
+            held = [e for e in self._here if e.phase in ("", self.peak_phase) and e.bytes > e.loaded]
             held.sort(key=lambda e: e.loaded - e.bytes)
             parts = ", ".join(f"{e.name} {size_text(e.bytes)}" for e in held[:4])
             remedies = dict.fromkeys(e.remedy for e in held if e.remedy and 20 * e.bytes >= missing)
@@ -136,6 +152,21 @@ class MemoryPlan:
                 f"disk: {self.checkpoints} checkpoints of {size_text(self.checkpoint)} need {size_text(disk)}, "
                 f"{size_text(free_disk)} are free: {size_text(disk - free_disk)} too little; what helps: output.keep_last"
             )
+
+    def check_elsewhere(self, free: Callable[[torch.device], int | None]) -> None:
+        """Refuse rewards that cannot fit on their own devices; ``free`` tells the bytes free on one, None where unknown.
+
+        Raises:
+            InputError: naming the device, what is too large, and the keys that help.
+        """
+        for device, needed in self.elsewhere.items():
+            there = free(torch.device(device))
+            if there is not None and needed > there:
+                names = ", ".join(f"{e.name} {size_text(e.bytes)}" for e in self.entries if e.device == device)
+                raise InputError(
+                    f"memory: rewards on {device} need {size_text(needed)}, it has {size_text(there)} free ({names}); what "
+                    "helps: rewards.N.device, rewards.N.rows, rewards.N.dtype"
+                )
 
     def compare(self, peak: int) -> str:
         """The plan beside the ``peak`` bytes a run took."""

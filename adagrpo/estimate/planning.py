@@ -85,19 +85,17 @@ class _Trained:
         return "model.tuning = lora (in a new run)" if self.full else "model.lora_rank (in a new run)"
 
 
-def plan_memory(
-    model: FlowModel, rehearsal: Rehearsal | str, demand: Demand, rewards: Mapping[str, object] | None = None
-) -> MemoryPlan:
+def plan_memory(model: FlowModel, rehearsal: Rehearsal | str, demand: Demand, scorers: Sequence[Entry] = ()) -> MemoryPlan:
     """The plan of a run of ``model``, which is loaded but not trained yet.
 
     Args:
         rehearsal: of the model, or why there is none.
-        rewards: by name; instead of one that is not loaded the bytes of its weights, or None if they are not known.
+        scorers: what rewards hold and use, see ``scorer_entries``.
     """
     parameters = [p for _, p in model.trainable()]
     trained = _Trained.of(model, parameters)
     kept = [*_weights(model), *_training_state(model, trained, demand)]
-    kept += [_reward(name, reward, model.device) for name, reward in (rewards or {}).items()]
+    kept += scorers
     kept.append(Entry("stored latents", demand.stored, "anchors, transitions and final latents of an iteration"))
     twice = trained.wide * bool(demand.accumulates and trained.masters)
     of = "of the weights as they multiply"
@@ -200,17 +198,6 @@ def _weights(model: FlowModel) -> list[Entry]:
             loaded = tensor_bytes(t for t in tensors if t.device.type == model.device.type != "meta")
             entries.append(Entry(name, tensor_bytes(tensors), f"{billions:.3g} B weights, {kinds}", "", loaded))
     return entries
-
-
-def _reward(name: str, reward: object, device: torch.device) -> Entry:
-    if isinstance(reward, int):
-        return Entry(
-            f"reward {name}", reward, "its published size; not loaded here" if reward else "not loaded here: size not known"
-        )
-    modules = [reward] if isinstance(reward, nn.Module) else modules_of(reward).values()
-    tensors = [t for module in modules for t in module_tensors(module)]
-    loaded = tensor_bytes(t for t in tensors if t.device.type == device.type)
-    return Entry(f"reward {name}", tensor_bytes(tensors), "weights" if tensors else "no weights", "", loaded)
 
 
 @dataclasses.dataclass(frozen=True)

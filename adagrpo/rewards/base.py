@@ -112,9 +112,13 @@ class Reward(Protocol):
     """Scores images against prompts.
 
     Attributes that a class may have: ``host = True``: it works on the host, and is called with images uint8 [N, 3, H, W] on the
-    CPU, in a thread beside sampling; ``threads``: how many such calls may run at once (1). ``groupwise = True``: its scores
-    compare the images of a group (``PromptRows.group_index``), and it is called with whole groups. ``provenance``: a mapping of
-    texts, such as digests of what it was made from, which the run folder keeps.
+    CPU, in a thread beside sampling (it must leave torch's global switches alone); ``threads``: how many such calls may run at
+    once (1). ``groupwise = True``: its scores compare the images of a group (``PromptRows.group_index``), and it is called with
+    whole groups. ``failures``: a mapping from reasons to how many images had no score for each so far, told in the metrics.
+    ``provenance``: a mapping of texts, such as digests of what it was made from, which the run folder keeps.
+
+    For the memory plan: ``rehearsable = True``: a deep copy whose tensors are all on the meta device can be called there; or
+    ``activation_bytes(rows, height, width)``: what a call needs at most beside weights and images.
 
     It is called without gradients, on images of its own, with random states, default dtype and torch's other global switches
     restored afterwards (``adagrpo.parts.isolation``), and in a thread of its own where ``rewards.N.timeout`` limits its time.

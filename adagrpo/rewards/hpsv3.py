@@ -68,6 +68,8 @@ class Hpsv3:
         InputError: files that are missing, damaged, or not an HPS-v3 model's.
     """
 
+    rehearsable = True
+
     def __init__(
         self,
         path: str = "MizzenAI/HPSv3",

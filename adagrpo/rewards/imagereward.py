@@ -65,6 +65,8 @@ class ImageReward:
         InputError: files that are missing, damaged, or not an ImageReward model's.
     """
 
+    rehearsable = True
+
     def __init__(
         self,
         path: str = "THUDM/ImageReward",

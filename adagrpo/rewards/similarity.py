@@ -29,6 +29,8 @@ CLIP = Component("CLIP", "transformers", "CLIPModel")
 class ImageFeatures:
     """Unit vectors of images by the vision tower of a ``CLIPModel``, which moves to the device of its images."""
 
+    rehearsable = True
+
     def __init__(self, model: Any, preprocess: Preprocess) -> None:
         self.model, self.preprocess = model, preprocess
 
