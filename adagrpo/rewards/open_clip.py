@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..models.loading import read_json_object
+from ..models.loading import not_finite, read_json_object
 from ..models.registry import Component
 from .pixels import CLIP_MEAN, CLIP_STD, Preprocess
 from .similarity import CLIP, in_dtype
@@ -193,6 +193,8 @@ def load_open_clip(file: Path, architecture: Architecture, where: str, dtype: to
     def load() -> Any:
         state = read_state(file, where)
         model = unfilled_clip(state, architecture, f"{where}: {file}")
+        if bad := not_finite(state):  # by the file's own name
+            raise InputError(f"{where}: {file}: {bad[0]} holds values that are not finite; download it again")
         parts = {name: _part(state, name) for name in model.state_dict()}
         return in_dtype(load_state(model, parts, CLIP, f"{where}: {file}", _DESCRIBED, torch.float32), dtype)
 

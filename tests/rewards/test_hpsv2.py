@@ -147,7 +147,7 @@ DAMAGED = {
     r"token_embedding\.weight is torch\.int8: quantised": lambda s: s.update(
         {"token_embedding.weight": s["token_embedding.weight"].to(torch.int8)}
     ),
-    r"visual_projection\.weight holds values that are not finite": lambda s: s["visual.proj"][3].fill_(torch.inf),
+    r"visual\.proj holds values that are not finite": lambda s: s["visual.proj"][3].fill_(torch.inf),
 }
 
 
