@@ -46,7 +46,8 @@ from .models.policy import Policy, Settings, add_lora
 from .models.registry import FAMILIES
 from .models.starting import find_file, start_from
 from .parts.plugins import checked, is_import_path, load_callable, make_part
-from .prompts.sources import load_prompts, require_disjoint
+from .prompts.reading import Reading
+from .prompts.sources import load_prompts, prompt_notes, require_disjoint
 from .prompts.stream import PromptStream
 from .recipe.derived import DTYPES, Derived
 from .recipe.keys import BUILT_IN_MODEL, BUILT_IN_MODELS, Config, ModelConfig, bucket_size
@@ -206,7 +207,7 @@ def build_trainer(
     planned: Callable[[MemoryPlan], object] | None = None,
     model: FlowModel | None = None,
     restored: bool = False,
-) -> tuple[Trainer, list[str]]:
+) -> tuple[Trainer, Sequence[str]]:
     """A trainer at its initial weights, and the held-out prompts.
 
     Args:
@@ -234,7 +235,10 @@ def build_trainer(
         plan.check_elsewhere(free_bytes)
         if planned is not None:
             planned(plan)
-    return assemble(config, model, rewards, prompts, own), held_out
+    trainer = assemble(config, model, rewards, prompts, own)
+    for note in prompt_notes(prompts, held_out):
+        trainer.notices(note)
+    return trainer, held_out
 
 
 def assemble(
@@ -281,7 +285,19 @@ def assemble(
     )
 
 
-def load_data(config: Config) -> tuple[list[str], list[str]]:
+def load_source(config: Config, source: str | Sequence[str], key: str = "data.prompts") -> Sequence[str]:
+    """The prompts of a source (``load_prompts``), read as the recipe says.
+
+    Args:
+        key: of the recipe, for messages; ``data.held_out`` has a field of its own.
+    """
+    data = config.data
+    field = (data.held_out_field if key == "data.held_out" else "") or data.field
+    reading = Reading(field, data.duplicates, data.broken, data.held_out_share)
+    return load_prompts(source, key, reading, data.kwargs, config.train.part_timeout)
+
+
+def load_data(config: Config) -> tuple[Sequence[str], Sequence[str]]:
     """Training and held-out prompts.
 
     Raises:
@@ -289,9 +305,8 @@ def load_data(config: Config) -> tuple[list[str], list[str]]:
             of its rewards cannot score.
     """
     data = config.data
-    shared = (data.allow_duplicates, data.kwargs, config.train.part_timeout)
-    prompts = load_prompts(data.prompts, "data.prompts", *shared)
-    held_out = load_prompts(data.held_out, "data.held_out", *shared)
+    prompts = load_source(config, data.prompts, "data.prompts")
+    held_out = load_source(config, data.held_out, "data.held_out")
     if not data.allow_overlap:
         require_disjoint(prompts, held_out, data.prompts, data.held_out)
     require_repeats(config, len(prompts))

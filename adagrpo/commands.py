@@ -22,6 +22,7 @@ from .build import (
     choose_device,
     load_data,
     load_plugins,
+    load_source,
     try_buckets,
 )
 from .disk.files import replacing, write_json
@@ -36,8 +37,9 @@ from .evaluate.held_out import sample_images
 from .forecast import iteration_prediction, planned_evaluations, planned_memory
 from .forward.backends import resolve_forward
 from .models.base import FlowModel
-from .prompts.file import prompt_problem
-from .prompts.sources import load_prompts
+from .prompts.checks import prompt_problem
+from .prompts.digest import prompts_digest
+from .prompts.sources import prompt_notes
 from .recipe.derived import Derived
 from .recipe.keys import Config
 from .recipe.layers import Recipe
@@ -47,7 +49,7 @@ from .report.page import write_report
 from .rewards import build_reward, check_reward_files
 from .run.checkpoint import INDEX, verify
 from .run.fit import Fit
-from .run.folder import RunFolder, prompts_digest
+from .run.folder import RunFolder
 from .run.grid import to_pil
 from .run.loggers import check_loggers
 from .run.opening import begin, check_opening, opened
@@ -117,7 +119,7 @@ def dry_run(config: Config, out: Path | None = None, resume: str | None = None) 
     print("evaluations per iteration: " + ", ".join(f"{phase} {n}" for phase, n in counts.items()))
     rows = Derived(config).rows_per_image
     guidance = f"an evaluation is of one image, {rows} rows of the transformer (model.guidance)" if rows > 1 else None
-    for notice in (unchecked, guidance, repeats_notice(config, len(prompts))):
+    for notice in (unchecked, guidance, repeats_notice(config, len(prompts)), *prompt_notes(prompts, held_out)):
         if notice:
             print(f"note: {notice}")
     return 0
@@ -180,7 +182,7 @@ def fidelity(config: Config, checkpoint: Path | None, slots: int, out: Path | No
     if not changed_levers(config):
         keys = "engine.precision, engine.forward, engine.attention or rollout.tail_steps"
         raise InputError(f"{config.name}: its rollouts are the policy's own; set {keys}")
-    prompts = load_prompts(config.data.prompts, "data.prompts", config.data.allow_duplicates, config.data.kwargs)
+    prompts = load_source(config, config.data.prompts)
     rewards = [build_reward(r.name, r.kwargs, f"rewards.{i}", r.dtype) for i, r in enumerate(config.rewards)]
     model = load_model(config, checkpoint)
     with tqdm(total=slots, unit="slot", disable=None) as bar:

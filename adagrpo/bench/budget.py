@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from ..models.base import FlowModel
+from ..prompts.digest import prompts_digest
 from ..recipe.derived import Derived
 from ..recipe.keys import Config
-from ..run.folder import prompts_digest
 from ..study.hosts import hosts, with_probe, without_adagrpo
 from .measure import PHASES, HostRead, Iteration, bench_trainer, host_read, interleaved, measure, phase_series, rows_seen
 from .options import Options

@@ -9,8 +9,8 @@ import torch
 from adagrpo_kernels import implementations
 
 from ..forward.backends import resolve_forward
+from ..prompts.digest import prompts_digest
 from ..recipe.keys import Config
-from ..run.folder import prompts_digest
 from .flops import ForwardFlops, count_flops, stated_peak
 from .measure import PHASES, EnergyMeter, Iteration, bench_trainer, host_syncs, measure, overlapping, peak_bytes, phase_series
 from .options import Options

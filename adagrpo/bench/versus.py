@@ -8,9 +8,9 @@ from collections.abc import Mapping
 
 import torch
 
+from ..prompts.digest import prompts_digest
 from ..recipe.derived import Derived
 from ..recipe.keys import Config
-from ..run.folder import prompts_digest
 from ..train import Trainer
 from .baseline import PublishedLoop
 from .measure import PHASES, Iteration, bench_trainer, forget_prompts, interleaved, measure, phase_series

@@ -2,31 +2,46 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..errors import InputError
 from ..parts.plugins import is_import_path, make_part
 from ..text.user_text import shown
-from .file import MAX_BYTES, MAX_PROMPTS, prompt_problem, read_prompt_file, same
-from .prompt import Prompt
+from .checks import prompt_problem
+from .fields import category_of
+from .hub import HubRows
+from .prompt import Prompt, data_of
+from .reading import Part, Reading
+from .rows import FileRows, PromptList, Rows, keys_of
+
+# Of sources in code, whose prompts are held.
+MAX_PROMPTS = 2_000_000
+MAX_TEXT = 256 * 2**20
+HPD_STYLES = ("anime", "concept-art", "paintings", "photo")
+"""The files of HPDv2's benchmark, a folder."""
+_LOOKED_AT = 20
 
 
 def load_prompts(
-    source: str,
+    source: str | Sequence[str],
     key: str = "data.prompts",
-    allow_duplicates: bool = False,
+    reading: Reading | None = None,
     kwargs: Mapping[str, Any] | None = None,
     timeout: float = 0.0,
-) -> list[str]:
-    """Prompts of a source, in order.
+) -> Sequence[str]:
+    """Prompts of a source, in order, with their metadata (``Prompt``); those of files and data sets are parsed on use.
 
     Args:
-        source: ``tiny:even``, ``tiny:wide``, ``tiny:held_out``, a text file (``read_prompt_file``), or
-            ``package.module:attribute`` of a callable that returns them.
+        source: ``tiny:even``, ``tiny:wide``, ``tiny:held_out``; ``package.module:attribute`` of a callable that returns them; a
+            file by its ending (``layouts``), the folder of HPDv2's benchmark, ``hub:owner/name`` (``HubRows``), each of these
+            with ``#train`` or ``#held_out`` behind it for a part; or several files and data sets.
         key: the recipe's key, for messages.
-        allow_duplicates: accept repeated lines in a file.
+        reading: how files and data sets are read.
         kwargs: arguments of a source named by import path.
         timeout: seconds that such a source may take; 0 waits for ever.
 
@@ -35,19 +50,22 @@ def load_prompts(
             is no prompt.
         RunError: the callable failed.
     """
-    if source.startswith("tiny:"):
-        from ..tiny.prompts import held_out_prompts, training_prompts
+    sources = [source] if isinstance(source, str) else list(source)
+    if not sources:
+        raise InputError(f"{key} = []: name at least one source of prompts")
+    if len(sources) == 1 and not sources[0].startswith("hub:"):
+        if sources[0].startswith("tiny:"):
+            return _tiny(sources[0], key)
+        if is_import_path(sources[0]):
+            return _from_plugin(sources[0], key, kwargs or {}, timeout)
+    reading = reading or Reading()
+    found = [rows for each in sources for rows in _stored(each, key, reading, len(sources) > 1)]
+    return PromptList([rows for rows, _ in found], [category for _, category in found], reading.duplicates)
 
-        mix = source.removeprefix("tiny:")
-        if mix not in ("even", "wide", "held_out"):
-            raise InputError(f"{key} = {source}: unknown prompt source: tiny:even, tiny:wide or tiny:held_out")
-        return held_out_prompts() if mix == "held_out" else training_prompts(mix)
-    if is_import_path(source):
-        return _from_plugin(source, key, kwargs or {}, timeout)
-    return read_prompt_file(Path(source), key, allow_duplicates)
 
-
-def require_disjoint(prompts: Sequence[str], held_out: Sequence[str], trained: str, judged: str) -> None:
+def require_disjoint(
+    prompts: Sequence[str], held_out: Sequence[str], trained: str | Sequence[str], judged: str | Sequence[str]
+) -> None:
     """Refuse held-out prompts that also train: a gain on them would not be one on unseen prompts.
 
     Args:
@@ -56,23 +74,62 @@ def require_disjoint(prompts: Sequence[str], held_out: Sequence[str], trained: s
     Raises:
         InputError: with how many, and which is the first.
     """
-    known = {same(prompt) for prompt in prompts}
-    both = [prompt for prompt in held_out if same(prompt) in known]
-    if both:
+    both = np.flatnonzero(np.isin(keys_of(held_out), keys_of(prompts)))
+    if len(both):
         share = f"{len(both)} of its {len(held_out)} prompts ({len(both) / len(held_out):.0%})"
         raise InputError(
-            f"data.held_out = {judged}: {share} also train (data.prompts = {trained}), the first is {shown(both[0])}; take "
-            "them out of one of the two, or set data.allow_overlap = true"
+            f"data.held_out = {_named(judged)}: {share} also train (data.prompts = {_named(trained)}), the first is "
+            f"{shown(str(held_out[int(both[0])]))}; take them out of one of the two, or set data.allow_overlap = true"
         )
 
 
-def prompt_category(source: str) -> Callable[[str], str] | None:
-    """The function that names a prompt's category, for sources that have categories."""
-    if not source.startswith("tiny:"):
-        return None
-    from ..tiny.prompts import category
+def prompt_notes(*lists: Sequence[str]) -> list[str]:
+    """What there is to tell of prompts that were loaded: rows that were left out."""
+    return [note for prompts in lists if isinstance(prompts, PromptList) for note in prompts.notes]
 
-    return category
+
+def prompt_category(source: str | Sequence[str], prompts: Sequence[str]) -> Callable[[str], str] | None:
+    """The function that names a prompt's category; None where a source's prompts, by the first of them, have none."""
+    if isinstance(source, str) and source.startswith("tiny:"):
+        from ..tiny.prompts import category
+
+        return category
+    if all(category_of(data_of(prompt)) is None for prompt in prompts[:_LOOKED_AT]):
+        return None
+    return lambda prompt: category_of(data_of(prompt)) or "none"
+
+
+def _named(source: str | Sequence[str]) -> str:
+    return source if isinstance(source, str) else ", ".join(source)
+
+
+def _tiny(source: str, key: str) -> list[str]:
+    from ..tiny.prompts import held_out_prompts, training_prompts
+
+    mix = source.removeprefix("tiny:")
+    if mix not in ("even", "wide", "held_out"):
+        raise InputError(f"{key} = {source}: unknown prompt source: tiny:even, tiny:wide or tiny:held_out")
+    return held_out_prompts() if mix == "held_out" else training_prompts(mix)
+
+
+def _stored(source: str, key: str, reading: Reading, several: bool) -> Iterable[tuple[Rows, str]]:
+    """The rows of a file, folder or data set, and the category of those that have none, by the file's name."""
+    named = f"{key} = {source}"
+    cut = re.fullmatch(r"(.*)#(train|held_out)", source, re.DOTALL)
+    part = Part(cut[2] == "held_out", reading.held_out_share) if cut else None
+    name = cut[1] if cut else source
+    if name.startswith("hub:"):
+        yield HubRows(name.removeprefix("hub:"), named, reading, part), ""
+        return
+    if several and (name.startswith("tiny:") or is_import_path(name)):
+        raise InputError(f"{named}: only files and data sets can be several; name this source alone")
+    path = Path(name)
+    styles = [path / f"{style}.json" for style in HPD_STYLES]
+    if "\0" not in name and all(style.is_file() for style in styles):
+        for style in styles:
+            yield FileRows(style, f"{key} = {style}", reading, part), style.stem
+    else:
+        yield FileRows(path, named, reading, part), path.stem if several else ""
 
 
 def _from_plugin(source: str, key: str, kwargs: Mapping[str, Any], timeout: float) -> list[str]:
@@ -94,8 +151,8 @@ def _read_to_the_end(found: Any, named: str) -> list[str]:
             raise InputError(f"{named}: prompt {len(prompts)} {problem}")
         prompts.append(prompt if isinstance(prompt, Prompt) else str(prompt))
         characters += len(prompt)
-        if len(prompts) > MAX_PROMPTS or characters > MAX_BYTES:
-            limits = f"{MAX_PROMPTS} prompts and {MAX_BYTES / 1e6:.0f} million characters"
+        if len(prompts) > MAX_PROMPTS or characters > MAX_TEXT:
+            limits = f"{MAX_PROMPTS} prompts and {MAX_TEXT / 1e6:.0f} million characters"
             raise InputError(f"{named}: gives more than the {limits} that are read; let it end earlier")
     if not prompts:
         raise InputError(f"{named}: gives no prompt; it must give at least one")

@@ -10,14 +10,14 @@ from ..algorithm.host_choices import host_generator
 
 
 class PromptStream:
-    """An endless stream over a list of prompts, shuffled anew each epoch; a function of seed and position alone.
+    """An endless stream over prompts, shuffled anew each epoch; a function of seed and position alone.
 
     Attributes:
         position: prompts taken so far; setting it rewinds or forwards the stream.
     """
 
     def __init__(self, prompts: Sequence[str], seed: int, position: int = 0) -> None:
-        self.prompts, self.seed, self.position = list(prompts), seed, position
+        self.prompts, self.seed, self.position = prompts, seed, position
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
 
     def take(self, count: int) -> list[str]:

@@ -11,7 +11,7 @@ from ..parts.plugins import is_import_path
 from ..text.redaction import redacted_kwargs
 from ..text.user_text import shown
 from .dotted import leaves, lookup, replaced
-from .keys import Config
+from .keys import Config, listed
 from .rules import check, problems
 
 _TAKERS = {
@@ -165,7 +165,7 @@ def _kwargs_of_others(layer: Layer, origins: Mapping[str, Layer]) -> list[str]:
             continue
         now = {taker: origins[taker].values[taker] for taker in takers if taker in origins}
         kept = {t: name for t, name in now.items() if layer.values.get(t, name) == name}
-        if now != kept and not any(map(is_import_path, kept.values())):
+        if now != kept and not any(is_import_path(name) for names in kept.values() for name in listed(names)):
             found.append(key)
     return found
 

@@ -107,12 +107,23 @@ def _base_of(file: _File) -> _File | None:
 
 def _layer(file: _File, is_base: bool) -> Layer:
     """What a file says, its keys and types checked."""
-    tables = {key: value for key, value in file.tables.items() if key != "base"}
+    tables = _renamed({key: value for key, value in file.tables.items() if key != "base"}, file.source)
     values = _named(_build(Config, tables, file.source, ""), tables)
     if is_base:
         label = f"base {cut(file.name) if file.name.isprintable() else shown(file.name)}"
         return Layer(label, label, values, own=False)
     return Layer("this recipe", file.source, values, own=file.folder is not None)
+
+
+def _renamed(tables: dict[str, Any], source: str) -> dict[str, Any]:
+    """The tables with the present name of a key that had another in earlier versions."""
+    data = tables.get("data")
+    if not isinstance(data, dict) or not isinstance(keeps := data.get("allow_duplicates"), bool):
+        return tables
+    if "duplicates" in data:
+        raise InputError(f"{source}: data.allow_duplicates is the former name of data.duplicates; leave it out")
+    others = {key: value for key, value in data.items() if key != "allow_duplicates"}
+    return {**tables, "data": {**others, "duplicates": "keep" if keeps else "error"}}
 
 
 def _named(config: Any, tables: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -206,8 +217,9 @@ def _convert(hint: Any, value: Any, source: str, key: str) -> Any:
             shape = typing.get_origin(kind) or kind
             if isinstance(value, list if shape is tuple else shape):
                 return value if shape is kind else _convert(kind, value, source, key)
+        numbers = "a number, true or false, " if float in args else "or "
         table = ", or a table of these" if any(typing.get_origin(kind) is dict for kind in args) else ""
-        raise wrong(f"a string, a number, true or false, a list of strings{table}")
+        raise wrong(f"a string, {numbers}a list of strings{table}")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         try:
             return float(value)

@@ -128,10 +128,11 @@ def _check_ranges(c: Config) -> Iterator[Problem]:
     }  # fmt: skip
     above_zero = (
         "selection.half_life", "selection.noise_share", "advantage.clip", "advantage.std_floor", "optimizer.max_grad_norm",
-        "model.lora_alpha",
+        "model.lora_alpha", "data.held_out_share",
     )  # fmt: skip
     below_one = (
         "selection.noise_share", "selection.alpha", "optimizer.ema_decay", "optimizer.betas.0", "optimizer.betas.1",
+        "data.held_out_share",
     )  # fmt: skip
     for key, low in at_least.items():
         if not low <= (value := lookup(c, key)) < float("inf"):
@@ -193,13 +194,19 @@ def _check_dead_keys(c: Config) -> Iterator[Problem]:
         (c.advantage.std != "floored", "advantage.std = floored", ["advantage.std_floor"]),
         (c.advantage.std == "none", "another advantage.std than none", ["advantage.ddof", "advantage.eps"]),
         (c.optimizer.schedule == "constant", "another optimizer.schedule", ["optimizer.final_share"]),
+        (all(map(is_import_path, c.data.sources)), "a file or data set of prompts", ["data.field", "data.held_out_field"]),
         (
-            not is_import_path(c.data.prompts) and not is_import_path(c.data.held_out),
+            not any(source.endswith(("#train", "#held_out")) for source in c.data.sources),
+            "a source of prompts with #train or #held_out behind it",
+            ["data.held_out_share"],
+        ),
+        (
+            not any(map(is_import_path, c.data.sources)),
             "a prompt source named by import path",
             ["data.kwargs"],
         ),
         (
-            not any(map(is_import_path, (c.selection.strategy, c.advantage.function, c.data.prompts, c.data.held_out))),
+            not any(map(is_import_path, (c.selection.strategy, c.advantage.function, *c.data.sources))),
             "a selection, advantage or prompt source named by import path",
             ["train.part_timeout"],
         ),

@@ -191,7 +191,7 @@ _KEYS: dict[str, list[tuple[Rule, str]]] = {
         (EQUAL, "max_rows decode_rows kernels forward precision fp8_scaling attention fp8_attention cuda_graphs overlap"),
     ],
     # What a run may read is no part of its result: the prompts themselves are compared.
-    "data": [(FREE, "allow_duplicates allow_overlap"), (FIXED, "prompts held_out kwargs")],
+    "data": [(FREE, "duplicates broken allow_overlap"), (FIXED, "prompts held_out field held_out_field held_out_share kwargs")],
     "evaluation": [(JUDGED, "every prompts noises"), (FIXED, "final_prompts final_noises guidance")],
     "output": [
         (FREE, "grid_every grid_prompts trace_at loggers keep_last keep_every"),  # the newest checkpoint is always kept

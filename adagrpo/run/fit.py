@@ -76,7 +76,7 @@ class Fit:
         self.held_out = HeldOut(config, trainer, run, held_out, self.telling.warn)
         self.state = RunState(config, trainer, run, self.held_out, self.telling)
         self.exhibits = Exhibits(config.output, trainer, run, self.held_out, self.telling)
-        self.category = prompt_category(self.config.data.prompts)
+        self.category = prompt_category(self.config.data.prompts, trainer.stream.prompts)
         self._kernels_recorded: dict[str, str] = {}
         if self.config.loss.kl_weight:
             trainer.model.keep_reference()

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import uuid
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -376,8 +374,3 @@ def _is_draft(path: Path) -> bool:
 def _vouched(checkpoint: Path | None) -> dict[str, Any]:
     """What a verified checkpoint knows of the folder's files; {} of none, or of one of a former version."""
     return (load_records(checkpoint) if checkpoint is not None else None) or {}
-
-
-def prompts_digest(*lists: Sequence[str]) -> str:
-    """SHA-256 of prompt lists, for the manifest."""
-    return hashlib.sha256(json.dumps(lists, ensure_ascii=False).encode()).hexdigest()

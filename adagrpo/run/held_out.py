@@ -42,7 +42,7 @@ class HeldOut:
     ) -> None:
         self.trainer, self.run, self.tell = trainer, run, tell
         self.names, e = [reward.name for reward in config.rewards], config.evaluation
-        self.prompts, self.final_prompts = list(prompts)[: e.prompts], list(prompts)[: e.final_prompts]
+        self.prompts, self.final_prompts = list(prompts[: e.prompts]), list(prompts[: e.final_prompts])
         groupwise = [reward.groupwise for reward in trainer.score.rewards]
         self.single = [m for m, grouped in enumerate(groupwise) if not grouped]
         self.first = self.single[0] if self.single else 0

@@ -22,8 +22,8 @@ from ..errors import InputError
 from ..evaluate.held_out import evaluate
 from ..forecast import planned_calls
 from ..models.base import FlowModel
+from ..prompts.digest import prompts_digest
 from ..recipe.keys import Config
-from ..run.folder import prompts_digest
 from ..train import Trainer
 from .hosts import with_probe, without_adagrpo
 

@@ -19,16 +19,15 @@ import torch
 from ..algorithm.sde import Stream
 from ..bench.records import new_record
 from ..bench.statistics import Series, paired_interval
-from ..build import build_trainer, choose_device
+from ..build import build_trainer, choose_device, load_source
 from ..disk.files import writing
 from ..disk.lock import OwnerLock, holding
 from ..errors import InputError, RunError
 from ..evaluate.held_out import evaluate
 from ..models.base import guided
-from ..prompts.sources import load_prompts
+from ..prompts.digest import prompts_digest
 from ..recipe.keys import Config
 from ..run.changes import changed_keys
-from ..run.folder import prompts_digest
 from ..run.machine import describe_machine
 from ..run.metrics import read_metrics
 from ..text.strict_json import from_json, to_json
@@ -80,8 +79,7 @@ class Study:
         Raises:
             InputError: a probe or source of prompts that does not exist, or does not go with the recipe.
         """
-        load = lambda mix: load_prompts(mix, "--mixes", config.data.allow_duplicates, config.data.kwargs)  # noqa: E731
-        digests = {mix: prompts_digest(load(mix)) for mix in self.mixes}
+        digests = {mix: prompts_digest(load_source(config, mix, "--mixes")) for mix in self.mixes}
         found = []
         for seed in range(config.train.seed, config.train.seed + self.seeds):
             for mix, sha256 in digests.items():

@@ -42,9 +42,8 @@ def read_text(path: str | Path, named: str, limit: int) -> str:
         InputError: no such file, not a regular one, unreadable, larger, or not UTF-8 text.
     """
     content = _read(path, named, limit)
-    for mark, encoding in _MARKS.items():
-        if content.startswith(mark):
-            raise InputError(f"{named}: {encoding} text; save it as UTF-8")
+    if encoding := wide_encoding(content):
+        raise InputError(f"{named}: {encoding} text; save it as UTF-8")
     if (at := content.find(b"\0")) >= 0:
         line = content.count(b"\n", 0, at) + 1
         raise InputError(f"{named}: line {line} holds a NUL: a binary file, or UTF-16 text; save it as UTF-8 text")
@@ -54,13 +53,21 @@ def read_text(path: str | Path, named: str, limit: int) -> str:
         raise InputError(f"{named}: not UTF-8 text (byte {error.start}); convert it") from error
 
 
-def _read(path: str | Path, named: str, limit: int) -> bytes:
+def open_regular(path: str | Path, named: str) -> int:
+    """A handle, for reading, of a regular file; what is none is refused without being opened.
+
+    Raises:
+        InputError: no such file, not a regular one, or not to be opened.
+    """
     try:
         _require_file(os.stat(path).st_mode, named)
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
-        with os.fdopen(handle, "rb") as file:
+        try:
             _require_file(os.fstat(handle).st_mode, named)  # it may have changed in between
-            content = file.read(limit + 1) or b""
+        except BaseException:
+            os.close(handle)
+            raise
+        return handle
     except InputError:
         raise
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -69,9 +76,27 @@ def _read(path: str | Path, named: str, limit: int) -> bytes:
         raise InputError(f"{named}: cannot be read: {error.strerror}") from error
     except ValueError as error:  # a NUL in the name
         raise InputError(f"{named}: not the name of a file") from error
+
+
+def size_limit(limit: int) -> str:
+    """What is said of a file that is larger than ``limit`` bytes."""
+    size = f"{limit // 2**20} MB" if limit >= 2**20 else f"{limit // 2**10} KB"
+    return f"larger than the {size} that such a file may have"
+
+
+def wide_encoding(content: bytes) -> str | None:
+    """The encoding that the mark in front says, where it is not UTF-8's."""
+    return next((encoding for mark, encoding in _MARKS.items() if content.startswith(mark)), None)
+
+
+def _read(path: str | Path, named: str, limit: int) -> bytes:
+    with os.fdopen(open_regular(path, named), "rb") as file:
+        try:
+            content = file.read(limit + 1) or b""
+        except OSError as error:
+            raise InputError(f"{named}: cannot be read: {error.strerror}") from error
     if len(content) > limit:
-        size = f"{limit // 2**20} MB" if limit >= 2**20 else f"{limit // 2**10} KB"
-        raise InputError(f"{named}: larger than the {size} that such a file may have")
+        raise InputError(f"{named}: {size_limit(limit)}")
     return content
 
 
@@ -101,6 +126,8 @@ def parse_toml(text: str) -> dict[str, Any]:
 
 def character_problem(text: str, spaces: str = "\t\n") -> str | None:
     """Why ``text`` cannot be meant as it stands: a control character (but those of ``spaces``) or a lone surrogate."""
+    if text.isprintable():
+        return None
     for found in _CONTROL.finditer(text):
         if found[0] not in spaces:
             return f"holds the control character U+{ord(found[0]):04X}"

@@ -13,8 +13,9 @@ import pytest
 from adagrpo.build import load_data
 from adagrpo.cli import main
 from adagrpo.errors import InputError, RunError
-from adagrpo.prompts import file as prompt_file
+from adagrpo.prompts import index, rows
 from adagrpo.prompts import sources as prompts
+from adagrpo.prompts.reading import Reading
 from adagrpo.prompts.sources import load_prompts
 from adagrpo.prompts.stream import PromptStream
 from adagrpo.recipe.keys import Config, DataConfig
@@ -42,7 +43,7 @@ def test_position_is_the_only_state() -> None:
 def test_file_is_read_line_by_line(tmp_path) -> None:
     file = tmp_path / "p.txt"
     file.write_text("a cat\n\n  zwölf Boxkämpfer \n", "utf-8")
-    assert load_prompts(str(file)) == ["a cat", "zwölf Boxkämpfer"]
+    assert list(load_prompts(str(file))) == ["a cat", "zwölf Boxkämpfer"]
 
 
 @pytest.mark.parametrize(
@@ -51,7 +52,7 @@ def test_file_is_read_line_by_line(tmp_path) -> None:
         (None, "does not exist"),
         (b"\n \n", "holds no prompt"),
         (b"ok\n\xff\xfe", "not UTF-8"),
-        (b"a\n\nb\n a \n", "line 4 repeats line 1; remove it or set data.allow_duplicates"),
+        (b"a\n\nb\n a \n", "line 4 repeats line 1; remove it or set data.duplicates"),
         (b"a\n" + b"x" * 5000, "line 2 is longer than 4096"),
     ],
 )
@@ -64,10 +65,11 @@ def test_bad_files(content: bytes | None, word: str, tmp_path) -> None:
     assert str(file) in str(error.value) and "data.prompts" in str(error.value)
 
 
-def test_duplicates_can_be_allowed(tmp_path) -> None:
+@pytest.mark.parametrize(("policy", "left"), [("keep", ["a", "b", " a"]), ("drop", ["a", "b"])])
+def test_duplicates_stay_or_leave_the_first(policy: str, left: list[str], tmp_path) -> None:
     file = tmp_path / "p.txt"
-    file.write_text("a\nb\na\n", "utf-8")
-    assert load_prompts(str(file), allow_duplicates=True) == ["a", "b", "a"]
+    file.write_text("a\nb\n a\n", "utf-8")
+    assert list(load_prompts(str(file), reading=Reading(duplicates=policy))) == [line.strip() for line in left]
 
 
 def test_unknown_source() -> None:
@@ -82,19 +84,20 @@ ROWS = [{"prompt": scene, "id": i} for i, scene in enumerate(SCENES)]
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("p.csv", "a cat\na dog\n", "CSV"),
-        ("p.JSON", "a cat\n", "JSON"),
-        ("p.tsv", "a cat\n", "TSV"),
-        ("p.toml", 'name = "x"\n', "TOML"),
+        ("p.csv", "a cat\na dog\n", "its columns or keys are a cat; name the one that holds the prompts by data.field"),
+        ("p.JSON", "a cat\n", "is not JSON"),
+        ("p.tsv", "a cat\n", "its columns or keys are a cat;"),
+        ("p.toml", 'name = "x"\n', "its ending is not that of prompts"),
         ("p.txt.gz", "a cat\n", "compressed"),
+        ("p.parquet", "PAR1", "name its folder, as hub:FOLDER"),
         ("p.txt", json.dumps(SCENES), "JSON"),
-        ("p.txt", json.dumps(SCENES, indent=2), r"it holds JSON; .*jq -r \.\[\] p\.txt"),
+        ("p.txt", json.dumps(SCENES, indent=2), "it holds JSON; name it p.json,"),
         ("p.txt", json.dumps({"prompts": SCENES}, indent=2), "it holds JSON"),
-        ("p.txt", "\n\n".join(json.dumps(row) for row in ROWS), r"every line is JSON; .*jq -r \.prompt p\.txt"),
+        ("p.txt", "\n\n".join(json.dumps(row) for row in ROWS), "every line is JSON; name it p.jsonl,"),
         ("p", "\n".join(json.dumps([scene]) for scene in SCENES), "every line is JSON"),
-        ("p.txt", 'id,prompt\n1,a cat\n2,"a dog, running"\n', "columns are parted by a comma"),
+        ("p.txt", 'id,prompt\n1,a cat\n2,"a dog, running"\n', "columns are parted by a comma; name it p.csv,"),
         ("p.txt", "caption;source\na cat;x\na dog;y\n", "columns are parted by a semicolon"),
-        ("p.txt", "Prompt\tCategory\tNote\na cat\tx\t1\n", "columns are parted by a tab"),
+        ("p.txt", "Prompt\tCategory\tNote\na cat\tx\t1\n", "columns are parted by a tab; name it p.tsv,"),
         ("p.txt", "id,prompt\n1,a cat, sitting\n2,a dog\n", "columns are parted by a comma"),
         ("p.txt", '[\n  "a cat",\n  "a dog"\n', "it holds JSON"),
         ("p.txt", "prompt\na cat\na dog\n", "its first line is prompt"),
@@ -156,7 +159,7 @@ def test_wide_encodings_are_named(encoding: str, tmp_path: Path) -> None:
 def test_commas_quotes_and_brackets_are_no_structure(lines: list[str], tmp_path: Path) -> None:
     file = tmp_path / "p.txt"
     file.write_text("\ufeff" + "\r\n".join(lines), "utf-8", newline="")
-    assert load_prompts(str(file)) == lines
+    assert list(load_prompts(str(file))) == lines
 
 
 def test_what_is_no_regular_file_is_refused_without_waiting(tmp_path: Path) -> None:
@@ -182,12 +185,12 @@ def test_too_large_is_refused_before_it_is_read_whole(tmp_path: Path, monkeypatc
     sparse = tmp_path / "sparse.txt"
     with sparse.open("wb") as file:
         file.truncate(1 << 40)
-    monkeypatch.setattr(prompt_file, "MAX_BYTES", 1 << 20)
+    monkeypatch.setattr(rows, "MAX_FILE", 1 << 20)
     with pytest.raises(InputError, match="larger than the 1 MB"):
         load_prompts(str(sparse))
-    monkeypatch.setattr(prompt_file, "MAX_PROMPTS", 3)
+    monkeypatch.setattr(index, "MAX_PROMPTS", 3)
     (tmp_path / "many.txt").write_text("a\nb\nc\nd\n", "utf-8")
-    with pytest.raises(InputError, match="holds 4 prompts; at most 3"):
+    with pytest.raises(InputError, match="holds more than the 3 prompts"):
         load_prompts(str(tmp_path / "many.txt"))
 
 
@@ -217,7 +220,7 @@ def source(monkeypatch: pytest.MonkeyPatch, prompts_of) -> str:
 )
 def test_sources_in_code_are_bounded_and_checked(prompts_of, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prompts, "MAX_PROMPTS", 1000)
-    monkeypatch.setattr(prompts, "MAX_BYTES", 1 << 20)
+    monkeypatch.setattr(prompts, "MAX_TEXT", 1 << 20)
     with pytest.raises((InputError, RunError), match=words) as error:
         load_prompts(source(monkeypatch, prompts_of))
     assert str(error.value).startswith("data.prompts = prompts_of_test:prompts")
@@ -235,7 +238,7 @@ def test_held_out_prompts_that_also_train_are_refused(tmp_path: Path, capsys) ->
     error = capsys.readouterr().err
     assert "2 of its 4 prompts (50%) also train" in error and "'caf\u00e9 at night'" in error and "allow_overlap" in error
     assert main(["train", "tiny", "--dry-run", *files, "--data.allow-overlap"]) == 0
-    same = DataConfig("tiny:even", "tiny:even", allow_duplicates=True)
+    same = DataConfig("tiny:even", "tiny:even", duplicates="keep")
     with pytest.raises(InputError, match=r"400 of its 400 prompts \(100%\)"):
         load_data(Config(data=same))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .data import DataConfig, EvaluationConfig, RewardConfig
+from .data import DataConfig, EvaluationConfig, RewardConfig, listed
 from .keeping import BudgetConfig, GuardConfig, GuardsConfig, OutputConfig
 from .kwargs import KwargValue
 from .learning import JUDGES, POOLED, AdvantageConfig, LossConfig, Probe, SelectionConfig
@@ -36,6 +36,7 @@ __all__ = [
     "SelectionConfig",
     "TrainConfig",
     "bucket_size",
+    "listed",
 ]
 
 

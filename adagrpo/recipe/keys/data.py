@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import dataclasses
+from dataclasses import dataclass
 from typing import Literal
 
 from .kwargs import KwargValue
@@ -10,17 +11,36 @@ from .kwargs import KwargValue
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Prompts. Sources: `tiny:even`, `tiny:wide`, `tiny:held_out`, a UTF-8 text file with one prompt per line, or
-    package.module:attribute of a callable (**kwargs) -> sequence of prompts."""
+    """Prompts. Sources: a file (text with one prompt per line, CSV, TSV, JSON, JSON lines), `hub:owner/name`, or a list of
+    these, each with `#train` or `#held_out` behind it for a part; `tiny:even`, `tiny:wide`, `tiny:held_out`;
+    package.module:attribute of a callable (**kwargs) -> sequence of prompts. docs/prompts.md shows each."""
 
-    prompts: str = "tiny:wide"
-    held_out: str = "tiny:held_out"
-    allow_duplicates: bool = False
-    """Accept repeated lines in prompt files."""
+    prompts: str | tuple[str, ...] = "tiny:wide"
+    held_out: str | tuple[str, ...] = "tiny:held_out"
+    field: str = ""
+    """Column or key that holds the prompts, where a source has several that could; empty: the one that clearly does."""
+    held_out_field: str = ""
+    """The same of held_out; empty: data.field."""
+    held_out_share: float = 0.1
+    """Share of a source's prompts that are its part `#held_out`; the others are `#train`."""
+    duplicates: Literal["error", "keep", "drop"] = "error"
+    """What repeated prompts in files and data sets do."""
+    broken: Literal["error", "drop"] = "error"
+    """What rows of files and data sets do that cannot be read; dropped ones are named in a note."""
     allow_overlap: bool = False
     """Accept held-out prompts that also train: the held-out reward is then not one on unseen prompts."""
-    kwargs: dict[str, KwargValue] = field(default_factory=dict)
+    kwargs: dict[str, KwargValue] = dataclasses.field(default_factory=dict)
     """Arguments of prompt sources named by import path."""
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Every source, of prompts that train and of held-out ones."""
+        return (*listed(self.prompts), *listed(self.held_out))
+
+
+def listed(value: str | tuple[str, ...]) -> tuple[str, ...]:
+    """One value or several, as several."""
+    return (value,) if isinstance(value, str) else value
 
 
 @dataclass(frozen=True)
@@ -45,7 +65,7 @@ class RewardConfig:
     timeout: float = 600.0
     """Seconds that one call may take; 0 waits for ever, and calls a reward that works on the device in the trainer's own
     thread. A reward that takes longer ends the run, after saving it."""
-    kwargs: dict[str, KwargValue] = field(default_factory=dict)
+    kwargs: dict[str, KwargValue] = dataclasses.field(default_factory=dict)
     """Its arguments: values, lists of strings, or tables of these, such as `kwargs.architecture = {vision_heads = 16}`."""
 
 
