@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import math
 import re
@@ -44,6 +45,9 @@ class Judge:
             "chat_template_kwargs.enable_thinking" = false}``.
         limits: see ``Limits``.
 
+    Attributes:
+        provenance: digest of the template, and how images are sent.
+
     Raises:
         InputError: an argument that cannot be meant, no such file, no server there, or one without that model.
     """
@@ -65,7 +69,9 @@ class Judge:
     ) -> None:
         Judge.check(url, model, template, pattern, low, high, api_key, image, request, limits)
         self.model, self.kind, self.low, self.high = model, image, low, high
-        self.parts = _FIELD.split(_read_template(template))
+        text = _read_template(template)
+        self.provenance = {"template_sha256": hashlib.sha256(text.encode()).hexdigest(), "image": image}
+        self.parts = _FIELD.split(text)
         self.patterns = [re.compile(p, re.DOTALL) for p in _several(pattern)]
         self.request = _nested({"max_tokens": 4096, **(request or {})})
         self.client = Client(url.rstrip("/").removesuffix("/v1"), Limits.of(limits), api_key)

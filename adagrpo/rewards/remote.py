@@ -32,6 +32,9 @@ class Remote:
         allow_pickle: read pickles, but numbers, text, lists, tables and numpy's arrays only.
         limits: see ``Limits``.
 
+    Attributes:
+        provenance: how images are sent, and name and version that the server gave at the start, where it has them.
+
     Raises:
         InputError: an argument that cannot be meant, no server there, or one that does not have that reward.
     """
@@ -54,7 +57,8 @@ class Remote:
         self.reward, self.kind = reward, image or self.protocol.image
         self.per_request = self.protocol.most or per_request
         self.client = Client(url, Limits.of(limits), token)
-        self.client.require(self.protocol.alive, () if self.protocol.alive else (400, 404, 405, 500, 501))
+        said = self.client.require(self.protocol.alive, () if self.protocol.alive else (400, 404, 405, 500, 501))
+        self.provenance = {"image": self.kind, **_server(said)}
         if protocol == "unirl":
             self._choose_reward()
 
@@ -122,3 +126,14 @@ class Remote:
             raise InputError(
                 f"rewards: reward = {shown(self.reward)}: the server at {self.client.url} has {has}; name one of them"
             )
+
+
+def _server(health: bytes) -> dict[str, str]:
+    """What a server says of itself."""
+    try:
+        said = read_json(health)
+    except NoAnswer:
+        return {}
+    return (
+        {f"server_{key}": cut(str(said[key])) for key in ("name", "version") if key in said} if isinstance(said, dict) else {}
+    )

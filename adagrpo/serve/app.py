@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 from collections.abc import Callable
 from typing import Any
@@ -85,8 +86,13 @@ class Service:
             raise _busy()
         asked = await self._read(request, read)
         loop, done = asyncio.get_running_loop(), asyncio.Event()
+
+        def settled() -> None:
+            with contextlib.suppress(RuntimeError):  # the server has ended meanwhile
+                loop.call_soon_threadsafe(done.set)
+
         try:
-            scored = self.batcher.submit(asked.images, asked.prompts, lambda: loop.call_soon_threadsafe(done.set))
+            scored = self.batcher.submit(asked.images, asked.prompts, settled)
         except Full as error:
             raise _busy() from error
         while not done.is_set():

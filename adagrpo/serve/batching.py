@@ -11,9 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..parts.isolation import Part, call_part
-from ..parts.plugins import checked
 from ..rewards import PromptRows, Reward
+from ..rewards.placed import Entry, PlacedReward
 
 
 class Full(Exception):
@@ -67,7 +66,7 @@ class Batcher:
     """
 
     def __init__(self, reward: Reward, name: str, device: torch.device, rows: int, wait: float, most: int) -> None:
-        self.reward, self.part, self.device = reward, Part(name), device
+        self.reward, self.device = PlacedReward(reward, Entry(name, device=str(device))), device
         self.rows, self.wait, self.most, self.scored = rows, wait, most, 0
         self._waiting: list[_Item] = []
         self._changed = threading.Condition()
@@ -156,11 +155,8 @@ class Batcher:
             self._score(half)
 
     def _called(self, items: list[_Item]) -> list[float]:
-        images = torch.stack([item.image for item in items])
-        device = torch.device("cpu") if getattr(self.reward, "host", False) else self.device
-        if not getattr(self.reward, "host", False):
-            images = images.to(device).float() / 255
+        device = torch.device("cpu") if self.reward.host else self.device
+        images = torch.stack([item.image for item in items]).to(device).float() / 255
         prompts = PromptRows([item.prompt for item in items], torch.arange(len(items), device=device))
-        scores = call_part(self.part, self.reward, images, prompts, copied=False)
-        found: list[float] = checked(scores, [len(items)], self.part.name, "a score per image").double().tolist()
+        found: list[float] = self.reward(images, prompts, kept=False).tolist()
         return found

@@ -74,7 +74,7 @@ def _serve(args: argparse.Namespace, rest: Sequence[str]) -> int:
             raise InputError(
                 f"reward = {entry.name}: compares the images of a group, which requests do not name; use it in a run"
             )
-        batcher = Batcher(reward, f"reward {entry.name}", device, rows, args.wait_ms / 1000, args.queue)
+        batcher = Batcher(reward, entry.name, device, rows, args.wait_ms / 1000, args.queue)
         app = Service(batcher, entry.name, token, Bounds(args.body_mib * 2**20)).app()
         config = uvicorn.Config(
             app,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import math
 
@@ -75,6 +76,7 @@ def test_the_template_says_where_prompt_image_and_metadata_stand(tmp_path) -> No
             server, path, api_key="secret word", request={"max_tokens": 9, "chat_template_kwargs.enable_thinking": False}
         )
         one(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), [Prompt("a {image} of {x}", {"category": "art"})])
+        assert one.provenance["template_sha256"] == hashlib.sha256(TEMPLATE.encode()).hexdigest()
         (body,) = server.seen
         content = body["messages"][0]["content"]
         assert [part.get("text") for part in content] == [

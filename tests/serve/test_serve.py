@@ -32,6 +32,7 @@ from adagrpo.serve.app import Service
 from adagrpo.serve.batching import Batcher
 from adagrpo.serve.command import _entry, _listening
 from adagrpo.serve.wire import Bounds
+from adagrpo.version import VERSION
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +79,7 @@ def truth(pictures: torch.Tensor, prompts) -> list[float]:
 def serving(
     reward, token: str = "", bounds: Bounds | None = None, rows: int = 16, wait: float = 0.02, most: int = 256
 ) -> Iterator[str]:
-    batcher = Batcher(reward, "reward r", torch.device("cpu"), rows, wait, most)
+    batcher = Batcher(reward, "r", torch.device("cpu"), rows, wait, most)
     app = Service(batcher, "r", token, bounds or Bounds()).app()
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=5))
     listener = socket.create_server(("127.0.0.1", 0), backlog=128)
@@ -169,11 +170,20 @@ def test_rewards_of_the_host_get_bytes() -> None:
             return images[:, 0, 0, 0].double()
 
     with serving(Host()) as url:
-        assert Remote(url)(images(9), ["p"] * 9).tolist() == images(9)[:, 0, 0, 0].tolist()
+        remote = Remote(url)
+        assert remote(images(9), ["p"] * 9).tolist() == images(9)[:, 0, 0, 0].tolist()
+    assert remote.provenance == {"image": "png", "server_name": "r", "server_version": VERSION}
 
 
 def one() -> dict:
     return {"prompt": ["p"], "image": files(images(1))}
+
+
+@pytest.fixture(scope="module")
+def small() -> Iterator[str]:
+    """A server that takes little."""
+    with serving(Recording(), bounds=Bounds(30_000, 4, 64)) as url:
+        yield url
 
 
 @pytest.mark.parametrize(
@@ -196,29 +206,21 @@ def one() -> dict:
         ({"padding": "x" * 40_000}, 413, "more than 30000 bytes"),
     ],
 )
-def test_requests_are_checked(change: dict, status: int, said: str) -> None:
-    answer = asked(SHARED, **{**one(), **change})
+def test_requests_are_checked(small: str, change: dict, status: int, said: str) -> None:
+    answer = asked(small, **{**one(), **change})
     assert answer.status_code == status and said in answer.json()["detail"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def shared() -> Iterator[None]:
-    global SHARED
-    with serving(Recording(), bounds=Bounds(30_000, 4, 64)) as url:
-        SHARED = url
-        yield
-
-
-def test_what_is_no_request_is_refused() -> None:
-    post = lambda content, **headers: httpx.post(f"{SHARED}/compute", content=content, headers=headers)  # noqa: E731
+def test_what_is_no_request_is_refused(small: str) -> None:
+    post = lambda content, **headers: httpx.post(f"{small}/compute", content=content, headers=headers)  # noqa: E731
     assert post(b"{}").status_code == 415
     assert post(b"{", **{"content-type": "application/json"}).status_code == 422
     assert post(b"[" * 9_000, **{"content-type": "application/json"}).status_code == 422
-    streamed = httpx.post(f"{SHARED}/compute", content=iter([b"x" * 9_000] * 9), headers={"content-type": "application/json"})
+    streamed = httpx.post(f"{small}/compute", content=iter([b"x" * 9_000] * 9), headers={"content-type": "application/json"})
     assert streamed.status_code == 413
-    assert httpx.get(f"{SHARED}/compute").status_code == 405
-    assert httpx.get(f"{SHARED}/docs").status_code == 404
-    assert asked(SHARED, **one()).status_code == 200
+    assert httpx.get(f"{small}/compute").status_code == 405
+    assert httpx.get(f"{small}/docs").status_code == 404
+    assert asked(small, **one()).status_code == 200
 
 
 def test_the_token_is_wanted_for_everything() -> None:
