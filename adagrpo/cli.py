@@ -210,9 +210,9 @@ def _add_fidelity(commands: argparse._SubParsersAction) -> None:
     fidelity = _recipe_command(
         commands,
         "fidelity",
-        "how faithful faster rollouts are to the policy's own",
+        "how faithful faster rollouts are to the policy's own, and rewards in bf16 to themselves in fp32",
         "Sample the same prompts and noise by the policy and under the recipe's engine and tail keys, and compare images, "
-        "reward ranks and picks.",
+        "reward ranks and picks. Score the same groups by the recipe's bf16 rewards and by these in fp32, and compare both.",
     )
     fidelity.add_argument("source", help="recipe, run folder or checkpoint folder")
     fidelity.add_argument(

@@ -32,8 +32,9 @@ from .errors import InputError
 from .estimate.memory import MemoryPlan, size_text
 from .estimate.rehearsal import rehearse
 from .estimate.roofline import H100
-from .evaluate.fidelity import changed_levers, compare
+from .evaluate.fidelity import Fidelity, changed_levers, compare
 from .evaluate.held_out import sample_images
+from .evaluate.reward_fidelity import RewardFidelity, compare_rewards, rounded_rewards
 from .forecast import iteration_prediction, planned_evaluations, planned_memory
 from .forward.backends import resolve_forward
 from .models.base import FlowModel
@@ -41,12 +42,12 @@ from .prompts.checks import prompt_problem
 from .prompts.digest import prompts_digest
 from .prompts.sources import prompt_notes
 from .recipe.derived import Derived
-from .recipe.keys import Config
+from .recipe.keys import Config, RewardConfig
 from .recipe.layers import Recipe
 from .recipe.load import read_recipe, to_toml
 from .recipe.rules import MOST_SEED, check, repeats_notice
 from .report.page import write_report
-from .rewards import build_reward, check_reward_files
+from .rewards import Reward, build_reward, check_reward_files
 from .run.checkpoint import INDEX, verify
 from .run.fit import Fit
 from .run.folder import RunFolder
@@ -176,22 +177,40 @@ FIDELITY = Path("runs") / "fidelity"
 
 
 def fidelity(config: Config, checkpoint: Path | None, slots: int, out: Path | None) -> int:
-    """Compare a checked recipe's rollouts with the policy's own; exit code 1 when they are not faithful enough."""
+    """Compare a checked recipe's rollouts with the policy's own, and its rewards in bf16 with themselves in fp32; exit code 1
+    when they are not faithful enough."""
     require_within("--slots", slots, 1, 10**5)
     check_engine(config)
-    if not changed_levers(config):
-        keys = "engine.precision, engine.forward, engine.attention or rollout.tail_steps"
+    levers, rounded = changed_levers(config), rounded_rewards(config)
+    if not levers and not rounded:
+        keys = "engine.precision, engine.forward, engine.attention, rollout.tail_steps or rewards.N.dtype"
         raise InputError(f"{config.name}: its rollouts are the policy's own; set {keys}")
     prompts = load_source(config, config.data.prompts)
     rewards = [build_reward(r.name, r.kwargs, f"rewards.{i}", r.dtype) for i, r in enumerate(config.rewards)]
     model = load_model(config, checkpoint)
-    with tqdm(total=slots, unit="slot", disable=None) as bar:
-        found = compare(config, model, rewards, prompts, slots, lambda done: bar.update(done - bar.n))
-    path = out or FIDELITY / f"{config.name}-{'-'.join(str(v) for v in found.levers.values())}.json"
+    found: list[Fidelity | RewardFidelity] = []
+    record: dict[str, Any] = {"recipe": config.name}
+    if levers:
+        with tqdm(total=slots, unit="slot", disable=None) as bar:
+            rollouts = compare(config, model, rewards, prompts, slots, lambda done: bar.update(done - bar.n))
+        found, record = [rollouts], rollouts.as_json()
+    if rounded:
+        pairs = [(_in_fp32(config.rewards[i], f"rewards.{i}"), rewards[i]) for i in rounded]
+        with tqdm(total=slots, unit="slot", disable=None) as bar:
+            judged = compare_rewards(config, model, pairs, prompts, slots, lambda done: bar.update(done - bar.n))
+        found, record = [*found, *judged], record | {"rewards": [reward.as_json() for reward in judged]}
+    passed = all(one.passed for one in found)
+    named = [*map(str, levers.values()), *["rewards-bf16"] * bool(rounded)]
+    path = out or FIDELITY / f"{config.name}-{'-'.join(named)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, found.as_json())
-    print(f"{found}\n{path}")
-    return 0 if found.passed else 1
+    write_json(path, record | {"passed": passed})
+    print("\n\n".join(map(str, found)), path, sep="\n")
+    return 0 if passed else 1
+
+
+def _in_fp32(reward: RewardConfig, key: str) -> Reward:
+    """The same reward in fp32."""
+    return build_reward(reward.name, {name: v for name, v in reward.kwargs.items() if name != "dtype"}, key)
 
 
 PROFILES = Path("profiles")

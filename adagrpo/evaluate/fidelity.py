@@ -198,7 +198,7 @@ def _summary(
     pixels = torch.cat([(b.images - a.images).double().square().flatten(1).mean(1).sqrt() for a, b in compared]).cpu()
     scores = [torch.cat([pair[i].scores for pair in compared]) for i in range(2)]
     groups = [
-        _spearman(one, other)
+        spearman(one, other)
         for a, b in tails
         for one, other in zip(a.scores.split(config.rollout.group_size), b.scores.split(config.rollout.group_size), strict=True)
     ]
@@ -212,7 +212,7 @@ def _summary(
         latent_distance=float(latents.median()),
         image_distance=float(pixels.median()),
         worst_image_distance=float(pixels.max()),
-        spearman=_spearman(*scores),
+        spearman=spearman(*scores),
         same_pick=same_pick,
         group_spearman=sum(groups) / len(groups) if groups else math.nan,
     )
@@ -223,7 +223,7 @@ def _distance(x: Tensor, y: Tensor) -> Tensor:
     return ((x - y).norm(dim=1) / y.norm(dim=1)).cpu()
 
 
-def _spearman(a: Tensor, b: Tensor) -> float:
+def spearman(a: Tensor, b: Tensor) -> float:
     """Rank correlation of two score vectors; pairs that are not finite are left out, constant vectors give NaN."""
     from scipy.stats import spearmanr
 

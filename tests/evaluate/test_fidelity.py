@@ -99,8 +99,8 @@ def test_what_cannot_be_compared_is_said(arguments: list[str], message: str, cap
 
 
 def test_ranks_ignore_failed_samples() -> None:
-    from adagrpo.evaluate.fidelity import _spearman
+    from adagrpo.evaluate.fidelity import spearman
 
     a = torch.tensor([1.0, math.nan, 3.0, 2.0, 5.0])
     b = torch.tensor([10.0, 0.0, 30.0, 20.0, math.inf])
-    assert _spearman(a, b) == pytest.approx(1) and math.isnan(_spearman(a, torch.ones(5)))
+    assert spearman(a, b) == pytest.approx(1) and math.isnan(spearman(a, torch.ones(5)))
