@@ -89,12 +89,15 @@ def test_offloaded_weights_are_there_while_pictures_are_scored(overlapped: bool)
 def test_a_rehearsed_call_holds_what_a_real_one_does(tmp_path: Path) -> None:
     reward = build_reward("clip", {"path": str(write_clip(tmp_path / "clip"))})
     before = weights_of(reward)
-    planned = activations(reward, 3, (40, 56))
+    activations(reward, 1, (40, 56))  # the weights of the resizing are kept from now on
+    planned = activations(reward, 1, (40, 56))  # a CPU resizes one picture at a time, a device several
     assert [t.device.type for t in weights_of(reward)] == ["cpu"] * len(before) and not reward._cache
-    images, prompts = torch.rand(3, 3, 40, 56), PromptRows(["a picture"], torch.zeros(3, dtype=torch.int64))
+    images, prompts = torch.rand(1, 3, 40, 56), PromptRows(["a picture"], torch.zeros(1, dtype=torch.int64))
+    reward(images, prompts)
+    reward._cache.clear()
     with torch.no_grad(), PeakMemory("cpu") as memory:
         reward(images, prompts)
-    assert planned == pytest.approx(memory.peak, rel=0.01) and planned > 10**5
+    assert planned == pytest.approx(memory.peak, rel=0.01) and planned > 5 * 10**4
     assert tensor_bytes(before) == tensor_bytes(weights_of(build_reward("clip", {"path": str(tmp_path / "clip")})))
 
     class Fails(Tower):

@@ -4,6 +4,7 @@ import functools
 import math
 import os
 import random
+import signal
 import threading
 import time
 
@@ -148,6 +149,24 @@ def test_a_host_reward_that_hangs_is_left_behind_and_what_waits_behind_it_is_not
     with pytest.raises(PartHung, match=r"rewards\.1 \(slow\) did not return within 0\.2 s; raise rewards\.1\.timeout"):
         placed(images_of(0, 1), rows(0, 1))
     assert torch.get_default_dtype() is torch.float32
+    released.set()
+    assert placed(images_of(1.0), rows(0)).tolist() == [255] and calls == [1, 1]
+
+
+def test_ctrl_c_ends_the_wait_and_what_waits_behind_it_is_not_begun() -> None:
+    released, calls = threading.Event(), []
+
+    class Interrupted(OnHost):
+        def __call__(self, images: Tensor, prompts) -> Tensor:
+            calls.append(len(images))
+            if len(calls) == 1:
+                os.kill(os.getpid(), signal.SIGINT)
+                released.wait(60)
+            return super().__call__(images, prompts)
+
+    placed = PlacedReward(Interrupted(), Entry(rows=1))
+    with pytest.raises(KeyboardInterrupt):
+        placed(images_of(0, 1), rows(0, 1))
     released.set()
     assert placed(images_of(1.0), rows(0)).tolist() == [255] and calls == [1, 1]
 
