@@ -11,6 +11,8 @@ from pathlib import Path
 from statistics import median
 
 import pytest
+import small_blip
+import small_qwen
 import torch
 from pictures import noise
 from small_clip import PREPROCESSING, open_clip_shapes, write_letters
@@ -66,7 +68,26 @@ def aesthetic(folder: Path) -> Reward:
     return build_reward("aesthetic", {"path": str(folder), "tower": clip_folder(folder)})
 
 
-REWARDS: dict[str, Callable[[Path], Reward]] = {"hpsv2": hpsv2, "clip": clip, "pickscore": pickscore, "aesthetic": aesthetic}
+def hpsv3(folder: Path) -> Reward:
+    """Qwen2-VL 7B of a fourteenth of its width, four layers, as many tokens as published, about: 256 and 600; random."""
+    small_qwen.lay_out(folder)
+    sizes = {"hidden_size": 256, "intermediate_size": 1344, "num_hidden_layers": 4, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "rope_scaling": {"type": "mrope", "mrope_section": [8, 12, 12]}}
+    small_qwen.random_weights(folder, sizes, {"depth": 4, "embed_dim": 160, "num_heads": 2, "hidden_size": 256})
+    texts = f"INSTRUCTION = '{'rate ' * 600}{{text_prompt}}'\nprompt_with_special_token = '<|Reward|>'\n"
+    (folder / "long.py").write_text(texts)
+    return build_reward("hpsv3", {"path": str(folder), "base": str(folder), "texts": str(folder / "long.py")})
+
+
+def imagereward(folder: Path) -> Reward:
+    """BLIP large of a quarter of its width, two layers, 224 pixels and 35 tokens as published; random."""
+    small_blip.random_weights(folder, {40: 256, 120: 768, 160: 1024, 5: 197, 48: 192, 96: 768})
+    return build_reward("imagereward", {"path": str(folder), "tokenizer": str(small_blip.tokenizer(folder))})
+
+
+REWARDS: dict[str, Callable[[Path], Reward]] = {
+    made.__name__: made for made in (hpsv2, clip, pickscore, aesthetic, hpsv3, imagereward)
+}
 
 
 @pytest.mark.proof
