@@ -91,11 +91,17 @@ def build_fusion(config: Config, weights: Tensor, impl: str | None, fuse: Fuse |
     return Fusion(names, weights, a.clip, a.weight, a.calibration, Derived(config).scale, impl, fuse, shuffle)
 
 
-def place_rewards(config: Config, rewards: Sequence[Reward]) -> list[PlacedReward]:
-    """The rewards of a recipe, each as its entry says."""
+def place_reward(config: Config, number: int, reward: Reward) -> PlacedReward:
+    """One of the rewards of a recipe, as its entry says."""
     keys = [field.name for field in dataclasses.fields(Entry) if field.name != "number"]
-    entries = (Entry(number=i, **{key: getattr(r, key) for key in keys}) for i, r in enumerate(config.rewards))
-    return [PlacedReward(reward, entry) for reward, entry in zip(rewards, entries, strict=True)]
+    return PlacedReward(reward, Entry(number=number, **{key: getattr(config.rewards[number], key) for key in keys}))
+
+
+def place_rewards(config: Config, rewards: Sequence[Reward]) -> list[PlacedReward]:
+    """The rewards of a recipe, one per entry, each as its entry says."""
+    if len(rewards) != len(config.rewards):
+        raise ValueError(f"{len(config.rewards)} entries of rewards, but {len(rewards)} rewards")
+    return [place_reward(config, number, reward) for number, reward in enumerate(rewards)]
 
 
 def require_groups(config: Config, rewards: Sequence[object]) -> None:

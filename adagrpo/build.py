@@ -95,7 +95,8 @@ def check_model(config: ModelConfig, restored: bool = False) -> str | None:
         return None
     source = Source(config.path, config.variant, config.revision)
     local = config.path in BUILT_IN_MODELS or check_pipeline(FAMILIES[config.family], source)
-    unchecked = "" if local else f"model.path = {config.path}: its files are checked once they are downloaded"
+    fetch = f"hf download {config.path}{f' --revision {config.revision}' if config.revision else ''}"
+    unchecked = "" if local else f"model.path = {config.path}: its files are checked once they are downloaded ({fetch})"
     if config.lora_from and not restored:
         find_file(Path(config.lora_from), f"model.lora_from = {config.lora_from}")
         if local or config.path in FAMILIES[config.family].architectures:

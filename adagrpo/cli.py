@@ -313,17 +313,29 @@ def _tiny(args: argparse.Namespace) -> int:
 
 
 def _add_doctor(commands: argparse._SubParsersAction) -> None:
-    doctor = commands.add_parser("doctor", help="what this machine has, which backends run on it, and whether they are sound")
+    doctor = commands.add_parser(
+        "doctor", allow_abbrev=False, help="what this machine has, which backends run on it, and whether they are sound"
+    )
     doctor.add_argument(
         "--self-test",
         action=argparse.BooleanOptionalAction,
         help="also prove kernels and forwards, in about two minutes (default: on CUDA); exit code 1 if one fails",
     )
     doctor.add_argument("--all", action="store_true", help="self-test: torch.compile on a CPU too, no time limit")
-    doctor.set_defaults(run=_doctor)
+    doctor.add_argument(
+        "--recipe",
+        help="can this machine train it? Files, packages, memory, disk, each reward on two pictures, two iterations; keys of "
+        "the recipe can be set as --section.key VALUE; exit code 1 if something fails",
+    )
+    doctor.set_defaults(run=_doctor, parser=doctor, recipe_keys=True)
 
 
-def _doctor(args: argparse.Namespace) -> int:
-    from .doctor.command import doctor
+def _doctor(args: argparse.Namespace, overrides: list[str]) -> int:
+    from .doctor.command import doctor, doctor_recipe
 
-    return doctor(args.self_test, args.all)
+    if args.recipe is None:
+        if overrides:
+            args.parser.error(f"unrecognized arguments: {' '.join(overrides)}")
+        return doctor(args.self_test, args.all)
+    require_one_rank("doctor")
+    return doctor_recipe(configured(read_recipe(args.recipe), overrides, f"doctor --recipe {args.recipe}").config)

@@ -48,6 +48,7 @@ from .recipe.load import read_recipe, to_toml
 from .recipe.rules import MOST_SEED, check, repeats_notice
 from .report.page import write_report
 from .rewards import Reward, build_reward, check_reward_files
+from .rewards.fetching import wanted_files
 from .run.checkpoint import INDEX, verify
 from .run.fit import Fit
 from .run.folder import RunFolder
@@ -106,7 +107,10 @@ def dry_run(config: Config, out: Path | None = None, resume: str | None = None) 
     """Check what can be checked without loading the model, and print what an iteration would cost."""
     check_engine(config)
     goes_on = out is not None and resume is not None and not RunFolder.never_saved(out)
-    unchecked = check_model(config.model, restored=goes_on)
+    fetched = [wanted for i, r in enumerate(config.rewards) for wanted in wanted_files(r.name, r.kwargs, f"rewards.{i}")]
+    for notice in (check_model(config.model, restored=goes_on), *fetched):
+        if notice:
+            print(f"note: {notice}")
     check_sizes(config)
     prompts, held_out = load_data(config)
     load_plugins(config)
@@ -120,7 +124,7 @@ def dry_run(config: Config, out: Path | None = None, resume: str | None = None) 
     print("evaluations per iteration: " + ", ".join(f"{phase} {n}" for phase, n in counts.items()))
     rows = Derived(config).rows_per_image
     guidance = f"an evaluation is of one image, {rows} rows of the transformer (model.guidance)" if rows > 1 else None
-    for notice in (unchecked, guidance, repeats_notice(config, len(prompts)), *prompt_notes(prompts, held_out)):
+    for notice in (guidance, repeats_notice(config, len(prompts)), *prompt_notes(prompts, held_out)):
         if notice:
             print(f"note: {notice}")
     return 0

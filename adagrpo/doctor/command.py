@@ -22,6 +22,7 @@ from ..forward.backends import (
     forward_problem,
     precision_problem,
 )
+from ..recipe.keys import Config
 from ..run.machine import PACKAGES, describe_machine
 from ..text.refusals import FP8_ATTENTION, TENSORWISE_FUSED
 from ..text.strict_json import from_json
@@ -52,6 +53,21 @@ def doctor(self_test: bool | None = None, everything: bool = False) -> int:
     counts = ", ".join(f"{outcomes.count(o)} {o}" for o in (selftest.PASSED, selftest.FAILED, selftest.SKIPPED))
     print(f"  {counts}; {time.perf_counter() - begun:.0f} s")
     return 1 if selftest.FAILED in outcomes else 0
+
+
+def doctor_recipe(config: Config) -> int:
+    """Print the rows of ``rehearse.check_recipe`` as they come; exit code 1 if one failed."""
+    from . import rehearse
+
+    outcomes = []
+    for row in rehearse.check_recipe(config):
+        print(row, flush=True)
+        outcomes.append(row.outcome)
+    if rehearse.FAILED in outcomes:
+        print(f"\n{config.name} cannot be trained here as it is: {outcomes.count(rehearse.FAILED)} checks failed")
+        return 1
+    print(f"\n{config.name} can be trained here")
+    return 0
 
 
 def report(device: torch.device) -> str:

@@ -14,6 +14,7 @@ from adagrpo_kernels._dispatch import device_problem
 
 from ..algorithm.sde import Stream
 from ..build import build_trainer
+from ..errors import InputError, RunError
 from ..forward.backends import forward_problem, precision_problem
 from ..recipe.keys import Config
 from ..recipe.load import load_recipe
@@ -47,22 +48,23 @@ def self_test(device: torch.device, everything: bool = False) -> Iterator[Row]:
     """
     begun = time.perf_counter()
     for name, check in kernels.CHECKS.items():
-        yield _guarded(name, functools.partial(_kernel, check, device))
+        yield guarded(name, functools.partial(_kernel, check, device))
     for forward in FORWARDS:
         for precision in PRECISIONS:
             name = f"{forward}, precision {precision}"
             late = time.perf_counter() - begun > SECONDS and not everything
             reason = "no time left; --all has no limit" if late else _skip_reason(forward, precision, device, everything)
             run = functools.partial(_forward, device, forward, precision)
-            yield Row(name, SKIPPED, reason) if reason else _guarded(name, run)
+            yield Row(name, SKIPPED, reason) if reason else guarded(name, run)
 
 
-def _guarded(name: str, check: Callable[[], tuple[str, str]]) -> Row:
+def guarded(name: str, check: Callable[[], tuple[str, str]]) -> Row:
+    """The row of a check that may raise: then it failed."""
     try:
         return Row(name, *check())
     except Exception as error:
         first = (str(error).strip().splitlines() or ["no message"])[0]
-        return Row(name, FAILED, f"{type(error).__name__}: {first}")
+        return Row(name, FAILED, first if isinstance(error, InputError | RunError) else f"{type(error).__name__}: {first}")
 
 
 def _kernel(check: Callable[[torch.device], kernels.Finding], device: torch.device) -> tuple[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from typing import Protocol, overload
 
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 SEE_CARD = "see the model card"
+TOKENIZER_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
+"""What of a Hub repository a tokenizer is loaded from."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +25,7 @@ class BuiltIn:
         licence: of the weights; as published, or where to look.
         files: what the defaults load: Hub ids, ``owner/name`` or, of a single file, ``owner/name:path``.
         size: bytes of these files; None is not known.
+        bounds: least and greatest score there can be.
     """
 
     target: str
@@ -29,6 +33,7 @@ class BuiltIn:
     licence: str = SEE_CARD
     files: tuple[str, ...] = ()
     size: int | None = None
+    bounds: tuple[float, float] = (-math.inf, math.inf)
 
 
 class PromptRows(Sequence[str]):

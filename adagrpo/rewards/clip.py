@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from .base import TOKENIZER_FILES
 from .open_clip import (
     CONFIG,
     WEIGHTS,
@@ -88,6 +89,13 @@ class ClipScore(Similarity):
             )
         factor = float(model.logit_scale.exp()) / 30 if variant == "flow-grpo" else 1.0
         super().__init__(model, tokenizer, preprocess, clean, factor, prompt_cache)
+
+    @staticmethod
+    def hub_files(arguments: Mapping[str, Any]) -> tuple[str, ...]:
+        """See ``fetching.wanted_files``."""
+        words = (*TOKENIZER_FILES, "preprocessor_config.json") if arguments["processor"] else ()
+        path = arguments["path"] or VARIANTS[arguments["variant"]]
+        return path, *(f"{arguments['processor']}:{name}" for name in words)
 
     @staticmethod
     def check(

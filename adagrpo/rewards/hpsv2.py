@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from .base import TOKENIZER_FILES
 from .open_clip import Architecture, check_cleaning, check_open_clip, clean_text, load_open_clip
 from .pixels import Preprocess
 from .similarity import Similarity, check_vocabulary
@@ -52,6 +53,12 @@ class Hpsv2(Similarity):
         side = model.config.vision_config.image_size
         preprocess = Preprocess(side, (side, side), way="bicubic", rounding="even")
         super().__init__(model, words, preprocess, clean_text, prompt_cache=prompt_cache)
+
+    @staticmethod
+    def hub_files(arguments: Mapping[str, Any]) -> tuple[str, ...]:
+        """See ``fetching.wanted_files``."""
+        words = tuple(f"{arguments['tokenizer']}:{name}" for name in TOKENIZER_FILES)
+        return f"{arguments['path']}:{_file_of(arguments['version'])}", *words
 
     @staticmethod
     def check(

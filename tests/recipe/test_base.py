@@ -74,7 +74,10 @@ def test_shipped_recipes_drop_nothing_and_print_themselves_whole(name: str, tmp_
     recipe = read_recipe(name)
     printed = annotated(recipe)
     assert recipe.notice == "" and tomllib.loads(printed) == tomllib.loads(to_toml(recipe.config))
-    values = [line for line in printed.splitlines() if re.match(r"\w+ = ", line)]
+    outside = re.sub(
+        r"(?m)^(\[\S+\.kwargs\].*)\n(?:.+\n)*", r"kwargs = \1\n", printed
+    )  # their origin stands behind the heading
+    values = [line for line in outside.splitlines() if re.match(r"\w+ = ", line)]
     assert len(values) > 100 and all(re.search(r"  # (default|this recipe|base [\w-]+)$", line) for line in values)
     (tmp_path / "again.toml").write_text(printed, "utf-8")
     again = read_recipe(tmp_path / "again.toml")
