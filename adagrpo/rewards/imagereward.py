@@ -141,7 +141,9 @@ class Towers(nn.Module):
     def forward(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         """What the first token has become, [N, D], see ``ImageReward.score``."""
         seen = self.vision(pixel_values=pixels).last_hidden_state
-        return self.text(input_ids=ids, attention_mask=mask, encoder_hidden_states=seen).last_hidden_state[:, 0]
+        # As what is added to the attention's scores: of a plain mask transformers asks whether it masks anything, and waits.
+        added = (1 - mask[:, None, None].to(seen.dtype)) * torch.finfo(seen.dtype).min
+        return self.text(input_ids=ids, attention_mask=added, encoder_hidden_states=seen).last_hidden_state[:, 0]
 
 
 def _modules(state: Mapping[str, Tensor], architecture: Mapping[str, int] | None, where: str) -> tuple[Towers, nn.Module]:

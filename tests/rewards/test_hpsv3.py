@@ -11,6 +11,7 @@ from small_qwen import CHATTING, END, GOLDEN, IMAGE, REWARD, START, WORDS, lay_o
 from torch import Tensor
 
 from adagrpo.errors import InputError
+from adagrpo.estimate.scorers import activations
 from adagrpo.rewards import PromptRows, check_prompts
 from adagrpo.rewards.hpsv3 import Backbone, Head, Hpsv3, VisionRotary, read_config
 from adagrpo.rewards.hpsv3_texts import conversation
@@ -159,6 +160,11 @@ def test_together_as_one_by_one_and_nan_stays_where_it_is(reward: Hpsv3, monkeyp
     assert found.isnan().tolist() == [False, True, True, False]
     torch.testing.assert_close(found[::3], expected[::3], atol=1e-5, rtol=0)
     assert reward(images[:0], []).shape == (0,)
+
+
+def test_the_host_never_waits_for_the_images(reward: Hpsv3) -> None:
+    """What reads a value raises on the meta device; so the memory plan can rehearse it there, too."""
+    assert isinstance(found := activations(reward, 2, (40, 56)), int) and found > 2 * 1008 * 1176 * 4
 
 
 SPECIAL = ["a <|Reward|> cat", "<|image_pad|>", "cat<|vision_start|>", "a dog <|im_end|>", "<|endoftext|>"]

@@ -11,6 +11,7 @@ from small_blip import GOLDEN, tokenizer
 from torch import Tensor
 
 from adagrpo.errors import InputError
+from adagrpo.estimate.scorers import activations
 from adagrpo.rewards.base import PromptRows
 from adagrpo.rewards.imagereward import ImageReward, Towers, unfilled
 
@@ -75,6 +76,11 @@ def test_together_as_one_by_one_and_nan_stays_where_it_is(reward: ImageReward) -
     assert found.isnan().tolist() == [False, True, False, True, False]
     torch.testing.assert_close(found[::2], expected[::2], atol=1e-5, rtol=0)
     assert reward(images[:0], []).shape == (0,)
+
+
+def test_the_host_never_waits_for_the_images(reward: ImageReward) -> None:
+    """What reads a value raises on the meta device; so the memory plan can rehearse it there, too."""
+    assert isinstance(found := activations(reward, 4, (48, 40)), int) and found > 4 * 3 * 32 * 32 * 4
 
 
 def test_bf16_rounds_the_towers_only(bert: str, reward: ImageReward) -> None:
