@@ -249,7 +249,7 @@ class Call(Generic[T]):
                 late = NoAnswer(f"no answer within limits.deadline = {self.limits.deadline:g} s", "late")
                 return [late if found is None else found for found in self._found]
         finally:
-            self._over.set()  # what comes later is not taken
+            self._over.set()  # what comes later was not taken
 
     def _wait(self) -> None:
         leave = float("inf")
@@ -275,9 +275,8 @@ class Call(Generic[T]):
             except BaseException as other:
                 error = other
             with self._changed:
-                if not self._over.is_set():
-                    self._found[number], self._error, self._left = found, self._error or error, self._left - 1
-                    self._changed.notify()
+                self._found[number], self._error, self._left = found, self._error or error, self._left - 1
+                self._changed.notify()
 
 
 def check_url(url: str) -> None:

@@ -395,6 +395,7 @@ def test_plain_values_and_numpy_come_out_of_every_protocol(protocol: int) -> Non
         b"garbage",
         pickle.dumps([1.5] * 50)[:-20],
         pickle.dumps(numpy.array(["text"])),
+        pickle.dumps(numpy.asfortranarray(numpy.arange(6.0).reshape(2, 3))),
         pickle.dumps(numpy.array([object], dtype=object)),
         b"\x80\x02]r\xff\xff\xff\x7f.",  # a memo of 2^31 places
         b"\x80\x05\x96\xff\xff\xff\xff\xff\x00\x00\x00.",  # a bytearray of 2^40
