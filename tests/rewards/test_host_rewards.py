@@ -92,7 +92,7 @@ def test_a_recipe_whose_prompts_name_no_text_is_refused(tmp_path) -> None:
             with pytest.raises(InputError, match="nothing to read"):
                 load_data(config)
         else:
-            assert load_data(config)[0] == [HELLO]
+            assert list(load_data(config)[0]) == [HELLO]
 
 
 @pytest.mark.parametrize("side", [64, 128, 256, 512])
