@@ -133,7 +133,9 @@ def build_objective(config: Config) -> Objective:
     return Objective(
         old_logp=loss.old_logp,
         clip_range=loss.clip_range or None,
+        ratio=loss.ratio,
         kl_weight=loss.kl_weight,
+        kl_space=loss.kl_space,
         kl_variance=loss.kl_variance,
         step_weighting=loss.step_weights,
         average=loss.average,

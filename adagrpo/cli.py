@@ -16,7 +16,7 @@ from .disk.files import remedy_for
 from .errors import InputError, RunError, Stopped
 from .parts.isolation import leave_if_hanging
 from .recipe.load import annotated, read_recipe, recipe_names
-from .recipe.rules import MOST_SEED
+from .recipe.ranges import MOST_SEED
 from .run.signals import leaving
 from .serve.command import add_serve
 from .text.redaction import redacted_arguments, scrubbed

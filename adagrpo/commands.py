@@ -45,7 +45,8 @@ from .recipe.derived import Derived
 from .recipe.keys import Config, RewardConfig
 from .recipe.layers import Recipe
 from .recipe.load import read_recipe, to_toml
-from .recipe.rules import MOST_SEED, check, repeats_notice
+from .recipe.ranges import MOST_SEED
+from .recipe.rules import check, repeats_notice
 from .report.page import write_report
 from .rewards import Reward, build_reward, check_reward_files
 from .rewards.fetching import wanted_files

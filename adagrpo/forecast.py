@@ -67,7 +67,7 @@ def planned_memory(
         evaluation_prompts=max(each, final, grid) if rows else 0,
         cached_prompts=min(capacity, capacity if prompts is None else prompts + known),
         averages=config.optimizer.ema_decay > 0,
-        kl=config.loss.kl_weight > 0,
+        kl=d.initial_model_read,
         adapters_begin=bool(config.model.lora_from),
         accumulates=len(calls["update"]) > config.train.steps_per_iteration,
         rollout_copy=copied,

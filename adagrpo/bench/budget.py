@@ -155,7 +155,7 @@ def schedule_evaluations(config: Config) -> dict[str, int] | None:
         counts["rollout"] = p * r.group_size * r.steps
     if config.loss.old_logp == "recompute":
         counts["recompute"] = stored
-    if config.loss.kl_weight:
+    if Derived(config).initial_model_read:
         counts["reference"] = stored
     return {**counts, "update": stored}
 

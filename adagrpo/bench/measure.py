@@ -21,6 +21,7 @@ from ..errors import InputError, RunError
 from ..forward.forwards import PolicyForward
 from ..models.base import FlowModel
 from ..profiling.power import gpu_uuid
+from ..recipe.derived import Derived
 from ..recipe.keys import Config, EngineConfig, RewardConfig
 from ..run.metrics import read_metrics
 from ..train import Trainer
@@ -57,7 +58,7 @@ def bench_trainer(config: Config, model: FlowModel | None = None) -> Trainer:
     """A trainer whose phases add up: nothing overlaps. Prompt embeddings are forgotten before each measured iteration."""
     config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, overlap=False))
     trainer = build_trainer(config, model=model)[0]
-    if config.loss.kl_weight:
+    if Derived(config).initial_model_read:
         trainer.model.keep_reference()
     return trainer
 
@@ -122,7 +123,11 @@ def rows_seen(trainer: Trainer) -> int | None:
     None where hooks do not see every call: own forwards, CUDA graphs, the reference of the KL term.
     """
     executor = trainer.executor
-    if executor.graphs is not None or not isinstance(executor.rollout, PolicyForward) or trainer.objective.kl_weight:
+    if (
+        executor.graphs is not None
+        or not isinstance(executor.rollout, PolicyForward)
+        or "reference" in trainer.objective.replays
+    ):
         return None
     rows = 0
 

@@ -273,17 +273,19 @@ class RolloutExecutor:
         return self.velocity(transitions.latent, transitions.index, conditioning, transitions.slot, phase)
 
     @torch.no_grad()
-    def recompute_logp(
+    def recompute(
         self, transitions: Transitions, conditioning: Conditioning, batches: Iterable[Tensor], phase: str = "recompute"
-    ) -> Tensor:
-        """Log-probabilities [N, G] under the current weights, in the geometry of the update's micro-batches."""
-        logp = torch.empty_like(transitions.logp)
+    ) -> Transitions:
+        """The transitions with means and log-probabilities under the current weights, in the geometry of the update's
+        micro-batches."""
+        mean, logp = torch.empty_like(transitions.mean), torch.empty_like(transitions.logp)
         for batch in batches:
             part = transitions.rows(batch)
             v = self.update_velocity(part, conditioning, phase)
             fresh = group_log_prob(part.latent, v, part.successors, self.table, part.index, self.impl)
             logp.index_copy_(0, batch, fresh)
-        return logp
+            mean.index_copy_(0, batch, affine_mean(part.latent, v, self.table, part.index))
+        return dataclasses.replace(transitions, mean=mean, logp=logp)
 
     def _word(self, value: int) -> Tensor:
         """A number of the noise's counter on the device, by a fill: no copy from the host, and a graph can change it."""

@@ -7,7 +7,14 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from ..algorithm.losses import clipped_surrogate, mean_space_kl, step_weights
+from ..algorithm.losses import (
+    clipped_surrogate,
+    guarded,
+    log_prob_divergence,
+    mean_space_kl,
+    step_weights,
+    velocity_distance,
+)
 from ..algorithm.sde import affine_mean, group_log_prob
 from ..models.base import Conditioning, FlowModel
 from .executor import RolloutExecutor
@@ -18,20 +25,25 @@ from .sampling import Samples
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """The policy-gradient objective, ``loss = mean_N(weight_k * (surrogate + kl_weight * KL))``.
+    """The policy-gradient objective, ``loss = mean_N(weight_k * (surrogate + kl_weight * KL))``; weights ``noise`` are of the
+    surrogate alone.
 
     Attributes:
         old_logp: the ratio's denominator: ``rollout`` (stored while sampling), ``recompute`` or ``detached``.
+        ratio: ``plain``, or ``guard`` (``guarded``), whose loss is divided by the step's |dt|.
         clip_range: half width of the trust region; None is no clipping.
-        kl_weight, kl_variance: of the divergence from the initial model (``mean_space_kl``).
+        kl_weight, kl_space, kl_variance: of the divergence: from the initial model in the space of means (``mean_space_kl``) or
+            of velocities (``velocity_distance``), or from the sampling policy, ``logp`` (``log_prob_divergence``).
         step_weighting: of the transitions (``step_weights``).
         average: ``update`` over the transitions of each optimizer step, ``iteration`` over those of all of them.
         skip_empty: average over the transitions with a valid sample only, instead of over all.
     """
 
     old_logp: str = "rollout"
+    ratio: str = "plain"
     clip_range: float | None = None
     kl_weight: float = 0.0
+    kl_space: str = "mean"
     kl_variance: str = "step"
     step_weighting: str = "uniform"
     average: str = "update"
@@ -40,7 +52,7 @@ class Objective:
     @property
     def replays(self) -> tuple[str, ...]:
         """Phases that run every transition through the transformer."""
-        recompute, reference = self.old_logp == "recompute", self.kl_weight > 0
+        recompute, reference = self.old_logp == "recompute", self.kl_weight > 0 and self.kl_space != "logp"
         return (*["recompute"] * recompute, "update", *["reference"] * reference)
 
 
@@ -69,9 +81,8 @@ def update_policy(
     # Slots of a second draw have log-probabilities of another batch geometry.
     old_logp = "recompute" if samples.merged and o.old_logp == "rollout" else o.old_logp
     if old_logp == "recompute":
-        fresh = executor.recompute_logp(transitions, conditioning, [b for step in batches for b in step])
-        transitions = transitions.with_logp(fresh)
-    weight = step_weights(executor.table, transitions.index, o.step_weighting)
+        transitions = executor.recompute(transitions, conditioning, [b for step in batches for b in step])
+    weight, kl_share = _weights(executor, transitions.index, o)
     tally = _Tally(advantage.device)
     everything = torch.cat([rows for step in batches for rows in step])
     for number, step in enumerate(batches):
@@ -80,12 +91,14 @@ def update_policy(
             part = transitions.rows(batch)
             v = executor.update_velocity(part, conditioning, "update")
             logp = group_log_prob(part.latent, v, part.successors, executor.table, part.index, executor.impl)
-            old = logp.detach() if old_logp == "detached" else part.logp
-            mask = valid[part.sample]
-            surrogate = clipped_surrogate(logp, old, advantage[part.sample].to(logp.dtype), o.clip_range, mask)
+            part = part.with_logp(logp.detach()) if old_logp == "detached" else part
+            mask, of_rows = valid[part.sample], advantage[part.sample].to(logp.dtype)
+            pair = _guarded(executor, part, v, logp, old_logp) if o.ratio == "guard" else (logp, part.logp)
+            surrogate = clipped_surrogate(*pair, of_rows, o.clip_range, mask)
             loss = surrogate.loss
-            kl = _kl(executor, part, v, conditioning, o.kl_variance) if o.kl_weight else torch.zeros_like(loss)
-            loss = ((loss + o.kl_weight * kl) * weight[batch].to(loss.dtype)).sum() * share
+            kl = _kl(executor, part, v, logp, mask, conditioning, o) if o.kl_weight else torch.zeros_like(loss)
+            kl_loss = o.kl_weight * kl if kl_share is None else o.kl_weight * kl * kl_share[batch].to(loss.dtype)
+            loss = ((loss + kl_loss) * weight[batch].to(loss.dtype)).sum() * share
             loss.backward()
             optimizer.collect()
             tally.add(loss, kl, surrogate.ratio, surrogate.clipped, mask, first=number == 0)
@@ -100,12 +113,40 @@ def _share(valid: Tensor, transitions: Transitions, rows: Tensor, skip_empty: bo
     return 1 / valid[transitions.sample[rows]].any(1).sum().clamp_min(1)
 
 
-def _kl(executor: RolloutExecutor, part: Transitions, v: Tensor, conditioning: Conditioning, variance: str) -> Tensor:
+def _weights(executor: RolloutExecutor, index: Tensor, objective: Objective) -> tuple[Tensor, Tensor | None]:
+    """Weight of each transition, and what undoes it for the divergence; None where the divergence is weighted too."""
+    weight = step_weights(executor.table, index, objective.step_weighting)
+    undone = torch.where(weight > 0, 1 / weight, 0) if objective.step_weighting == "noise" else None
+    if objective.ratio == "guard":
+        rows = executor.table.rows(index)
+        weight = weight / (rows.sigma - rows.sigma_next)
+    return weight, undone
+
+
+def _guarded(executor: RolloutExecutor, part: Transitions, v: Tensor, logp: Tensor, old_logp: str) -> tuple[Tensor, Tensor]:
+    mean = affine_mean(part.latent, v, executor.table, part.index)
+    old_mean = mean if old_logp == "detached" else part.mean
+    return guarded(logp, part.logp, mean, old_mean, executor.table, part.index)
+
+
+def _kl(
+    executor: RolloutExecutor,
+    part: Transitions,
+    v: Tensor,
+    logp: Tensor,
+    mask: Tensor,
+    conditioning: Conditioning,
+    objective: Objective,
+) -> Tensor:
+    if objective.kl_space == "logp":
+        return log_prob_divergence(logp, part.logp, mask)
     model: FlowModel = executor.model
     with torch.no_grad(), model.reference():
         reference_v = executor.update_velocity(part, conditioning, "reference")
+    if objective.kl_space == "velocity":
+        return velocity_distance(v, reference_v, logp.dtype)
     mean, reference_mean = (affine_mean(part.latent, t, executor.table, part.index) for t in (v, reference_v))
-    return mean_space_kl(mean, reference_mean, executor.table, part.index, variance)
+    return mean_space_kl(mean, reference_mean, executor.table, part.index, objective.kl_variance)
 
 
 class _Tally:

@@ -87,6 +87,11 @@ class Derived:
         return Scale(a.std, a.ddof, a.eps, a.std_floor, a.clip_of == "sum")
 
     @property
+    def initial_model_read(self) -> bool:
+        """Whether the update compares the policy with its initial weights."""
+        return self.config.loss.kl_weight > 0 and self.config.loss.kl_space != "logp"
+
+    @property
     def built_in_strategy(self) -> str:
         """By which scores are folded and picked; ``closest`` where picks are those of a strategy named by import path."""
         strategy = self.config.selection.strategy

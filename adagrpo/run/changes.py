@@ -179,7 +179,7 @@ _KEYS: dict[str, list[tuple[Rule, str]]] = {
         (FIXED, "candidates strategy kwargs alpha probe probe_steps race_steps finalists half_life noise_share group_evidence"),
     ],
     "advantage": [(FIXED, "function kwargs weight calibration clip clip_of std ddof eps std_floor equal_groups")],
-    "loss": [(FIXED, "clip_range old_logp kl_weight kl_variance step_weights average")],
+    "loss": [(FIXED, "clip_range old_logp ratio kl_weight kl_space kl_variance step_weights average")],
     "train": [
         (Rule(_longer), "iterations"),
         (Rule(_same_batch, bitwise=False), "slots accumulation"),

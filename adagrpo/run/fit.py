@@ -78,7 +78,7 @@ class Fit:
         self.exhibits = Exhibits(config.output, trainer, run, self.held_out, self.telling)
         self.category = prompt_category(self.config.data.prompts, trainer.stream.prompts)
         self._kernels_recorded: dict[str, str] = {}
-        if self.config.loss.kl_weight:
+        if Derived(self.config).initial_model_read:
             trainer.model.keep_reference()
 
     def resume(self, checkpoint: Path, verified: bool = False) -> None:

@@ -10,6 +10,7 @@ from ..assembly import own_noise_levels
 from ..disk.files import WriteError, writing
 from ..errors import InputError, RunError
 from ..parts.isolation import own
+from ..recipe.derived import Derived
 from ..recipe.keys import Config
 from ..recipe.load import to_toml
 from ..train import Trainer
@@ -44,7 +45,7 @@ class RunState:
 
     def __init__(self, config: Config, trainer: Trainer, run: RunFolder, held_out: HeldOut, telling: Telling) -> None:
         self.config, self.trainer, self.run, self.held_out, self.telling = config, trainer, run, held_out, telling
-        base = self.config.model.path, to_toml(self.config), self.config.loss.kl_weight > 0
+        base = self.config.model.path, to_toml(self.config), Derived(self.config).initial_model_read
         self.origin = Origin(trainer.model, *base, own_noise_levels(self.config, trainer.model), telling.warn)
         self.guards = Guards(self.config.guards)
         self.rollbacks, self.best = 0, -math.inf

@@ -26,6 +26,7 @@ from ..errors import InputError, RunError
 from ..evaluate.held_out import evaluate
 from ..models.base import guided
 from ..prompts.digest import prompts_digest
+from ..recipe.derived import Derived
 from ..recipe.keys import Config
 from ..run.changes import changed_keys
 from ..run.machine import describe_machine
@@ -164,7 +165,7 @@ def train_arm(config: Config) -> dict[str, Any]:
     """
     started = time.perf_counter()
     trainer, held_out = build_trainer(config)
-    if config.loss.kl_weight:
+    if Derived(config).initial_model_read:
         trainer.model.keep_reference()
     e = config.evaluation
     prompts = held_out[: e.final_prompts]

@@ -12,10 +12,12 @@ scheme c1                               w                 logp_scale   logp_cons
 ode    s'                               0                 0            0
 flow   s' - g^2*|dt|/(2s)               g*sqrt(|dt|)      1/(2w^2)     -log(w) - log(2*pi)/2
 dance  the same with g = eta            g*sqrt(|dt|)      1/(2w^2)     -log(w) - log(2*pi)/2
+flash  the same with g = eta*s          g*sqrt(|dt|)      1/(2w^2)     -log(w) - log(2*pi)/2
 cps    s'*cos(eta*pi/2)                 s'*sin(eta*pi/2)  1            0
 ====== ================================ ================= ============ =======================
 
 ``flow``: ``g = eta*sqrt(s/(1-s))``; where ``s = 1`` the denominator uses ``sigma_1`` (Flow-GRPO, AdaGRPO section 3).
+``flash``: Flash-GRPO's, whose ``eta`` is the grid's second level.
 A row whose ``w`` is 0 is deterministic and carries no log-probability: its scale and constant are 0.
 """
 
@@ -28,7 +30,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-SCHEMES = ("ode", "flow", "dance", "cps")
+SCHEMES = ("ode", "flow", "dance", "flash", "cps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +117,7 @@ def step_table(scheme: str, sigmas: Tensor, eta: float = 0.0) -> StepTable:
     elif scheme == "cps":
         c1, w = s_next * math.cos(eta * math.pi / 2), s_next * math.sin(eta * math.pi / 2)
     else:
-        g = torch.full_like(s, eta)
+        g = eta * s if scheme == "flash" else torch.full_like(s, eta)
         if scheme == "flow":
             g = eta * (s / (1 - torch.where(s == 1, sigmas[1], s))).sqrt()
         c1, w = s_next - g**2 * dt / (2 * s), g * dt.sqrt()

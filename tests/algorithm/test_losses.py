@@ -8,8 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from adagrpo.algorithm.losses import clipped_surrogate, mean_space_kl, step_weights
-from adagrpo.algorithm.sde import StepTable, group_log_prob, sde_step, sigma_schedule, step_table
+from adagrpo.algorithm.losses import (
+    clipped_surrogate,
+    guarded,
+    log_prob_divergence,
+    mean_space_kl,
+    step_weights,
+    velocity_distance,
+)
+from adagrpo.algorithm.sde import StepTable, affine_mean, group_log_prob, sde_step, sigma_schedule, step_table
 
 
 @pytest.fixture(scope="module")
@@ -217,6 +224,41 @@ def test_equal_gradient_weights_of_the_official_steps(table: StepTable) -> None:
     weight = step_weights(table, torch.tensor([0, 2, 4, 6]), "equal_gradient")
     assert float(weight[0] / weight[3]) == pytest.approx(0.158 / 0.031, rel=0.02)
     assert float(weight.mean()) == pytest.approx(1.0, rel=1e-12)
+
+
+def test_guarded_ratio_by_hand(table: StepTable) -> None:
+    """w (logp - old) + mean((mu - mu_old)^2)/(2w), for both members of a group; its gradient at mu_old is (next - mu)/(D w)."""
+    index = torch.tensor([4])
+    w = float(table.w[4])
+    logp, old = torch.tensor([[-1.0, -2.0]], dtype=torch.float64), torch.tensor([[-1.5, -1.0]], dtype=torch.float64)
+    mean, old_mean = torch.zeros(1, 1, 2, dtype=torch.float64), torch.tensor([[[0.3, -0.1]]], dtype=torch.float64)
+    now, before = guarded(logp, old, mean, old_mean, table, index)
+    bias = (0.09 + 0.01) / 2 / (2 * w)
+    assert (now - before).flatten().tolist() == pytest.approx([0.5 * w + bias, -w + bias], rel=1e-12)
+    x, v = torch.randn(2, 1, 3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    v.requires_grad_()
+    mu = affine_mean(x, v, table, index)
+    successor = mu.detach() + 0.2
+    replayed = group_log_prob(x, v, successor.unsqueeze(1), table, index)
+    now, before = guarded(replayed, replayed.detach(), mu, mu.detach(), table, index)
+    (gradient,) = torch.autograd.grad((now - before).sum(), mu, retain_graph=True, allow_unused=True)
+    assert not gradient.any()  # of the bias alone; the log-probability has its own way to v
+    (gradient,) = torch.autograd.grad((now - before).sum(), v)
+    assert gradient.flatten().tolist() == pytest.approx([float(table.b[4]) * 0.2 / (6 * w)] * 6, rel=1e-10)
+
+
+def test_other_divergences_by_hand() -> None:
+    """Of log-probabilities over valid samples, and of velocities; gradients flow into the first argument alone."""
+    logp, old = torch.tensor([[1.0, 2.0, 9.0]], requires_grad=True), torch.tensor([[0.5, 3.0, 0.0]], requires_grad=True)
+    found = log_prob_divergence(logp, old, torch.tensor([[True, True, False]]))
+    found.sum().backward()
+    assert found.tolist() == [(0.25 + 1.0) / 4]
+    assert logp.grad is not None and logp.grad.tolist() == [[0.25, -0.5, 0.0]] and old.grad is None
+    v, reference = torch.tensor([[[1.0, 3.0]]], requires_grad=True), torch.tensor([[[0.0, 1.0]]], requires_grad=True)
+    apart = velocity_distance(v, reference, torch.float64)
+    apart.sum().backward()
+    assert apart.tolist() == [2.5] and apart.dtype is torch.float64
+    assert v.grad is not None and v.grad.flatten().tolist() == [1.0, 2.0] and reference.grad is None
 
 
 def test_unknown_options(table: StepTable) -> None:

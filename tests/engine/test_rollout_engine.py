@@ -70,8 +70,9 @@ def test_steps_that_are_reinforced_run_on_the_policy_under_fp8() -> None:
     x = trainer.executor.initial_noise(plan.noise_row, 0, 1)
     found = trainer.executor.run(plan, x, model.encode(WORDS[:1]), 0, "rollout").transitions
     assert [name for name, _ in calls] == ["policy", "copy", "policy", "policy", "copy", "copy"]
-    fresh = trainer.executor.recompute_logp(found, model.encode(WORDS[:1]), [torch.arange(9)])
-    torch.testing.assert_close(fresh, found.logp, rtol=1e-6, atol=1e-6)
+    fresh = trainer.executor.recompute(found, model.encode(WORDS[:1]), [torch.arange(9)])
+    torch.testing.assert_close(fresh.logp, found.logp, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(fresh.mean, found.mean, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("keys", [{"precision": "fp8"}, {"precision": "bf16"}, {"forward": "fused", "precision": "fp8"}])

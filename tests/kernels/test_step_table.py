@@ -10,7 +10,7 @@ import torch
 from adagrpo_kernels import SCHEMES, StepTable, sigma_schedule, step_table
 
 FIELDS = ("a", "b", "w", "logp_scale", "logp_const", "sigma", "sigma_next")
-ETA = {"ode": 0.0, "flow": 0.7, "dance": 0.3, "cps": 0.8}
+ETA = {"ode": 0.0, "flow": 0.7, "dance": 0.3, "flash": 0.9, "cps": 0.8}
 
 
 def shifted_grid(steps: int, shift: float) -> list[float]:
@@ -89,6 +89,8 @@ def test_official_check_values() -> None:
         ("flow", 0.8, 0.68, -0.25 - 0.32 / 4, math.sqrt(0.48), 1 / 0.96, -0.5 * math.log(0.48 * 2 * math.pi)),
         # g**2 = 0.36, g**2*|dt|/(2s) = 0.06, w**2 = 0.09
         ("dance", 0.6, 0.94, -0.25 - 0.06 / 4, 0.3, 1 / 0.18, -0.5 * math.log(0.09 * 2 * math.pi)),
+        # g = 0.8*s = 0.6, and the rest as for dance
+        ("flash", 0.8, 0.94, -0.25 - 0.06 / 4, 0.3, 1 / 0.18, -0.5 * math.log(0.09 * 2 * math.pi)),
         # cos(pi/3) = 1/2: c1 = 1/4, w = sqrt(3)/4
         ("cps", 2 / 3, 0.75, 0.25 / 4 - 0.5 * 0.75, math.sqrt(3) / 4, 1.0, 0.0),
     ],
@@ -111,6 +113,7 @@ def test_row_mixes_clean_and_noise_prediction(scheme: str) -> None:
             "ode": s_next,
             "flow": s_next - eta**2 / (1 - (grid[1] if k == 0 else s)) * step / 2,
             "dance": s_next - eta**2 * step / (2 * s),
+            "flash": s_next - eta**2 * step * s / 2,
             "cps": s_next * math.cos(eta * math.pi / 2),
         }[scheme]
         mean = float(table.a[k]) * ((1 - s) * clean + s * noise) + float(table.b[k]) * (noise - clean)

@@ -100,11 +100,21 @@ class LossConfig:
     old_logp: Literal["rollout", "recompute", "detached"] = "rollout"
     """Where the ratio's denominator comes from: stored while sampling, recomputed before the first update in its own
     geometry, or the current value without gradient (the released code: the ratio is then 1 by construction)."""
+    ratio: Literal["plain", "guard"] = "plain"
+    """guard: the log-ratio has the same spread at every step and no bias, and the loss of a step is divided by its length
+    (GRPO-Guard); not for scheme cps, whose log-probability is no Gaussian's."""
     kl_weight: float = 0.0
-    """Weight of the KL divergence to the initial model, in mean space."""
-    kl_variance: Literal["step", "diffusion"] = "step"
-    """step divides by 2w² (the Gaussian KL), diffusion by 2g² (Flow-GRPO's code)."""
-    step_weights: Literal["uniform", "equal_gradient"] = "uniform"
+    """Weight of the KL divergence."""
+    kl_space: Literal["mean", "velocity", "logp"] = "mean"
+    """Where it is measured. mean: between the steps' means of the policy and the initial model. velocity: between their
+    velocities. logp: half the squared change of log-probability since the samples were drawn, without the initial model
+    (MixGRPO)."""
+    kl_variance: Literal["step", "diffusion", "none"] = "step"
+    """Of means: step divides by 2w² (the Gaussian KL; TempFlow-GRPO), diffusion by 2g² (Flow-GRPO's code), none by nothing
+    (Flow-CPS's code)."""
+    step_weights: Literal["uniform", "equal_gradient", "noise"] = "uniform"
+    """Of the trained steps, 1 on average. equal_gradient: every step pulls equally on the velocity (Flash-GRPO). noise: by the
+    step's noise w, the KL divergence apart (TempFlow-GRPO)."""
     average: Literal["update", "iteration"] = "update"
     """What the loss of an optimizer step is the mean over: its own trained steps, or all of the iteration's, so that each of
     four steps has a quarter of the loss (the released code); the gradient clip and Adam's eps see the difference."""

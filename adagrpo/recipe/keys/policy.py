@@ -73,7 +73,9 @@ class RolloutConfig:
     plan: Literal["fork", "trajectory", "window"] = "fork"
     """fork: groups branch off an ODE anchor at each stochastic step (AdaGRPO). trajectory: whole stochastic trajectories
     (Flow-GRPO, DanceGRPO, Flow-CPS). window: trajectories, stochastic only in a window that moves (MixGRPO)."""
-    scheme: Literal["flow", "dance", "cps"] = "flow"
+    scheme: Literal["flow", "dance", "flash", "cps"] = "flow"
+    """Diffusion coefficient g of a stochastic step at noise level s: flow eta·sqrt(s/(1 - s)) (Flow-GRPO, AdaGRPO), dance eta
+    (DanceGRPO), flash eta·s (Flash-GRPO); cps keeps the level of noise (Flow-CPS)."""
     eta: float = 0.7
     """Noise strength of the scheme."""
     steps: int = 16
