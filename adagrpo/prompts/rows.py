@@ -103,8 +103,8 @@ class PromptList(Sequence[str]):
         keys = parts[0].keys if len(parts) == 1 else np.concatenate([part.keys for part in parts])
         again, first = repeats(keys)
         dropped = self._judged(again, first, duplicates)
-        self._order = np.delete(np.arange(len(keys)), dropped)
-        self.keys = keys if not len(dropped) else keys[self._order]
+        self._order = np.delete(np.arange(len(keys)), dropped) if len(dropped) else np.arange(len(keys))
+        self.keys = keys[self._order] if len(dropped) else keys
         self.notes = [note for part in parts for note in part.notes]
 
     def __len__(self) -> int:
@@ -172,11 +172,22 @@ class PromptList(Sequence[str]):
 def repeats(keys: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Rows whose key an earlier row has, rising, and for each the first such row."""
     order = np.argsort(keys, kind="stable")
-    new = np.concatenate([[True], keys[order[1:]] != keys[order[:-1]]])
-    begin = np.maximum.accumulate(np.where(new, np.arange(len(order)), 0))
-    again, first = order[~new], order[begin[~new]]
-    rising = np.argsort(again)
-    return again[rising], first[rising]
+    rising = keys[order]
+    later = np.flatnonzero(rising[1:] == rising[:-1]) + 1
+    again, first = order[later], order[np.searchsorted(rising, rising[later])]
+    places = np.argsort(again)
+    return again[places], first[places]
+
+
+def shared_rows(keys: NDArray[np.int64], others: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Rows whose key is among ``others``, rising; these are looked through piece by piece."""
+    rising = np.sort(keys)
+    found = [np.zeros(0, np.int64)]
+    for start in range(0, len(others) if len(keys) else 0, 2**16):
+        some = others[start : start + 2**16]
+        at = np.searchsorted(rising, some).clip(max=len(rising) - 1)
+        found.append(some[rising[at] == some])
+    return np.flatnonzero(np.isin(keys, np.concatenate(found)))
 
 
 def keys_of(prompts: Iterable[str]) -> NDArray[np.int64]:

@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..errors import InputError
 from ..parts.plugins import is_import_path, make_part
 from ..text.user_text import shown
@@ -17,7 +15,7 @@ from .fields import category_of
 from .hub import HubRows
 from .prompt import Prompt, data_of
 from .reading import Part, Reading
-from .rows import FileRows, PromptList, Rows, keys_of
+from .rows import FileRows, PromptList, Rows, keys_of, shared_rows
 
 # Of sources in code, whose prompts are held.
 MAX_PROMPTS = 2_000_000
@@ -74,7 +72,7 @@ def require_disjoint(
     Raises:
         InputError: with how many, and which is the first.
     """
-    both = np.flatnonzero(np.isin(keys_of(held_out), keys_of(prompts)))
+    both = shared_rows(keys_of(held_out), keys_of(prompts))
     if len(both):
         share = f"{len(both)} of its {len(held_out)} prompts ({len(both) / len(held_out):.0%})"
         raise InputError(

@@ -67,7 +67,7 @@ def build_report(folders: Sequence[Path]) -> str:
     runs = read_runs(folders)
     charts = Charts(runs)
     bodies = {
-        "reward": charts.panels(REWARD) + charts.other_rewards() + _legend_of_marks(runs),
+        "reward": charts.panels(REWARD) + charts.other_rewards() + charts.held_out_categories() + _legend_of_marks(runs),
         "samples": _samples(runs),
         "curriculum": _join(charts.categories(), charts.panels(CURRICULUM)),
         "advantage": charts.panels(ADVANTAGE),

@@ -176,6 +176,15 @@ class Charts:
         panels = [Panel(f"Held-out: {name}", note, (Metric(prefix + name, name, "points"),)) for name in names]
         return self.panels(panels)
 
+    def held_out_categories(self) -> str:
+        """Held-out curves of the categories of prompts, ``held_out/categories/<name>``."""
+        prefix, title = "held_out/categories/", "Held-out reward by category"
+        keys = sorted({key for run in self.runs for key in run.columns if key.startswith(prefix)})
+        names = [key.removeprefix(prefix) for key in keys]
+        metrics = [Metric(prefix + name, name, "points", title=f"{title}: {name}") for name in names]
+        note = "Mean of the first reward over a category's held-out prompts."
+        return self.panels([Panel(title, note, tuple(metrics))]) if metrics else ""
+
     def each_reward(self) -> list[Panel]:
         """What each reward took, and the share of images that it could not score: ``perf/reward/<name>/seconds`` and
         ``reward/<name>/failed``, with its reasons where it tells them."""

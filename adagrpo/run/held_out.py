@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from ..disk.files import read_json
 from ..errors import RunError
 from ..evaluate.held_out import PairedGain, decode, evaluate, paired_gain, sample_latents
 from ..models.base import guided
+from ..prompts.sources import prompt_category
 from ..recipe.keys import Config
 from ..rewards import PromptRows
 from ..train import Trainer
@@ -46,6 +48,7 @@ class HeldOut:
         groupwise = [reward.groupwise for reward in trainer.score.rewards]
         self.single = [m for m, grouped in enumerate(groupwise) if not grouped]
         self.first = self.single[0] if self.single else 0
+        self.category = prompt_category(config.data.held_out, self.prompts)
         self.noises, self.final_noises, self.guidance = e.noises, e.final_noises, e.guidance
         self.baseline: Tensor | None = None
 
@@ -63,14 +66,19 @@ class HeldOut:
         self.trainer.phase.read()
         return scores
 
-    def curve(self) -> dict[str, float]:
-        """The held-out rewards, for the metrics."""
+    def curve(self) -> dict[str, Any]:
+        """The held-out rewards, for the metrics; the first by category too, where the prompts have some."""
         scores = self.scores(self.prompts, self.noises, Stream.HELD_OUT)
         first = scores[self.first]
-        found = {"reward/held_out": float(first.nanmean())}
+        found: dict[str, Any] = {"reward/held_out": float(first.nanmean())}
         found["reward/held_out_std"] = float(first.nanmean(1).std()) if len(self.prompts) > 1 else 0.0
         for m in self.single[1:]:
             found[f"reward/held_out_{m}_{self.names[m]}"] = float(scores[m].nanmean())
+        if self.category is not None:
+            places: dict[str, list[int]] = {}
+            for i, prompt in enumerate(self.prompts):
+                places.setdefault(self.category(prompt), []).append(i)
+            found["held_out/categories"] = {name: float(first[rows].nanmean()) for name, rows in places.items()}
         return found
 
     def try_rewards(self) -> None:

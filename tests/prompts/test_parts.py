@@ -14,7 +14,7 @@ from adagrpo.errors import InputError
 from adagrpo.prompts.digest import prompts_digest
 from adagrpo.prompts.prompt import Prompt, data_of
 from adagrpo.prompts.reading import Part, Reading
-from adagrpo.prompts.rows import repeats
+from adagrpo.prompts.rows import repeats, shared_rows
 from adagrpo.prompts.sources import load_prompts, require_disjoint
 from adagrpo.recipe.keys import Config, DataConfig
 from adagrpo.recipe.load import load_recipe, read_recipe, to_toml
@@ -84,6 +84,11 @@ def test_repeats_are_told_from_their_first() -> None:
 
     again, first = repeats(np.array([5, -3, 5, 7, -3, 5], np.int64))
     assert again.tolist() == [2, 4, 5] and first.tolist() == [0, 1, 0]
+    draw = np.random.default_rng(0)
+    some, others = draw.integers(-50, 50, 30), draw.integers(-50, 50, 2**17)[: 2**16 + 7]
+    others[:-5] = 99
+    for keys in (some, some[:0]):
+        assert shared_rows(keys, others).tolist() == [i for i, key in enumerate(keys.tolist()) if key in set(others.tolist())]
 
 
 @pytest.mark.parametrize("policy", ["error", "keep", "drop"])
