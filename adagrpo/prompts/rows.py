@@ -171,8 +171,10 @@ class PromptList(Sequence[str]):
 
 def repeats(keys: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Rows whose key an earlier row has, rising, and for each the first such row."""
+    rising = np.sort(keys)
+    if not (rising[1:] == rising[:-1]).any():
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
     order = np.argsort(keys, kind="stable")
-    rising = keys[order]
     later = np.flatnonzero(rising[1:] == rising[:-1]) + 1
     again, first = order[later], order[np.searchsorted(rising, rising[later])]
     places = np.argsort(again)
