@@ -11,11 +11,13 @@ MAX_CHARACTERS = 4096
 
 def cleaned(text: str) -> str:
     """A prompt as it stands in a file, without what editors and tables leave around and in it."""
-    return text.replace("\ufeff", "").replace("\r\n", "\n").strip()
+    return text.strip() if text.isprintable() else text.replace("\ufeff", "").replace("\r\n", "\n").strip()
 
 
 def prompt_problem(prompt: str, spaces: str = "\t\n") -> str | None:
     """Why a prompt is refused, with the remedy; None where it is not. ``spaces``: control characters that may stand in it."""
+    if len(prompt) <= MAX_CHARACTERS and prompt.isprintable():
+        return None
     if len(prompt) > MAX_CHARACTERS:
         return f"is longer than {MAX_CHARACTERS} characters; shorten it"
     if problem := character_problem(prompt, spaces):

@@ -47,17 +47,19 @@ class JsonLines:
         """Start, end and value of every row; a ``ValueError`` for what is no JSON."""
         for start, block in content.blocks():
             for raw in block.split(b"\n"):
-                if raw.strip():
-                    yield start, start + len(raw), _value(raw)
+                if line := raw.strip():
+                    yield start, start + len(raw), _value(line)
                 start += len(raw) + 1
 
     def scan(self, content: Content, index: Index) -> None:
         """Put every row into the index."""
+        field = self.field
         for start, stop, row in self.rows(content):
-            if problem := self._problem(row):
-                index.refuse(start, problem)
+            found = row if not field else row.get(field) if isinstance(row, dict) else None
+            if isinstance(found, str) and (text := cleaned(found)):
+                index.add(start, stop, text)
             else:
-                index.add(start, stop, cleaned(row[self.field] if self.field else row))
+                index.refuse(start, self._problem(row))
 
     def parse(self, raw: bytes) -> Prompt:
         """The prompt of a row."""
@@ -67,7 +69,8 @@ class JsonLines:
         text = cleaned(row.pop(self.field))
         return Prompt(text, row) if self.has_data else Prompt(text)
 
-    def _problem(self, row: Any) -> str | None:
+    def _problem(self, row: Any) -> str:
+        """Why a row is none."""
         if isinstance(row, ValueError):
             return f"is not JSON: {row}"
         if self.field:
@@ -76,7 +79,7 @@ class JsonLines:
             row = row[self.field]
         if not isinstance(row, str):
             return f"holds {shown(row)} where the prompt should be"
-        return None if cleaned(row) else "holds an empty prompt"
+        return "holds an empty prompt"
 
 
 class JsonList(JsonLines):
@@ -167,8 +170,11 @@ class _Window:
         return InputError(f"{self.content.named}: line {self.content.line(self.offset(self.at))} {problem}")
 
 
-def _value(raw: bytes) -> Any:
+def _value(line: bytes) -> Any:
+    """The value of a line without blanks around it, or the error."""
     try:
-        return from_json(raw.decode())
-    except ValueError as error:
-        return error
+        text = line.decode()
+        value, end = _DECODER.raw_decode(text)
+    except (ValueError, RecursionError) as error:
+        return error if isinstance(error, ValueError) else ValueError("nested too deeply")
+    return value if end == len(text) else ValueError(f"goes on behind column {end}")
