@@ -20,7 +20,7 @@ from adagrpo.run.machine import describe_machine, processor
 RECORD = Path(__file__).resolve().parents[2] / "bench" / "results" / "cpu" / "million-prompts.json"
 COUNT = 1_000_000
 WORDS = ["a", "red", "large", "cat", "sitting", "under", "tree,", "with", "light", "detailed", "portrait", "of", "sharp", "oil"]
-# Seconds, and MB that the process has at its peak, torch's own 230 MB included.
+# Seconds of work (those of the clock are recorded beside them), and MB that the process has at its peak, torch's own 230 MB included.
 LIMITS = {"txt": (2, 300), "csv": (8, 500), "jsonl": (8, 500), "json": (8, 500), "txt#train": (8, 500)}
 
 LOAD = """
@@ -92,9 +92,9 @@ def test_a_million_prompts(tmp_path: Path) -> None:
         assert len(set(drawn)) == 1001 and set(drawn) <= known and last in known
         if "#" not in layout:
             assert found["prompts"] == COUNT
-        record[layout]["limits"] = {"seconds": seconds, "mb": megabytes}
+        record[layout]["limits"] = {"cpu_seconds": seconds, "mb": megabytes}
     record["machine"] = describe_machine(torch.device("cpu")) | {"processor": processor()}
     RECORD.parent.mkdir(parents=True, exist_ok=True)
     RECORD.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
     for layout, (seconds, megabytes) in LIMITS.items():
-        assert record[layout]["seconds"] <= seconds and record[layout]["mb"] <= megabytes, (layout, record[layout])
+        assert record[layout]["cpu_seconds"] <= seconds and record[layout]["mb"] <= megabytes, (layout, record[layout])
