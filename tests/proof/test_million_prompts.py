@@ -20,7 +20,7 @@ from adagrpo.run.machine import describe_machine, processor
 RECORD = Path(__file__).resolve().parents[2] / "bench" / "results" / "cpu" / "million-prompts.json"
 COUNT = 1_000_000
 WORDS = ["a", "red", "large", "cat", "sitting", "under", "tree,", "with", "light", "detailed", "portrait", "of", "sharp", "oil"]
-# Seconds of work (those of the clock are recorded beside them), and MB that the process has at its peak, torch's own 230 MB included.
+# Seconds of work (those of the clock are recorded too), and MB at the peak of the process, of which torch alone takes 230.
 LIMITS = {"txt": (2, 300), "csv": (8, 500), "jsonl": (8, 500), "json": (8, 500), "txt#train": (8, 500)}
 
 LOAD = """
