@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..arguments import named_recipe, require_least, whole_number, written_path
 from ..bench.options import Options, measuring
-from ..recipe.keys import listed
+from ..errors import InputError
 
 KNOWN = "known: full, short-4, short-2, racing, pool-3, pool-2, memory, memory-2, memory+pool, random"
 
@@ -51,8 +51,10 @@ def _seeds(args: argparse.Namespace, rest: list[str]) -> int:
     require_least(args, seeds=1, jobs=1)
     config = named_recipe("tiny", rest, "bench seeds")
     log = args.log or Path(f"runs/seeds-{config.name}.jsonl")
-    mixes = "tiny:even,tiny:wide" if config.data.prompts == "tiny:even" else ",".join(listed(config.data.prompts))
-    study = Study(tuple(args.probes.split(",")), tuple((args.mixes or mixes).split(",")), args.seeds, args.jobs, log)
+    mixes = "tiny:even,tiny:wide" if config.data.prompts == "tiny:even" else config.data.prompts
+    if not args.mixes and not isinstance(mixes, str):
+        raise InputError("data.prompts: names several sources; name those to compare by --mixes A,B")
+    study = Study(tuple(args.probes.split(",")), tuple((args.mixes or str(mixes)).split(",")), args.seeds, args.jobs, log)
     return seeds_command(config, study, args.out, args.argv, args.note)
 
 
