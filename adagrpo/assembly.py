@@ -19,6 +19,7 @@ from .engine.executor import Backends, RolloutExecutor
 from .engine.fusion import Fuse, Fusion
 from .engine.graphs import StepGraphs
 from .engine.optimizer import OptimizerSettings, PolicyOptimizer
+from .engine.plans import Window
 from .engine.ranks import Ranks
 from .engine.sampling import ForkSampler, GroupShape, Sampler, StepSchedule, TrajectorySampler
 from .engine.timing import PhaseTimer
@@ -75,9 +76,11 @@ def build_judge(config: Config, select: Strategy | None = None) -> Judge:
 def build_sampler(config: Config, ranks: Ranks) -> Sampler:
     """How groups are drawn."""
     r, train = config.rollout, config.train
-    window = (r.window_size, r.window_stride, r.window_every) if r.plan == "window" else None
+    first, end = Derived(config).window_range
+    drawn = train.seed if r.window_order == "random" else None
+    window = Window(r.window_size, first, end, r.window_every, r.window_stride, drawn) if r.plan == "window" else None
     schedule = StepSchedule(r.steps, r.sde_steps, window, Derived(config).trained_steps, train.seed)
-    shape = GroupShape(r.group_size, train.steps_per_iteration, train.slots, ranks)
+    shape = GroupShape(r.group_size, train.steps_per_iteration, train.slots, ranks, train.update_by)
     if r.plan == "fork":
         return ForkSampler(schedule, shape, r.fork_velocity == "fresh")
     return TrajectorySampler(schedule, shape, r.shared_noise)
@@ -230,5 +233,7 @@ def build_optimizer(config: Config, model: FlowModel) -> PolicyOptimizer:
         warmup=o.warmup_steps,
         final_share=o.final_share,
         ema_decay=o.ema_decay,
+        ema_every=o.ema_every,
+        ema_warmup=o.ema_warmup,
     )
     return PolicyOptimizer((p for _, p in model.trainable()), settings)

@@ -71,6 +71,7 @@ class PublishedLoop:
             ("rollout.plan", config.rollout.plan, "fork"),
             ("rollout.tail_steps", config.rollout.tail_steps, 0),
             ("rollout.trained_share", config.rollout.trained_share, 1.0),
+            ("train.update_by", config.train.update_by, "steps"),
             ("loss.ratio", config.loss.ratio, "plain"),
             ("loss.kl_weight", config.loss.kl_weight, 0.0),
             ("loss.step_weights", config.loss.step_weights, "uniform"),

@@ -36,6 +36,8 @@ class OptimizerSettings:
         max_grad_norm: gradients are clipped to it.
         total_steps, schedule, warmup, final_share: see ``lr_share``.
         ema_decay: of the weight average; 0 keeps none.
+        ema_every: steps between its updates.
+        ema_warmup: its decay is at most n/(n + 9) after n steps.
     """
 
     lr: float
@@ -48,6 +50,8 @@ class OptimizerSettings:
     warmup: int = 0
     final_share: float = 0.0
     ema_decay: float = 0.0
+    ema_every: int = 1
+    ema_warmup: bool = False
 
     def lr_at(self, step: int) -> float:
         """Learning rate of optimizer step ``step``, from 0."""
@@ -92,9 +96,8 @@ class PolicyOptimizer:
         self.adamw.zero_grad(set_to_none=True)
         self.steps += 1
         self._write_back(self.masters)
-        with torch.no_grad():
-            for average, master in zip(self.averages, self.masters, strict=bool(self.averages)):
-                average.lerp_(master, 1 - self.settings.ema_decay)
+        if self.steps % self.settings.ema_every == 0:
+            self._average()
         return norm
 
     def collect(self) -> None:
@@ -136,6 +139,13 @@ class PolicyOptimizer:
         for target, value in zip(self.masters + self.averages, state["masters"] + state["averages"], strict=True):
             target.data.copy_(value)
         self._write_back(self.masters)
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        s = self.settings
+        decay = min(s.ema_decay, self.steps / (self.steps + 9)) if s.ema_warmup else s.ema_decay
+        for average, master in zip(self.averages, self.masters, strict=bool(self.averages)):
+            average.lerp_(master, 1 - decay)
 
     @torch.no_grad()
     def _swap_averages(self) -> None:

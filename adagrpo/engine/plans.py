@@ -16,7 +16,11 @@ import torch
 from adagrpo_kernels import Stream
 from torch import Tensor
 
+from ..algorithm.host_choices import WINDOW, host_generator
+
 KEPT_PLANS = 64
+DEALT = ("slots", "samples", "steps")
+"""What an iteration's transitions may be dealt to its optimizer steps by: their axes, in order."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -177,14 +181,32 @@ def _trajectory_plan(
     )
 
 
-def window_steps(iteration: int, num_steps: int, size: int, stride: int, every: int) -> tuple[int, ...]:
-    """Stochastic steps of a window that moves by ``stride`` every ``every`` iterations and wraps (MixGRPO).
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """A window of stochastic steps that moves every ``every`` iterations.
 
-    The last step is never in the window: its noise would stay in the image.
+    Attributes:
+        size: in steps.
+        first, end: it lies within the steps first … end - 1; the last step of all is none: its noise would stay in the image.
+        every: iterations per move.
+        stride: by which it slides, and wraps (MixGRPO).
+        seed: of its place, drawn anew at each move (Flow-GRPO-Fast); None slides.
     """
-    positions = num_steps - size
-    first = (iteration // every * stride) % positions
-    return tuple(range(first, first + size))
+
+    size: int
+    first: int
+    end: int
+    every: int = 1
+    stride: int = 1
+    seed: int | None = None
+
+    def steps(self, iteration: int) -> tuple[int, ...]:
+        """Its steps in an iteration, counted from 0."""
+        places, move = self.end - self.first - self.size + 1, iteration // self.every
+        place = move * self.stride % places
+        if self.seed is not None:
+            place = int(torch.randint(places, (), generator=host_generator(self.seed, move, WINDOW)))
+        return tuple(range(self.first + place, self.first + place + self.size))
 
 
 @functools.lru_cache(KEPT_PLANS)
@@ -196,6 +218,7 @@ def update_batches(
     slots_per_batch: int,
     max_rows: int,
     device: torch.device | str = "cpu",
+    by: str = "steps",
 ) -> list[list[Tensor]]:
     """Transitions of each optimizer step, dealt into micro-batches.
 
@@ -204,17 +227,18 @@ def update_batches(
 
     Args:
         slots, samples, steps: transitions are ordered (slot, sample, trained step); forks have one sample per slot.
-        optimizer_steps: divides ``steps``; the trained steps are dealt to them in order.
+        optimizer_steps: divides ``steps``, ``slots`` or ``samples``, whichever ``by`` says: they are dealt to them in order.
         slots_per_batch: slots that share a micro-batch.
         max_rows: largest micro-batch; 0 is unlimited.
         device: of the result, which is made once and reused: not to be written to.
+        by: see ``optimizer_steps``.
 
     Returns:
         For each optimizer step its micro-batches, int64 index vectors into the transitions.
     """
     ids = torch.arange(slots * samples * steps).reshape(slots, samples, steps)
     batches = []
-    for share in ids.tensor_split(optimizer_steps, dim=2):
+    for share in ids.tensor_split(optimizer_steps, dim=DEALT.index(by)):
         parts = [part.reshape(-1) for part in share.split(slots_per_batch)]
         batches.append([piece.to(device) for part in parts for piece in part.split(max_rows or len(part))])
     return batches

@@ -13,7 +13,7 @@ from ..algorithm.host_choices import host_generator
 from ..algorithm.sde import Stream
 from ..models.base import Conditioning
 from .executor import Finished, RolloutExecutor
-from .plans import Plan, branch_plan, device_integers, trajectory_plan, update_batches, window_steps
+from .plans import Plan, Window, branch_plan, device_integers, trajectory_plan, update_batches
 from .ranks import Ranks
 from .rollout import Rollout, Transitions
 
@@ -44,20 +44,20 @@ class StepSchedule:
     Attributes:
         steps: T.
         sde_steps: the stochastic steps, where no window moves.
-        window: size, stride and iterations per move of a window of stochastic steps (MixGRPO); None without.
+        window: the stochastic steps, where it moves (MixGRPO, Flow-GRPO-Fast); None without.
         trained: how many of the stochastic steps are trained, drawn anew in each iteration (DanceGRPO).
         seed: of that draw.
     """
 
     steps: int
     sde_steps: tuple[int, ...]
-    window: tuple[int, int, int] | None
+    window: Window | None
     trained: int
     seed: int
 
     def stochastic(self, iteration: int) -> tuple[int, ...]:
         """The stochastic steps of an iteration, counted from 0."""
-        return self.sde_steps if self.window is None else window_steps(iteration, self.steps, *self.window)
+        return self.sde_steps if self.window is None else self.window.steps(iteration)
 
     def learnt(self, iteration: int) -> tuple[int, ...]:
         """The trained ones among them."""
@@ -74,12 +74,14 @@ class GroupShape:
     Attributes:
         group_size: G. optimizer_steps: per iteration. slots_per_batch: slots that share a micro-batch.
         ranks: who else draws groups; slots are numbered over all of them.
+        dealt_by: what optimizer steps divide among them: steps, slots or samples.
     """
 
     group_size: int
     optimizer_steps: int = 1
     slots_per_batch: int = 1
     ranks: Ranks = dataclasses.field(default_factory=Ranks)
+    dealt_by: str = "steps"
 
     def group_index(self, samples: int, device: torch.device | str) -> Tensor:
         """int64 [R], the group of each sample of a rollout, which are ordered (slot, group, member)."""
@@ -87,7 +89,8 @@ class GroupShape:
 
     def batches(self, slots: int, samples: int, steps: int, max_rows: int, device: torch.device | str) -> list[list[Tensor]]:
         """Micro-batches of ``samples`` transitions per slot at each of ``steps`` steps."""
-        return update_batches(slots, samples, steps, self.optimizer_steps, self.slots_per_batch, max_rows, device)
+        sizes = (slots, samples, steps, self.optimizer_steps, self.slots_per_batch, max_rows)
+        return update_batches(*sizes, device, self.dealt_by)
 
 
 class Sampler(Protocol):

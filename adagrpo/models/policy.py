@@ -63,7 +63,7 @@ class Policy(abc.ABC):
         family: its row of the registry.
         scheduler: what ``scheduler_config.json`` of its pipeline says; None of random weights without one.
         timestep_rounding: of the transformer's timestep: ``pipeline``, the stock pipeline's (1000 sigma in the model's dtype),
-            or ``bf16`` (sigma in bf16).
+            ``bf16`` (sigma in bf16), or ``truncated`` (the whole number below 1000 sigma).
         start: the file that the adapters began as; None where they began at zero.
         reference_adapters: copies of adapters by name that ``reference`` swaps in; empty where it takes the adapters away.
     """
@@ -201,7 +201,8 @@ class Policy(abc.ABC):
         """The transformer's ``timestep`` of noise levels [R], rounded as ``timestep_rounding`` says."""
         if self.timestep_rounding == "bf16":
             return sigma.to(torch.bfloat16).to(dtype)
-        return (sigma * 1000).to(dtype) / 1000
+        scaled = sigma * 1000
+        return (scaled.floor() if self.timestep_rounding == "truncated" else scaled).to(dtype) / 1000
 
     def pictures(self, z: Tensor) -> Tensor:
         """Images [R, 3, H, W] in [0, 1], in the VAE's dtype and row by row in memory, from latents [R, C, h, w] as the

@@ -118,7 +118,7 @@ class Sd3Model(Policy):
         """1000 sigma of noise levels [R], which the stock pipeline does not round to ``dtype``."""
         if self.timestep_rounding == "bf16":
             sigma = sigma.to(torch.bfloat16).to(sigma.dtype)
-        return sigma * 1000
+        return (sigma * 1000).floor() if self.timestep_rounding == "truncated" else sigma * 1000
 
     def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """Velocity [R, L, C], computed as the stock pipeline does."""

@@ -53,6 +53,12 @@ class Derived:
         return r.window_size if r.plan == "window" else len(r.sde_steps)
 
     @property
+    def window_range(self) -> tuple[int, int]:
+        """Steps that a window stays within: the first, and the one behind the last."""
+        first, end = self.config.rollout.window_range or (0, self.config.rollout.steps - 1)
+        return first, end
+
+    @property
     def trained_steps(self) -> int:
         """How many of them are trained."""
         return max(1, round(self.stochastic_steps * self.config.rollout.trained_share))

@@ -12,13 +12,14 @@ from ..algorithm.selection import STRATEGIES
 from ..errors import InputError
 from ..models.registry import FAMILIES
 from ..parts.plugins import is_import_path
-from ..text.redaction import redacted, redacted_kwargs
+from ..text.redaction import redacted_kwargs
 from ..text.refusals import FP8_ATTENTION, TENSORWISE_FUSED
 from ..text.user_text import cut, nearest, shown
 from .derived import Derived
 from .dotted import lookup
 from .keys import BUILT_IN_MODELS, Config
 from .ranges import LONGEST_TIMEOUT, check_ranges
+from .unread import check_unread
 from .values import Problem, check_values
 
 
@@ -44,7 +45,7 @@ def problems(config: Config) -> Iterator[Problem]:
         check_ranges,
         _check_plugins,
         _check_family,
-        _check_dead_keys,
+        check_unread,
         _check_sizes,
         _check_rollout,
         _check_training,
@@ -100,67 +101,6 @@ def _check_name(c: Config) -> Iterator[Problem]:
         yield Problem("name", repr(name[:20] + "…"), "must be at most 200 bytes long")
 
 
-def _check_dead_keys(c: Config) -> Iterator[Problem]:
-    """Keys changed from their defaults where nothing reads them."""
-    r, plugin = c.rollout, is_import_path(c.model.family)
-    fp8, built_in = c.engine.precision == "fp8", f"model.family = {' or '.join(FAMILIES)}"
-    guided = [family.name for family in FAMILIES.values() if family.guided]
-    unguided, weak = c.model.family not in guided, max(c.model.guidance, c.evaluation.guidance) <= 1
-    classifier_free = f"model.family = {' or '.join(guided)}: classifier-free guidance"
-    rules = [
-        (plugin, built_in, [f"engine.{k}" for k in ("forward", "precision", "attention")]),
-        (not fp8, "engine.precision = fp8", ["engine.fp8_scaling"]),
-        (r.plan != "fork", "rollout.plan = fork", ["rollout.tail_steps"]),
-        (c.selection.judge != "short", "selection.probe = short", ["selection.probe_steps"]),
-        (c.selection.judge != "racing", "selection.probe = racing", ["selection.race_steps"]),
-        (
-            c.selection.judge != "memory",
-            "selection.probe = memory",
-            [f"selection.{k}" for k in ("finalists", "allow_unseen", "half_life", "noise_share", "group_evidence")],
-        ),
-        (r.tail_steps == 0, "rollout.tail_steps above 0", ["rollout.tail_solver"]),
-        (c.model.tuning != "lora", "model.tuning = lora", [f"model.lora_{k}" for k in ("rank", "alpha", "targets", "from")]),
-        (plugin, built_in, ["model.tuning", "model.gradient_checkpointing", "model.max_text_tokens"]),
-        (plugin, built_in, ["model.guidance", "model.timestep", "model.prompt_cache"]),
-        (unguided, classifier_free, ["model.negative_prompt", "evaluation.guidance"]),
-        (weak, "model.guidance or evaluation.guidance above 1", ["model.negative_prompt"]),
-        (plugin or c.model.path in BUILT_IN_MODELS, "a pipeline folder or Hub id", ["model.variant", "model.revision"]),
-        (r.plan != "window", "rollout.plan = window", [f"rollout.window_{k}" for k in ("size", "stride", "every")]),
-        (c.loss.kl_weight == 0, "loss.kl_weight above 0", ["loss.kl_space", "loss.kl_variance"]),
-        (c.loss.kl_space != "mean", "loss.kl_space = mean", ["loss.kl_variance"]),
-        (c.train.steps_per_iteration == 1, "train.steps_per_iteration above 1", ["loss.average"]),
-        (
-            is_import_path(c.advantage.function),
-            "advantage.function = fused",
-            [f"advantage.{k}" for k in ("clip_of", "std", "ddof", "eps", "std_floor")],
-        ),
-        (c.advantage.std != "floored", "advantage.std = floored", ["advantage.std_floor"]),
-        (c.advantage.std == "none", "another advantage.std than none", ["advantage.ddof", "advantage.eps"]),
-        (c.optimizer.schedule == "constant", "another optimizer.schedule", ["optimizer.final_share"]),
-        (all(map(is_import_path, c.data.sources)), "a file or data set of prompts", ["data.field", "data.held_out_field"]),
-        (
-            not any(source.endswith(("#train", "#held_out")) for source in c.data.sources),
-            "a source of prompts with #train or #held_out behind it",
-            ["data.held_out_share"],
-        ),
-        (
-            not any(map(is_import_path, c.data.sources)),
-            "a prompt source named by import path",
-            ["data.kwargs"],
-        ),
-        (
-            not any(map(is_import_path, (c.selection.strategy, c.advantage.function, *c.data.sources))),
-            "a selection, advantage or prompt source named by import path",
-            ["train.part_timeout"],
-        ),
-    ]
-    default, seen = Config(), redacted(c)
-    for dead, needed, keys in rules:
-        for key in keys:
-            if dead and (value := lookup(seen, key)) != lookup(default, key):
-                yield Problem(key, value, f"has no effect here: it needs {needed}", unread=key)
-
-
 def _check_rollout(c: Config) -> Iterator[Problem]:
     r = c.rollout
     if r.shift != "model" and (isinstance(r.shift, str) or not 0 < r.shift < float("inf")):
@@ -170,8 +110,13 @@ def _check_rollout(c: Config) -> Iterator[Problem]:
     if r.eta == 0:
         yield Problem("rollout.eta", r.eta, "must be above 0: without noise there is nothing to reinforce")
     if r.plan == "window":
-        if r.window_size > r.steps - 1:
-            yield Problem("rollout.window_size", r.window_size, f"must be at most rollout.steps - 1 = {r.steps - 1}")
+        within = r.window_range
+        if within and not (len(within) == 2 and 0 <= within[0] < within[1] <= r.steps - 1):
+            remedy = f"must be two steps, rising, within 0 … {r.steps - 1} (rollout.steps = {r.steps}; the last is never in it)"
+            yield Problem("rollout.window_range", list(within), remedy)
+        elif r.window_size > (longest := within[1] - within[0] if within else r.steps - 1):
+            what = "the length of rollout.window_range" if within else "rollout.steps - 1"
+            yield Problem("rollout.window_size", r.window_size, f"must be at most {what} = {longest}")
     else:
         if not r.sde_steps or list(r.sde_steps) != sorted(set(r.sde_steps)):
             yield Problem("rollout.sde_steps", list(r.sde_steps), "must name at least one step, rising, without repeats")
@@ -215,10 +160,16 @@ def _check_sizes(c: Config) -> Iterator[Problem]:
 
 
 def _check_training(c: Config) -> Iterator[Problem]:
-    if (trained := Derived(c).trained_steps) % c.train.steps_per_iteration:
-        yield Problem(
-            "train.steps_per_iteration", c.train.steps_per_iteration, f"must divide the {trained} trained steps of an iteration"
-        )
+    fork, by, parts = c.rollout.plan == "fork", c.train.update_by, c.train.steps_per_iteration
+    if fork and by == "samples":
+        yield Problem("train.update_by", by, "members of a fork's group share one transition: use steps or slots")
+    dealt = {
+        "steps": (Derived(c).trained_steps, "trained steps of an iteration"),
+        "slots": (Derived(c).slots, "prompts of an iteration (train.slots x train.accumulation)"),
+        "samples": (c.rollout.group_size, "samples of a group (rollout.group_size)"),
+    }
+    if dealt[by][0] % parts:
+        yield Problem("train.steps_per_iteration", parts, f"must divide the {dealt[by][0]} {dealt[by][1]}")
     if c.loss.old_logp == "rollout" and (c.rollout.plan != "fork" or c.rollout.fork_velocity != "fresh"):
         yield Problem(
             "loss.old_logp",

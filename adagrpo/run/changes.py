@@ -171,8 +171,8 @@ _KEYS: dict[str, list[tuple[Rule, str]]] = {
         (FIXED, "tuning lora_rank lora_alpha lora_targets lora_from negative_prompt"),
     ],
     "rollout": [
-        (FIXED, "plan scheme eta steps shift sde_steps window_size window_stride window_every group_size trained_share"),
-        (FIXED, "shared_noise fork_velocity storage tail_steps tail_solver"),
+        (FIXED, "plan scheme eta steps shift sde_steps window_size window_stride window_every group_size"),
+        (FIXED, "trained_share window_order window_range shared_noise fork_velocity storage tail_steps tail_solver"),
     ],
     "selection": [
         (FREE, "allow_unseen"),
@@ -184,9 +184,12 @@ _KEYS: dict[str, list[tuple[Rule, str]]] = {
         (Rule(_longer), "iterations"),
         (Rule(_same_batch, bitwise=False), "slots accumulation"),
         (FREE, "part_timeout"),
-        (FIXED, "seed steps_per_iteration shuffle_advantages"),
+        (FIXED, "seed steps_per_iteration update_by shuffle_advantages"),
     ],
-    "optimizer": [(FIXED, "lr betas eps weight_decay max_grad_norm schedule warmup_steps final_share ema_decay")],
+    "optimizer": [
+        (FIXED, "lr betas eps weight_decay max_grad_norm schedule warmup_steps final_share"),
+        (FIXED, "ema_decay ema_every ema_warmup"),
+    ],
     "engine": [
         (EQUAL, "max_rows decode_rows kernels forward precision fp8_scaling attention fp8_attention cuda_graphs overlap"),
     ],

@@ -3,7 +3,7 @@
 import pytest
 from toy import ToyModel, toy_config, toy_trainer
 
-from adagrpo.engine.plans import update_batches, window_steps
+from adagrpo.engine.plans import Window, update_batches
 from adagrpo.forecast import planned_evaluations
 from adagrpo.recipe.keys import Config
 
@@ -81,7 +81,39 @@ def test_update_batches_deal_steps_to_optimizer_steps_and_slots_to_micro_batches
     assert [[b.tolist() for b in step] for step in batches] == [[[0, 1, 2, 3], [4, 5]]]
 
 
+def test_update_batches_deal_slots_or_samples_to_optimizer_steps() -> None:
+    """4 slots, 2 samples, 3 steps: optimizer steps of two slots each, or of one sample of every slot; all of their steps."""
+    by_slot, by_sample = (update_batches(4, 2, 3, 2, slots_per_batch=2, max_rows=0, by=by) for by in ("slots", "samples"))
+    assert [[b.tolist() for b in step] for step in by_slot] == [[list(range(12))], [list(range(12, 24))]]
+    assert [[b.tolist() for b in step] for step in by_sample] == [
+        [[0, 1, 2, 6, 7, 8], [12, 13, 14, 18, 19, 20]], [[3, 4, 5, 9, 10, 11], [15, 16, 17, 21, 22, 23]],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("by", "rows"), [("slots", [16, 16]), ("samples", [8, 8, 8, 8])])
+def test_optimizer_steps_over_prompts_or_samples(by: str, rows: list[int]) -> None:
+    """2 slots x 4 members x 4 stochastic steps; the counts and the calls are those of the plan."""
+    parts = len(rows)
+    config = toy_config(
+        rollout={"plan": "trajectory", "sde_steps": (0, 1, 2, 3)},
+        loss={"old_logp": "recompute"},
+        train={"slots": 2, "steps_per_iteration": parts, "update_by": by},
+    )
+    counts, calls = executed(config)
+    assert counts["update"] == (32, parts) and calls[-parts:] == rows
+
+
+def test_a_drawn_window_stays_within_its_range() -> None:
+    """Three places for two of the steps 1 … 4; each is drawn, in no order, and the same each time."""
+    window = Window(2, first=1, end=5, seed=7)
+    seen = [window.steps(i) for i in range(60)]
+    assert set(seen) == {(1, 2), (2, 3), (3, 4)} and seen == [Window(2, 1, 5, seed=7).steps(i) for i in range(60)]
+    assert seen != [Window(2, 1, 5, seed=8).steps(i) for i in range(60)]
+    assert len({(seen[i], seen[i + 1]) for i in range(59)}) > 5
+    assert [Window(2, 1, 5).steps(i) for i in range(4)] == [(1, 2), (2, 3), (3, 4), (1, 2)]
+
+
 def test_window_moves_and_wraps_and_spares_the_last_step() -> None:
-    seen = [window_steps(i, num_steps=6, size=2, stride=1, every=2) for i in range(10)]
+    seen = [Window(2, 0, 5, every=2).steps(i) for i in range(10)]
     assert seen[:4] == [(0, 1), (0, 1), (1, 2), (1, 2)]
     assert seen[6] == (3, 4) and seen[8] == (0, 1)

@@ -57,6 +57,18 @@ def test_averaged_weights_are_swapped_in_and_out() -> None:
     assert float(p) == now
 
 
+def test_the_average_follows_every_few_steps_and_faster_at_first() -> None:
+    """Every second step, from 0: after 2 steps by 1 - 2/11, after 4 by 1 - 4/13, then by the 1 - 0.5 that its decay allows."""
+    p = nn.Parameter(torch.zeros(1))
+    settings = OptimizerSettings(lr=1.0, ema_decay=0.5, ema_every=2, ema_warmup=True)
+    optimizer, expected = PolicyOptimizer([p], settings), 0.0
+    for step in range(1, 13):
+        step_with(optimizer, p, 1.0)
+        if step % 2 == 0:
+            expected += (1 - min(0.5, step / (step + 9))) * (float(p) - expected)
+        assert float(optimizer.averages[0]) == pytest.approx(expected, rel=1e-5)
+
+
 def test_state_continues_bit_for_bit() -> None:
     def fresh() -> tuple[nn.Parameter, PolicyOptimizer]:
         p = nn.Parameter(torch.linspace(-1, 1, 8).to(torch.bfloat16))

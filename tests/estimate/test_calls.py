@@ -3,12 +3,13 @@
 import pytest
 
 from adagrpo.curriculum.base import Leg
+from adagrpo.engine.plans import Window
 from adagrpo.engine.sampling import ForkSampler, GroupShape, Sampler, StepSchedule, TrajectorySampler
 from adagrpo.engine.update import Objective
 from adagrpo.estimate.calls import decoded, iteration_calls
 
 
-def schedule(window: tuple[int, int, int] | None = None, trained: int = 2) -> StepSchedule:
+def schedule(window: Window | None = None, trained: int = 2) -> StepSchedule:
     return StepSchedule(6, (0, 2), window, trained, seed=0)
 
 
@@ -34,7 +35,7 @@ def test_trajectories_without_a_probe() -> None:
 
 @pytest.mark.parametrize(("trained", "update"), [(1, 6), (4, 24)])
 def test_a_window_trains_a_share_of_its_steps(trained: int, update: int) -> None:
-    sampler = TrajectorySampler(schedule((4, 1, 1), trained), GroupShape(3, slots_per_batch=2))
+    sampler = TrajectorySampler(schedule(Window(4, 0, 5), trained), GroupShape(3, slots_per_batch=2))
     assert iteration_calls([], sampler, Objective(), slots=2)["update"] == [update]
 
 

@@ -56,6 +56,13 @@ def test_velocity_follows_the_stock_rounding_of_the_timestep_in_bf16() -> None:
     assert seen["hidden_states"].dtype is torch.bfloat16
 
 
+def test_timesteps_that_are_truncated() -> None:
+    """1000 sigma of 923.08 and 964.29 are 923 and 964; of 875 it stays."""
+    model = build_model(dataclasses.replace(load_recipe("tiny").model, timestep="truncated"))
+    sigmas = sigma_schedule(10, 3.0)[1:4].float()
+    assert (model.timestep(sigmas, torch.float32) * 1000).round(decimals=3).tolist() == [964, 923, 875]
+
+
 def test_the_released_rounding_of_the_timestep_reaches_every_forward() -> None:
     """bf16(sigma): at 5 of the 16 official noise levels it differs from the pipelines', by 2 to 4 of 1000."""
     config = load_recipe("tiny").model

@@ -49,9 +49,10 @@ class ModelConfig:
     transformer, and gradients flow through both; 0 or 1 is none, and one row."""
     negative_prompt: str = ""
     """What classifier-free guidance leads away from; empty is the empty prompt."""
-    timestep: Literal["pipeline", "bf16"] = "pipeline"
+    timestep: Literal["pipeline", "bf16", "truncated"] = "pipeline"
     """How the transformer's timestep is rounded. pipeline: as diffusers' pipelines do it, 1000 sigma in the model's dtype.
-    bf16: sigma itself in bf16 (the released code; of the official 16 noise levels 5 then differ, by 2 to 4 of 1000)."""
+    bf16: sigma itself in bf16 (the released code; of the official 16 noise levels 5 then differ, by 2 to 4 of 1000).
+    truncated: the whole number below 1000 sigma (DanceGRPO, G2RPO)."""
     tuning: Literal["full", "lora"] = "full"
     """Train all transformer weights, or low-rank adapters."""
     lora_rank: int = 64
@@ -89,6 +90,10 @@ class RolloutConfig:
     window_stride: int = 1
     window_every: int = 25
     """Plan window: its length, how far it moves, and after how many iterations."""
+    window_order: Literal["sliding", "random"] = "sliding"
+    """sliding: the window moves by `window_stride` and wraps (MixGRPO). random: its place is drawn (Flow-GRPO-Fast)."""
+    window_range: tuple[int, ...] = ()
+    """Steps that the window stays within: the first, and the one behind the last; empty is all but the last step."""
     group_size: int = 12
     """Samples per group, at least 2."""
     trained_share: float = 1.0

@@ -17,7 +17,11 @@ class TrainConfig:
     accumulation: int = 1
     """Micro-batches of `slots` prompts per iteration; the iteration trains slots × accumulation prompts."""
     steps_per_iteration: int = 1
-    """Optimizer steps per iteration; the trained steps are dealt to them in order (the released code: one per step)."""
+    """Optimizer steps per iteration; what `update_by` names is dealt to them in order."""
+    update_by: Literal["steps", "slots", "samples"] = "steps"
+    """What the optimizer steps of an iteration divide among them in equal parts: the trained steps (the released code: one per
+    step), the prompts (Flow-GRPO), or the samples of each prompt (DanceGRPO; not of forks, whose members share a transition).
+    Advantages are those of whole groups in any case."""
     shuffle_advantages: bool = False
     """Control experiment: deal the advantages of each group to the wrong samples."""
     part_timeout: float = 600.0
@@ -40,6 +44,10 @@ class OptimizerConfig:
     final_share: float = 0.0
     ema_decay: float = 0.0
     """Average of the weights, used for evaluation and export; 0 is off."""
+    ema_every: int = 1
+    """Optimizer steps between updates of the average (Flow-GRPO: 8)."""
+    ema_warmup: bool = False
+    """Let the average forget faster at first: after n optimizer steps its decay is at most n/(n + 9) (Flow-GRPO)."""
 
 
 @dataclass(frozen=True)
