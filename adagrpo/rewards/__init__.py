@@ -41,6 +41,7 @@ _MASK2FORMER = "facebook/mask2former-swin-small-coco-instance"
 _SHARE, _COSINE = (0.0, 1.0), (-1.0, 1.0)
 BUILT_IN = {
     "tiny": BuiltIn("adagrpo.tiny.reward:TinyReward", 0, "of AdaGRPO", bounds=_SHARE),
+    "tiny-area": BuiltIn("adagrpo.tiny.area:SmallArea", 0, "of AdaGRPO", bounds=_SHARE),
     "brightness": BuiltIn("adagrpo.rewards.brightness:Brightness", 0, "of AdaGRPO", bounds=_SHARE),
     "clip": BuiltIn("adagrpo.rewards.clip:ClipScore", 427_616_513, files=(_CLIP_L,), bounds=_COSINE),
     "pickscore": BuiltIn("adagrpo.rewards.clip:PickScore", 986_109_441, files=_PICKSCORE),
