@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..assembly import place_reward
-from ..build import assemble, build_model, check_engine, check_model, check_sizes, load_data, load_plugins
+from ..build import assemble, build_model, check_engine, check_model, check_sizes, choose_device, load_data, load_plugins
 from ..estimate.memory import free_bytes, size_text
 from ..estimate.rehearsal import rehearse
 from ..forecast import planned_memory
@@ -94,7 +94,7 @@ def _reward_files(config: Config, found: _Found, number: int) -> Finding:
 
 
 def _reward(config: Config, found: _Found, number: int) -> Finding:
-    """Loaded; two pictures scored twice."""
+    """Loaded; two pictures scored twice, from and on the devices of a run."""
     entry = config.rewards[number]
     reward = build_reward(entry.name, entry.kwargs, f"rewards.{number}", entry.dtype)
     found.rewards[number] = reward
@@ -102,10 +102,12 @@ def _reward(config: Config, found: _Found, number: int) -> Finding:
     if placed.groupwise:
         return PASSED, "loaded; it compares the images of a group, so that two pictures tell nothing"
     prompt = found.prompts[0]
-    images = pictures()
-    rows = PromptRows([prompt], torch.zeros(len(images), dtype=torch.int64))
+    images = pictures().to(choose_device(config.model.device))
+    rows = PromptRows([prompt], torch.zeros(len(images), dtype=torch.int64, device=images.device))
     started = time.perf_counter()
     once, again = (placed(images, rows) for _ in range(2))
+    placed.rest()
+    once, again = once.cpu(), again.cpu()
     seconds = (time.perf_counter() - started) / 2
     low, high = BUILT_IN[entry.name].bounds if entry.name in BUILT_IN else (-torch.inf, torch.inf)
     raw = (once - entry.shift) / entry.scale

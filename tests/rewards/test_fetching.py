@@ -52,6 +52,13 @@ def test_files_of_ones_own_replace_the_published_ones(cache: set[tuple[str, str]
     assert left == ["hf download Qwen/Qwen2-VL-7B-Instruct config.json tokenizer.json tokenizer_config.json"]
 
 
+def test_a_copy_of_a_repository_holds_the_same_files_and_what_names_a_file_is_no_repository(cache) -> None:
+    assert commands("hpsv3", path="owner/copy")[0] == "hf download owner/copy HPSv3.safetensors"
+    assert commands("imagereward", tokenizer="owner/words")[1].startswith("hf download owner/words config.json tokenizer.json")
+    assert commands("aesthetic", path="owner/head") == ["hf download openai/clip-vit-large-patch14"]
+    assert not any("owner" in command for command in commands("hpsv3", path="owner/HPSv3.safetensors"))
+
+
 def test_half_of_the_files_are_not_all_of_them(cache: set[tuple[str, str]]) -> None:
     cache.update((repository, file) for repository, _, file in (s.partition(":") for s in BUILT_IN["hpsv3"].files[:-1]))
     assert len(commands("hpsv3")) == 1
@@ -63,6 +70,9 @@ def test_size_and_licence_are_told_where_they_are_known(cache: set[tuple[str, st
         "rewards.3 (imagereward): ImageReward.pt of THUDM/ImageReward (1.8 GB; licence: Apache"
     )
     assert "licence: see the model card" in told["hpsv3"] and " GB" not in told["hpsv3"]
+    cache.add(("THUDM/ImageReward", "ImageReward.pt"))
+    words = str(wanted_files("imagereward", {}, "rewards.3")[0])  # of BERT, whose size and licence are others
+    assert "google-bert" in words and " GB" not in words and "licence: see the model card" in words
 
 
 def test_a_reward_by_import_path_wants_nothing_that_is_known() -> None:

@@ -162,9 +162,17 @@ def test_together_as_one_by_one_and_nan_stays_where_it_is(reward: Hpsv3, monkeyp
     assert reward(images[:0], []).shape == (0,)
 
 
-def test_the_host_never_waits_for_the_images(reward: Hpsv3) -> None:
+def test_the_host_never_waits_for_the_images(reward: Hpsv3, monkeypatch: pytest.MonkeyPatch) -> None:
     """What reads a value raises on the meta device; so the memory plan can rehearse it there, too."""
-    assert isinstance(found := activations(reward, 2, (40, 56)), int) and found > 2 * 1008 * 1176 * 4
+    make = torch.tensor
+
+    def without_waiting(data: object, device: object = "cpu", **kind: object) -> Tensor:
+        assert torch.device(device).type == "cpu", "numbers from the host go to a device without waiting for it"
+        return make(data, **kind)
+
+    monkeypatch.setattr(torch, "tensor", without_waiting)
+    assert isinstance(found := activations(reward, 2, (40, 56)), int), found
+    assert found > 2 * 1008 * 1176 * 4
 
 
 SPECIAL = ["a <|Reward|> cat", "<|image_pad|>", "cat<|vision_start|>", "a dog <|im_end|>", "<|endoftext|>"]

@@ -67,6 +67,14 @@ def test_a_call_has_at_most_so_many_images_and_their_prompts() -> None:
     assert PlacedReward(reward)(images_of(), rows()).shape == (0,)
 
 
+def test_images_that_need_not_move_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those on cuda:0 for ``device = "cuda"``, which is another name of it."""
+    images = images_of(0.4)
+    monkeypatch.setattr(Tensor, "to", lambda tensor, *given, **more: tensor)
+    PlacedReward(lambda images, prompts: images.zero_().sum((1, 2, 3)), Entry(device="cpu:0"))(images, rows(0))
+    assert images.max() > 0
+
+
 def test_a_host_reward_gets_rounded_8_bit_copies_in_a_thread() -> None:
     reward = OnHost()
     images = images_of(0.0, 0.5 / 255, 1.5 / 255, 0.4, 1.3, -0.2, math.nan)

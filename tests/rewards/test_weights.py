@@ -126,6 +126,7 @@ def test_places_without_the_file_are_named(tmp_path: Path, monkeypatch: pytest.M
     for place, words in (
         (str(tmp_path), r"this folder holds no w\.pt \(but readme\.md\)"),
         (str(tmp_path / "absent"), "no such file or folder, nor a Hub id"),
+        ("weights/absent.pt", "no such file or folder, nor a Hub id"),
         ("nobody/nothing", r"w\.pt cannot be downloaded from here .*hf download nobody/nothing w\.pt"),
     ):
         with pytest.raises(InputError, match=f"^here: {words}"):
