@@ -110,9 +110,10 @@ class Scorer:
         }
 
     def _begun(self) -> list[_Chunk]:
-        """Chunks of a scoring that begins; calls for one that was given up are not made."""
+        """Chunks of a scoring that begins; one that was given up leaves neither calls to make nor weights on the device."""
         for reward in self.rewards:
             reward.cancel()
+            reward.rest()
         return []
 
     def _scored(self, latents: Tensor, prompts: PromptRows, chunks: list[_Chunk]) -> Tensor:

@@ -1,56 +1,62 @@
 """Calls of a part that go on while the caller works: a few threads per part, results in the order of the calls.
 
-Grad mode, device and stream belong to a thread. What belongs to the process (random states of the host, torch's switches, the
-working directory) is brought back when the last of the calls under way has ended, so a part that is called so must not switch
-anything that the caller reads meanwhile.
+Grad mode, device, stream and autocast belong to a thread. What belongs to the process (random states of the host, torch's other
+switches, the working directory) is brought back when the last of the calls that were begun is waited for, so a part that is
+called so must not switch anything that the caller reads meanwhile.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from .isolation import Job, Part, Worker, kept_folder, own, raise_failure, random_states, wait_for
-from .torch_settings import kept_settings
+from .torch_settings import OF_THREAD, kept_settings
 
 REMEDY = "; it works beside the sampling, and so never in the main thread"
 
 
 class _Common:
-    """What calls at one time keep of the process: it is as before the first of them once the last is over."""
+    """What calls at one time keep of the process.
+
+    Read and brought back by who begins them and waits for them: in their own threads that would fall into a part that the
+    caller is just calling, whose switches would stay, or be lost under its hands.
+    """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._running: set[object] = set()
-        self._kept = contextlib.ExitStack()
+        self._jobs: list[Job] = []
+        self._kept: contextlib.ExitStack | None = None
 
-    @contextlib.contextmanager
-    def __call__(self) -> Iterator[None]:
-        call = object()
-        with self._lock:
-            if not self._running:
-                for kept in (random_states(cuda=False), kept_folder(), kept_settings()):
-                    self._kept.enter_context(kept)
-            self._running.add(call)
-        try:
-            with torch.inference_mode(False), torch.no_grad():
-                yield
-        finally:
-            with self._lock:
-                if self._running == {call}:
-                    self._kept.close()
-                self._running.discard(call)
+    def begin(self, job: Job) -> None:
+        """A call is about to begin."""
+        if self._kept is None:
+            self._kept = contextlib.ExitStack()
+            for kept in (random_states(cuda=False), kept_folder(), kept_settings()):
+                self._kept.enter_context(kept)
+        self._jobs.append(job)
+
+    def settle(self) -> None:
+        """Bring everything back, unless calls are still to come or under way."""
+        self._jobs = [job for job in self._jobs if not job.over]
+        if not self._jobs:
+            self.restore()
 
     def restore(self) -> None:
         """Now, although calls that are left behind may go on."""
-        with self._lock:
-            self._kept.close()
-            self._running = set()
+        kept, self._kept, self._jobs = self._kept, None, []
+        if kept is not None:
+            kept.close()
+
+
+@contextlib.contextmanager
+def _in_thread() -> Iterator[None]:
+    """What a thread keeps from one call to the next."""
+    with kept_settings(OF_THREAD), torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 _common = _Common()
@@ -117,8 +123,9 @@ class Beside:
         if self._worker is None or self._process != os.getpid():  # threads are not inherited
             self._worker, self._process = Worker(self.threads), os.getpid()
         self._open = [job for job in self._open if not job.done.is_set()]
-        job = Job(function, shelter=_common, given=given)
+        job = Job(function, shelter=_in_thread, given=given)
         self._open.append(job)
+        _common.begin(job)
         self._worker.put(job)
         return Call(self, job)
 
@@ -135,9 +142,11 @@ class Beside:
             self._worker = None
             _common.restore()
             raise
+        _common.settle()
 
     def cancel(self) -> None:
         """Calls that have not begun never do: nobody asks for their results."""
         for job in self._open:
             job.cancelled = True
         self._open = []
+        _common.settle()

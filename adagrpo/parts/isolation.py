@@ -278,6 +278,11 @@ class Job:
         self.stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
         self.threads, self.context = torch.get_num_threads(), contextvars.copy_context()
 
+    @property
+    def over(self) -> bool:
+        """It does not go on, nor will it begin."""
+        return self.done.is_set() or (self.cancelled and self not in _under_way)
+
     def run(self) -> None:
         """In the thread."""
         _under_way.add(self)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -61,15 +61,19 @@ SETTINGS: dict[str, tuple[Read, Write]] = {
 }
 
 
-def read_settings() -> dict[str, Any]:
-    """All switches; None where torch refuses to name one, since it was set by an older and a newer name."""
-    return {name: _read(read) for name, (read, _) in SETTINGS.items()}
+OF_THREAD = ("default device", "threads", "autocast on CUDA", "autocast on CPU")
+"""Those that each thread has for itself."""
+
+
+def read_settings(names: Iterable[str] = SETTINGS) -> dict[str, Any]:
+    """Switches; None where torch refuses to name one, since it was set by an older and a newer name."""
+    return {name: _read(SETTINGS[name][0]) for name in names}
 
 
 @contextlib.contextmanager
-def kept_settings() -> Iterator[None]:
-    """Whatever was switched inside is switched back."""
-    before = read_settings()
+def kept_settings(names: Iterable[str] = SETTINGS) -> Iterator[None]:
+    """Whatever was switched inside, of ``names``, is switched back."""
+    before = read_settings(names)
     try:
         yield
     finally:
@@ -77,11 +81,12 @@ def kept_settings() -> Iterator[None]:
 
 
 def write_settings(values: dict[str, Any]) -> None:
-    """Bring every switch back to what ``read_settings`` gave; one that torch refuses keeps no other from it."""
-    for name, (read, write) in SETTINGS.items():
-        if values[name] is not None and _read(read) != values[name]:
+    """Bring switches back to what ``read_settings`` gave; one that torch refuses keeps no other from it."""
+    for name, value in values.items():
+        read, write = SETTINGS[name]
+        if value is not None and _read(read) != value:
             with contextlib.suppress(RuntimeError):
-                write(values[name])
+                write(value)
 
 
 def _read(read: Read) -> Any:

@@ -79,14 +79,19 @@ class Offloaded:
         self.here: torch.device | None = None
 
     def bring(self, device: torch.device) -> None:
-        """To ``device``, unless they are there."""
+        """To ``device``, unless they are there; all of them, or none if its memory runs out."""
         if self.here == device:
             return
         if device.type == "cuda":
             self._weights = [(t, home if home.is_pinned() else home.pin_memory()) for t, home in self._weights]
-        for t, home in self._weights:
-            t.data = home.to(device, non_blocking=True)
-        self.here = device
+        self.here = None
+        try:
+            for t, home in self._weights:
+                t.data = home.to(device, non_blocking=True)
+            self.here = device
+        finally:
+            if self.here is None:  # half of them would only be in the way of a second try
+                self.leave()
 
     def leave(self) -> None:
         """Off the device; nothing is copied."""

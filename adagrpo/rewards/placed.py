@@ -160,7 +160,7 @@ class PlacedReward:
 
     def rest(self) -> None:
         """Nothing is scored for a while: weights to be offloaded leave the device."""
-        if self._weights is not None:
+        if self._weights is not None and self._weights.here is not None:
             self._weights.leave()
 
     def _with_finite(self, images: Tensor, prompts: PromptRows, finite: Tensor) -> tuple[Any, Tensor]:

@@ -198,3 +198,28 @@ def test_weights_move_once_per_scoring(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = assemble(config, ToyModel(), [half_bright], PROMPTS)
     trainer.iteration()
     assert moves == ["in", "out"] * 2  # probe, rollout
+
+
+def test_memory_that_runs_out_sends_offloaded_weights_away_before_the_second_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are there when it runs out, in the second chunk of the first try."""
+    here, calls = [], []
+
+    def reward(images: Tensor, prompts) -> Tensor:
+        calls.append(len(images))
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return half_bright(images, prompts)
+
+    config = toy_config(rewards=(RewardConfig("half", offload=True),), **PLAIN)
+    config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, max_rows=4))
+    trainer = assemble(config, ToyModel(), [reward], PROMPTS)
+    placed, sampler = trainer.score.rewards[0], trainer.sampler
+
+    def sampled(*args, **kwargs):
+        here.append(placed._weights is not None and placed._weights.here is not None)
+        return sampler(*args, **kwargs)
+
+    sampled.shape, sampled.rows_per_slot = sampler.shape, sampler.rows_per_slot
+    monkeypatch.setattr(trainer, "sampler", sampled)
+    metrics, _ = read_metrics(trainer.iteration())
+    assert here == [False, False] and metrics["reward/half/failed"] == 0 and trainer.executor.limit.max_rows == 2

@@ -125,6 +125,56 @@ def test_what_a_host_reward_does_to_the_process_ends_with_it(tmp_path) -> None:
     assert torch.equal(before[0], after[0]) and before[1:] == after[1:]
 
 
+@pytest.mark.parametrize("first", [True, False], ids=["ends meanwhile", "begins meanwhile"])
+def test_what_a_part_switches_while_a_host_reward_begins_or_ends_is_neither_kept_nor_lost(first: bool) -> None:
+    begun, may_begin, may_end = threading.Event(), threading.Event(), threading.Event()
+
+    class Copied(HostImages):
+        def read(self, part: slice = slice(None)):
+            assert may_begin.wait(60)
+            return super().read(part)
+
+    class Waits(OnHost):
+        def __call__(self, images: Tensor, prompts) -> Tensor:
+            begun.set()
+            assert may_end.wait(60)
+            return super().__call__(images, prompts)
+
+    def switches(images, prompts):
+        torch.set_default_dtype(torch.float64)
+        torch.manual_seed(7)
+        may_begin.set()
+        assert begun.wait(60)
+        if first:
+            may_end.set()
+            ended()
+        assert torch.get_default_dtype() is torch.float64
+        drawn.append(torch.rand(3))
+        return images.mean((1, 2, 3))
+
+    host, drawn, before = PlacedReward(Waits()), [], torch.get_rng_state()
+    pending = host.begun(Copied(images_of(0.2), rows(0)))
+    ended = pending.calls[0][1]._job.done.wait
+    if first:
+        may_begin.set()
+        assert begun.wait(60)
+    PlacedReward(switches)(images_of(0.5), rows(0))
+    may_end.set()
+    assert host.collected(pending).tolist() == [51]
+    assert torch.get_default_dtype() is torch.float32 and torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(drawn[0], torch.rand(3, generator=torch.Generator().manual_seed(7), dtype=torch.float64))
+
+
+def test_autocast_that_a_call_leaves_on_is_off_in_the_next_of_its_thread() -> None:
+    class Switches(OnHost):
+        def __call__(self, images: Tensor, prompts) -> Tensor:
+            assert not torch.is_autocast_enabled("cpu")
+            torch.set_autocast_enabled("cpu", True)
+            return super().__call__(images, prompts)
+
+    assert PlacedReward(Switches(), Entry(rows=1))(images_of(0, 1), rows(0, 0)).tolist() == [0, 255]
+
+
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
@@ -295,3 +345,21 @@ def test_offloaded_weights_come_and_leave_without_being_copied_back() -> None:
     assert weights.here == torch.device("cpu")
     weights.leave()
     assert tower.weight.data_ptr() == first and weights.here is None
+
+
+def test_weights_that_find_no_room_leave_the_device_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    tower = nn.Linear(2, 2)
+    weights, homes = Offloaded(lambda: tower), [p.data_ptr() for p in tower.parameters()]
+    left = [1]
+
+    def to(self, *args, **kwargs) -> Tensor:
+        if not left:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        left.pop()
+        return self.clone()
+
+    with monkeypatch.context() as full:
+        full.setattr(Tensor, "to", to)
+        with pytest.raises(torch.OutOfMemoryError):
+            weights.bring(torch.device("cpu"))
+    assert not left and [p.data_ptr() for p in tower.parameters()] == homes and weights.here is None
