@@ -118,9 +118,12 @@ def iteration_prediction(config: Config, rehearsal: Rehearsal, device: Device) -
     return predict(rehearsal, planned_calls(config), device, steps, fp8, averages)
 
 
+_OTHER_WEIGHTS = {"path", "tower", "clip", "variant"}  # arguments of rewards that name another checkpoint
+
+
 def published_bytes(name: str, kwargs: Mapping[str, object], dtype: str = "fp32") -> int | None:
     """Size of a built-in reward with its default checkpoint; None if it is not known."""
-    parameters = BUILT_IN[name].parameters if name in BUILT_IN and "path" not in kwargs else None
+    parameters = BUILT_IN[name].parameters if name in BUILT_IN and not kwargs.keys() & _OTHER_WEIGHTS else None
     if parameters is None:
         return None
     return parameters * DTYPES[str(kwargs.get("dtype", dtype))].itemsize

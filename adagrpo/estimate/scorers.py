@@ -88,7 +88,11 @@ def _weights(demand: ScorerDemand, seen: dict[int, str], device: torch.device) -
     reward, name = demand.reward, f"reward {demand.label}"
     if reward is None or isinstance(reward, int):
         size = reward or 0
-        why = "its published size; not loaded here" if reward else "not loaded here: size not known"
+        why = (
+            "its published size; not loaded here, and its activations not counted"
+            if reward
+            else "not loaded here: size not known"
+        )
         return Entry(name, size, why, remedy=OFFLOADED if size else "")
     tensors = weights_of(reward)
     fresh = [t for t in tensors if id(t) not in seen]

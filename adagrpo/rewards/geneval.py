@@ -23,7 +23,7 @@ from ..models.registry import Component
 from .base import matched
 from .geneval_rules import CLASSES, COLOURS, COUNTING, MAX_OBJECTS, Found, Record, coloured, flow_grpo, official, record_of
 from .host import no_score
-from .pixels import Normalise, Preprocess, center_crop, grey_levels, pil_resize, shorter_side
+from .pixels import Normalise, Preprocess, grey_levels, middle, pil_resize, shorter_side
 from .similarity import Similarity, check_clip, check_vocabulary, load_clip, read_processor
 from .towers import place, shared
 from .weights import load_tokenizer, refuse_form
@@ -254,8 +254,9 @@ class Colours(Similarity):
         told: list[Tensor] = []
         for start in range(0, len(crops), _CROPS):
             part = range(start, min(start + _CROPS, len(crops)))
-            shrunk = [pil_resize(crops[i][None], shorter_side((crops[i].shape[1], crops[i].shape[2]), side[0])) for i in part]
-            features = self._image_features(torch.cat([center_crop(one, side, "even") for one in shrunk]) / 255)
+            sizes = [shorter_side((crops[i].shape[1], crops[i].shape[2]), side[0]) for i in part]
+            shown = [pil_resize(crops[i][None], s, middle(s, side, "even")) for i, s in zip(part, sizes, strict=True)]
+            features = self._image_features(torch.cat(shown) / 255)
             tables = torch.stack([self._table(names[i], features.device) for i in part])
             told.append(torch.einsum("nd,ncd->nc", features, tables).argmax(1))
         return [COLOURS[i] for i in torch.cat(told).tolist()] if told else []

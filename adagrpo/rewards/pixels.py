@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 Size = tuple[int, int]
+Window = tuple[tuple[int, int], tuple[int, int]]
+"""Rows and columns of an image: (first, how many) of each."""
 Way = Literal["pil", "bicubic", "bilinear"]
 Rounding = Literal["down", "even"]
 
@@ -33,42 +35,48 @@ def grey_levels(images: Tensor) -> Tensor:
     return (images.float() * 255).round().clamp(0, 255)
 
 
-def pil_resize(levels: Tensor, size: Size) -> Tensor:
+def pil_resize(levels: Tensor, size: Size, window: Window | None = None) -> Tensor:
     """Grey levels [N, 3, H, W] -> [N, 3, *size], as Pillow's ``Image.resize`` with ``BICUBIC``, level for level.
+
+    Of a ``window`` of the resized image nothing else is worked out: the middle of a strip costs no more than that of a square.
 
     Pillow resizes one axis after the other and rounds to 8 bits after each: the width first, but the height first where a
     picture more than twice as high as wide loses height. Its weights are whole multiples of 2^-22, so sums of weighted levels
     are exact in fp64, in whatever order a device adds them.
     """
     at_once = 1 if levels.device.type == "cpu" else _IMAGES
-    return torch.cat([_pil_resize(part, size) for part in levels.split(at_once)])
+    window = window or ((0, size[0]), (0, size[1]))
+    return torch.cat([_pil_resize(part, size, window) for part in levels.split(at_once)])
 
 
-def _pil_resize(levels: Tensor, size: Size) -> Tensor:
+def _pil_resize(levels: Tensor, size: Size, window: Window) -> Tensor:
     height, width = levels.shape[2:]
     axes = (2, 3) if height > 2 * width and size[0] < height else (3, 2)
     for axis in axes:
-        before, after = levels.shape[axis], size[axis - 2]
-        if before != after:
+        before, after, (first, count) = levels.shape[axis], size[axis - 2], window[axis - 2]
+        if before == after:
+            levels = levels.narrow(axis, first, count)
+        else:
             exact = levels.double()
             sums = [
-                weights @ exact[:, :, first:last] if axis == 2 else exact[..., first:last] @ weights.T
-                for first, last, weights in _pil_weights(before, after, levels.device)
+                weights @ exact[:, :, start:stop] if axis == 2 else exact[..., start:stop] @ weights.T
+                for start, stop, weights in _pil_weights(before, after, first, count, levels.device)
             ]
             levels = (torch.cat(sums, axis) + 0.5).floor_().clamp_(0, 255).float()
     return levels
 
 
 @lru_cache(maxsize=32)
-def _pil_weights(before: int, after: int, device: torch.device) -> list[tuple[int, int, Tensor]]:
+def _pil_weights(before: int, after: int, begin: int, count: int, device: torch.device) -> list[tuple[int, int, Tensor]]:
     """Keys' cubic filter (a = -1/2), stretched where an axis shrinks, as Pillow rounds it.
 
-    Of each block of places after: the first place before that it needs, the one behind the last, fp64 [block, last - first].
+    Of each block of ``count`` places after, from ``begin`` on: the first place before that it needs, the one behind the last,
+    fp64 [block, last - first].
     """
     scale = before / after
     stretch = max(scale, 1.0)
     place = torch.arange(before, dtype=torch.float64)
-    centre = ((torch.arange(after, dtype=torch.float64) + 0.5) * scale)[:, None]
+    centre = ((torch.arange(begin, begin + count, dtype=torch.float64) + 0.5) * scale)[:, None]
     within = (place >= (centre - 2 * stretch + 0.5).trunc()) & (place < (centre + 2 * stretch + 0.5).trunc())
     x = ((place - centre + 0.5) * (1 / stretch)).abs()
     near, far = (1.5 * x - 2.5) * x * x + 1, (((x - 5) * x + 8) * x - 4) * -0.5
@@ -86,15 +94,21 @@ def shorter_side(size: Size, target: int) -> Size:
     return target * size[0] // short, target * size[1] // short
 
 
-def center_crop(images: Tensor, size: Size, rounding: Rounding) -> Tensor:
-    """The middle of images [N, C, H, W], at least ``size`` large.
+def middle(outer: Size, size: Size, rounding: Rounding) -> Window:
+    """The middle of ``outer``, which is at least ``size`` large.
 
     An odd margin is shared out by ``rounding``: ``down`` leaves the smaller part above and to the left (transformers),
     ``even`` the even part (torchvision, by Python's ``round``).
     """
-    margins = (images.shape[2] - size[0], images.shape[3] - size[1])
+    margins = (outer[0] - size[0], outer[1] - size[1])
     top, left = (round(margin / 2) if rounding == "even" else margin // 2 for margin in margins)
-    return images[:, :, top : top + size[0], left : left + size[1]]
+    return (top, size[0]), (left, size[1])
+
+
+def center_crop(images: Tensor, size: Size, rounding: Rounding) -> Tensor:
+    """The ``middle`` of images [N, C, H, W]."""
+    (top, height), (left, width) = middle((images.shape[2], images.shape[3]), size, rounding)
+    return images[:, :, top : top + height, left : left + width]
 
 
 class Normalise(nn.Module):
@@ -124,7 +138,7 @@ class Preprocess(Normalise):
         way: of resizing. ``pil``: 8-bit, by ``pil_resize``. ``bicubic``: of 8-bit images in floating point, both axes at once,
             without bounds (torchvision on tensors, as HPS-v2). ``bilinear``: the same on images that were never rounded (as
             Flow-GRPO's CLIP score).
-        rounding: of the crop's odd margins, see ``center_crop``.
+        rounding: of the crop's odd margins, see ``middle``.
     """
 
     def __init__(
@@ -143,11 +157,11 @@ class Preprocess(Normalise):
         height, width = images.shape[2:]
         size = shorter_side((height, width), self.size) if isinstance(self.size, int) else self.size
         if self.way == "pil":
-            images = pil_resize(grey_levels(images), size) / 255
-        else:
-            images = images.float() if self.way == "bilinear" else grey_levels(images) / 255
-            if size != (height, width):
-                images = F.interpolate(images, size, mode=self.way, antialias=True)
+            window = None if self.crop is None else middle(size, self.crop, self.rounding)
+            return super().forward(pil_resize(grey_levels(images), size, window) / 255)
+        images = images.float() if self.way == "bilinear" else grey_levels(images) / 255
+        if size != (height, width):
+            images = F.interpolate(images, size, mode=self.way, antialias=True)
         if self.crop is not None:
             images = center_crop(images, self.crop, self.rounding)
         return super().forward(images)

@@ -178,7 +178,7 @@ def test_the_meter_sees_the_process_grow() -> None:
 
 @pytest.mark.parametrize(("name", "kwargs", "size"), [
     ("pickscore", {}, 4 * 986_109_441), ("clip", {"dtype": "bf16"}, 2 * 427_616_513), ("tiny", {}, 0),
-    ("clip", {"path": "elsewhere"}, None), ("mine:reward", {}, None),
+    ("clip", {"path": "elsewhere"}, None), ("clip", {"variant": "mixgrpo"}, None), ("mine:reward", {}, None),
 ])  # fmt: skip
 def test_published_sizes_of_rewards(name: str, kwargs: dict, size: int | None) -> None:
     assert published_bytes(name, kwargs) == size

@@ -4,11 +4,13 @@ import pytest
 import torch
 from pictures import as_pil, by_pillow, cubic, noise, resized, triangle
 
+from adagrpo.estimate.counting import PeakMemory
 from adagrpo.rewards.pixels import (
     Normalise,
     Preprocess,
     center_crop,
     grey_levels,
+    middle,
     patches,
     pil_resize,
     shorter_side,
@@ -38,6 +40,21 @@ def test_growing_and_squashing_are_pillows_too(size, target) -> None:
     error = (pil_resize(grey_levels(images), target) - by_pillow(images, target)).abs()
     assert error.max() <= 1
     assert (error > 0).float().mean() <= 0.0005
+
+
+@pytest.mark.parametrize("size", [(96, 96), (90, 131), (131, 60), (20, 45), (3, 200), (200, 3)])
+def test_a_window_is_what_it_shows_of_the_whole(size) -> None:
+    levels, target = grey_levels(noise(*size, count=2)), shorter_side(size, 32)
+    for rounding in ("down", "even"):
+        window = middle(target, (32, 32), rounding)
+        assert torch.equal(pil_resize(levels, target, window), center_crop(pil_resize(levels, target), (32, 32), rounding))
+
+
+def test_the_middle_of_a_strip_costs_no_more_than_that_of_a_square() -> None:
+    """As GenEval's thinnest objects are: the whole would be 224 x 458752 pixels."""
+    with PeakMemory("cpu") as memory:
+        assert Preprocess(224, (224, 224))(noise(1, 2048)).shape == (1, 3, 224, 224)
+    assert memory.peak < 50e6
 
 
 def test_levels_are_rounded_once_and_not_a_number_stays() -> None:
