@@ -22,16 +22,16 @@ from .recipe.keys import Config
 from .rewards import BUILT_IN
 
 
-def planned_calls(config: Config) -> dict[str, list[int]]:
+def planned_calls(config: Config, iteration: int | None = None) -> dict[str, list[int]]:
     """Rows of each batched call of an iteration by phase, see ``iteration_calls``."""
     e, d, ranks = config.engine, Derived(config), Ranks()
     parts = (build_judge(config).legs(d.slots), build_sampler(config, ranks), build_objective(config))
-    return iteration_calls(*parts, d.slots, d.table.tails, e.max_rows, e.decode_rows)
+    return iteration_calls(*parts, d.slots, d.table.tails, e.max_rows, e.decode_rows, iteration)
 
 
-def planned_evaluations(config: Config) -> dict[str, int]:
+def planned_evaluations(config: Config, iteration: int | None = None) -> dict[str, int]:
     """Transformer image-forwards of one iteration by phase."""
-    return {phase: sum(rows) for phase, rows in planned_calls(config).items() if phase != "decode"}
+    return {phase: sum(rows) for phase, rows in planned_calls(config, iteration).items() if phase != "decode"}
 
 
 def planned_memory(

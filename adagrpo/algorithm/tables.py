@@ -21,7 +21,7 @@ class RolloutTable:
         num_steps: T.
         sigmas: noise levels at which velocities are evaluated: the grid's T, then those of short probes.
         history: [rows], weight of the preview of the step before (``sde_step``'s second-order term); None without tails.
-        tails: for each fork step with a tail of its own, the table rows that lead from the step after it to the image.
+        tails: for each last stochastic step with a tail of its own, the table rows from the step after it to the image.
         probe: table rows of a short probe.
     """
 
@@ -62,16 +62,18 @@ def rollout_table(
     tail_steps: int = 0,
     tail_solver: str = "dpmpp2m",
     probe_sigmas: Tensor | None = None,
+    tail_past: bool = False,
 ) -> RolloutTable:
     """The table of a recipe.
 
     Args:
         sigmas: float64 [T + 1], falling.
         scheme, eta: of the stochastic rows.
-        forks: fork steps k whose tails are shortened.
-        tail_steps: evaluations after a fork, at most; 0 keeps every step of the grid.
+        forks: last stochastic steps k, of a fork or a trajectory, whose tails are shortened.
+        tail_steps: evaluations after them, at most; 0 keeps every step of the grid.
         tail_solver: ``dpmpp2m`` (DPM-Solver++ 2M, Lu et al. 2022) or ``euler``.
         probe_sigmas: float64 [m + 1], falling: the grid of short probes.
+        tail_past: tails go on from the clean prediction of step k itself, which trajectories have at hand.
 
     Returns:
         A float64 table on the CPU.
@@ -84,7 +86,9 @@ def rollout_table(
         left = num_steps - k - 1
         count = min(left, tail_steps)
         points = torch.tensor([k + 1 + round(i * left / count) for i in range(count + 1)])
-        steps, weight = multistep_table(sigmas[points], 2 if tail_solver == "dpmpp2m" else 1)
+        steps, weight = multistep_table(
+            sigmas[points], 2 if tail_solver == "dpmpp2m" else 1, sigmas[k : k + 1] if tail_past else None
+        )
         tails[k] = tuple(range(rows, rows + count))
         parts.append(steps)
         positions.append(points[:-1])
@@ -103,13 +107,18 @@ def rollout_table(
     return RolloutTable(StepTable.concat(parts), torch.cat(positions), num_steps, levels, history, tails, probe)
 
 
-def multistep_table(sigmas: Tensor, order: int) -> tuple[StepTable, Tensor]:
+def multistep_table(sigmas: Tensor, order: int, past: Tensor | None = None) -> tuple[StepTable, Tensor]:
     """Rows of DPM-Solver++ in the data prediction ``D = x - sigma*v`` on a falling grid [m + 1], and their history weights.
 
     With ``lambda = log((1 - sigma)/sigma)``, ``h_i = lambda_{i+1} - lambda_i``: the first-order step is Euler's; the second
     order adds ``c*(D_i - D_{i-1})``, ``c = (1 - sigma_{i+1} - (1 - sigma_i)*sigma_{i+1}/sigma_i) * h_i/(2*h_{i-1})`` (Lu et
-    al. 2022, algorithm 2). The first step has no past, and the last one, to noise 0, stays first order.
+    al. 2022, algorithm 2). The first step has no past unless one is given, the noise level [1] of the step before it (MixGRPO's
+    tails), and the last one, to noise 0, stays first order.
     """
+    if past is not None:
+        steps, weight = multistep_table(torch.cat([past.double(), sigmas.double()]), order)
+        index = torch.arange(1, len(steps))
+        return steps.rows(index), weight[1:]
     table = step_table("ode", sigmas)
     weight = torch.zeros_like(table.a)
     if order == 1 or len(sigmas) < 3:

@@ -138,10 +138,11 @@ def schedule_evaluations(config: Config) -> dict[str, int] | None:
 
     With P slots, T steps, stochastic steps S and groups of G: ``scheduled_probes``; groups P·G·(T-1-k) summed over the k in S
     (shortened tails: at most ``tail_steps`` each), whole trajectories P·G·T; the replay one per stored latent.
-    None where an iteration's work is not fixed: a drawn share of the steps, or refilled slots.
+    None where an iteration's work is not fixed: a drawn share of the steps, refilled slots, tails behind a window that moves.
     """
     r, p = config.rollout, Derived(config).slots
-    if r.trained_share < 1 or config.advantage.equal_groups == "refill":
+    moving = r.plan == "window" and r.tail_steps > 0
+    if r.trained_share < 1 or config.advantage.equal_groups == "refill" or moving:
         return None
     counts = {"probe": scheduled_probes(config)} if r.plan == "fork" or Derived(config).scores_needed else {}
     if r.plan == "fork":
@@ -152,7 +153,8 @@ def schedule_evaluations(config: Config) -> dict[str, int] | None:
         counts["rollout"] = p * r.group_size * sum(tails)
     else:
         stored = p * r.group_size * (r.window_size if r.plan == "window" else len(r.sde_steps))
-        counts["rollout"] = p * r.group_size * r.steps
+        last = r.sde_steps[-1] if r.sde_steps and r.plan == "trajectory" else r.steps - 1
+        counts["rollout"] = p * r.group_size * min(r.steps, last + 1 + (r.tail_steps or r.steps))
     if config.loss.old_logp == "recompute":
         counts["recompute"] = stored
     if Derived(config).initial_model_read:

@@ -159,17 +159,31 @@ def trajectory_plan(
     stochastic: Sequence[int],
     trained: Sequence[int],
     first_slot: int = 0,
+    tail: Sequence[int] | None = None,
 ) -> Plan:
-    """Whole trajectories, rows ordered (slot, member): stochastic at some steps, deterministic at the others."""
-    return _trajectory_plan(slots, group_size, num_steps, tuple(stochastic), tuple(trained), first_slot)
+    """Whole trajectories, rows ordered (slot, member): stochastic at some steps, deterministic at the others.
+
+    Args:
+        tail: table rows that lead from the last stochastic step to the image; None takes every step of the grid.
+    """
+    rows = None if tail is None else tuple(tail)
+    return _trajectory_plan(slots, group_size, num_steps, tuple(stochastic), tuple(trained), first_slot, rows)
 
 
 @functools.lru_cache(KEPT_PLANS)
 def _trajectory_plan(
-    slots: int, group_size: int, num_steps: int, stochastic: tuple[int, ...], trained: tuple[int, ...], first_slot: int
+    slots: int,
+    group_size: int,
+    num_steps: int,
+    stochastic: tuple[int, ...],
+    trained: tuple[int, ...],
+    first_slot: int,
+    tail: tuple[int, ...] | None,
 ) -> Plan:
     row = torch.arange(num_steps)
     row[list(stochastic)] += num_steps
+    if tail is not None:
+        row = torch.cat([row[: stochastic[-1] + 1], torch.tensor(tail, dtype=row.dtype)])
     rows = slots * group_size
     return Plan(
         start=torch.zeros(rows, dtype=torch.int64),
@@ -177,6 +191,7 @@ def _trajectory_plan(
         conditioning=torch.arange(slots).repeat_interleave(group_size),
         noise_row=torch.arange(rows) + first_slot * group_size,
         stochastic=stochastic,
+        history=tail is not None,
         record=trained,
     )
 

@@ -55,9 +55,11 @@ class StepSchedule:
     trained: int
     seed: int
 
-    def stochastic(self, iteration: int) -> tuple[int, ...]:
-        """The stochastic steps of an iteration, counted from 0."""
-        return self.sde_steps if self.window is None else self.window.steps(iteration)
+    def stochastic(self, iteration: int | None) -> tuple[int, ...]:
+        """The stochastic steps of an iteration, counted from 0; of None those that end last."""
+        if self.window is None:
+            return self.sde_steps
+        return tuple(range(self.window.end))[-self.window.size :] if iteration is None else self.window.steps(iteration)
 
     def learnt(self, iteration: int) -> tuple[int, ...]:
         """The trained ones among them."""
@@ -107,7 +109,8 @@ class Sampler(Protocol):
         ...
 
     def plan(self, slots: int, tails: Mapping[int, Sequence[int]] | None = None, iteration: int | None = None) -> Plan:
-        """The rollout of an iteration; None is one that trains every stochastic step. ``tails`` as of ``branch_plan``."""
+        """The rollout of an iteration; None is one that trains every stochastic step and runs as much as any. ``tails`` are
+        ``RolloutTable.tails``."""
         ...
 
     def batches(self, slots: int, max_rows: int, device: torch.device | str = "cpu") -> list[list[Tensor]]:
@@ -242,11 +245,12 @@ class TrajectorySampler:
         return False
 
     def plan(self, slots: int, tails: Mapping[int, Sequence[int]] | None = None, iteration: int | None = None) -> Plan:
-        """The trajectories; they have no tails."""
-        stochastic = self.schedule.stochastic(iteration or 0)
+        """The trajectories; None is the longest."""
+        stochastic = self.schedule.stochastic(iteration)
         learnt = stochastic if iteration is None else self.schedule.learnt(iteration)
         first_slot = self.shape.ranks.first(slots)
-        return trajectory_plan(slots, self.shape.group_size, self.schedule.steps, stochastic, learnt, first_slot)
+        tail = tails[stochastic[-1]] if tails else None
+        return trajectory_plan(slots, self.shape.group_size, self.schedule.steps, stochastic, learnt, first_slot, tail)
 
     def batches(self, slots: int, max_rows: int, device: torch.device | str = "cpu") -> list[list[Tensor]]:
         """Each trained step of a trajectory is a transition."""
@@ -264,7 +268,7 @@ class TrajectorySampler:
     ) -> Samples:
         """See ``Sampler``; anchors are not used."""
         slots, group_size = anchor_row.shape[0], self.shape.group_size
-        plan = self.plan(slots, iteration=iteration)
+        plan = self.plan(slots, executor.rollout_table.tails, iteration)
         start_row = torch.arange(plan.num_rows, device=executor.model.device) + self.shape.ranks.first(slots) * group_size
         start_row = start_row // group_size if self.shared_noise else start_row
         x = executor.initial_noise(start_row, draw, Stream.TRAJECTORY_INIT)

@@ -18,6 +18,7 @@ def iteration_calls(
     tails: Mapping[int, Sequence[int]] | None = None,
     max_rows: int = 0,
     decode_rows: int = 0,
+    iteration: int | None = None,
 ) -> dict[str, list[int]]:
     """Rows of each call by phase: of the transformer, and of the decoder under ``decode``.
 
@@ -25,12 +26,13 @@ def iteration_calls(
         legs: of the judge (``Judge.legs``).
         tails: shortened ones, ``RolloutTable.tails``.
         max_rows, decode_rows: largest batches of the transformer and of the decoder; 0 is unlimited.
+        iteration: counted from 0; None is one that runs as much as any.
     """
     calls = {"probe": [rows for leg in legs for rows in leg.plan().calls(max_rows)]} if legs else {}
     update = [batch.numel() for step in sampler.batches(slots, max_rows) for batch in step]
     if sampler.fresh_velocity:
         calls["prefix"] = update
-    plan = sampler.plan(slots, tails)
+    plan = sampler.plan(slots, tails, iteration)
     calls["rollout"] = plan.calls(max_rows)
     calls["decode"] = decoded([*(rows for leg in legs for rows in leg.scored), plan.num_rows], max_rows, decode_rows)
     return calls | dict.fromkeys(objective.replays, update)

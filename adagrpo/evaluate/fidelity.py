@@ -99,13 +99,14 @@ class Fidelity:
 
 
 def changed_levers(config: Config) -> dict[str, Any]:
-    """Keys of the recipe that change what rollouts compute, with their values."""
+    """Keys of the recipe that change what is compared, with their values: tails are those of forks."""
     default = {"engine": EngineConfig(), "rollout": RolloutConfig()}
     return {
         f"{section}.{key}": getattr(getattr(config, section), key)
         for section, keys in LEVERS.items()
         for key in keys
         if getattr(getattr(config, section), key) != getattr(default[section], key)
+        and (section != "rollout" or config.rollout.plan == "fork")
     }
 
 

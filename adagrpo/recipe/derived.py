@@ -47,6 +47,14 @@ class Derived:
         return self.config.rollout.sde_steps if self.config.rollout.plan == "fork" else ()
 
     @property
+    def tails_after(self) -> tuple[int, ...]:
+        """Stochastic steps that tails begin after: every fork, or the last of a trajectory, wherever its window lies."""
+        r, (first, end) = self.config.rollout, self.window_range
+        if r.plan == "window":
+            return tuple(range(first + r.window_size - 1, end))
+        return r.sde_steps if r.plan == "fork" else r.sde_steps[-1:]
+
+    @property
     def stochastic_steps(self) -> int:
         """How many steps of an iteration are stochastic."""
         r = self.config.rollout
@@ -156,4 +164,5 @@ class Derived:
         """Every step that rollouts can take at these noise levels, float64 on the CPU; made anew each time."""
         s, r = self.config.selection, self.config.rollout
         short = levels(s.probe_steps) if s.judge == "short" else None
-        return rollout_table(levels(r.steps), r.scheme, r.eta, r.sde_steps, r.tail_steps, r.tail_solver, short)
+        tails = (self.tails_after, r.tail_steps, r.tail_solver)
+        return rollout_table(levels(r.steps), r.scheme, r.eta, *tails, short, tail_past=r.plan != "fork")

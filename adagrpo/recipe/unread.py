@@ -45,7 +45,6 @@ def _of_model(c: Config) -> list[Rule]:
 def _of_algorithm(c: Config) -> list[Rule]:
     r = c.rollout
     return [
-        (r.plan != "fork", "rollout.plan = fork", ["rollout.tail_steps"]),
         (c.selection.judge != "short", "selection.probe = short", ["selection.probe_steps"]),
         (c.selection.judge != "racing", "selection.probe = racing", ["selection.race_steps"]),
         (

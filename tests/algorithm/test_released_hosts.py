@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from adagrpo_kernels import History
 from hosts import CLOSE, Released, distance
 from torch import Tensor
 
 from adagrpo.algorithm.advantages import Scale, reward_advantage
+from adagrpo.algorithm.sde import sde_step, step_table
 from adagrpo.algorithm.selection import CapabilityState
+from adagrpo.algorithm.tables import multistep_table
 
 GROUP, ALL, SUM = Scale("group", 0, 1e-4), Scale("global", 0, 1e-4), Scale(clip_sum=True)
 
@@ -58,6 +61,30 @@ def test_a_group_of_equal_rewards_counts_in_the_spread_of_all(key: str, scale: S
     found = reward_advantage(rewards, CapabilityState.for_rewards(1), torch.ones(1), 5.0, 0.0, "mass", impl, scale).advantage
     assert int((found == 0).all(1).sum()) == 1
     assert distance(found, host.found(f"advantage_one_group_equal{key}")) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("name", "sde_steps", "order"),
+    [("post.midpoint.r06", (1, 2), 2), ("post.midpoint.r10", (0, 1), 2), ("post.order1.r06", (1, 2), 1)],
+)
+def test_a_tail_goes_on_from_the_last_stochastic_step(name: str, sde_steps: tuple[int, ...], order: int) -> None:
+    """MixGRPO: their grids, velocities and noise; after the window DPM-Solver++ 2M, second order from its first step on."""
+    host = Released("mixgrpo_dpm_tail")
+    latents, sigmas = host.found(f"{name}.latents"), host.found(f"{name}.sigmas")
+    last = sde_steps[-1]
+    grid, noisy = step_table("ode", sigmas), step_table("flow", sigmas, 0.7)
+    tail, weights = multistep_table(sigmas[last + 1 :], order, sigmas[last : last + 1])
+    none, index = torch.zeros(1, dtype=torch.float64), torch.zeros(4, dtype=torch.int64)
+    x = host.given("latent")
+    clean = torch.zeros_like(x)
+    for i in range(len(sigmas) - 1):
+        at = torch.tensor([i if i <= last else i - last - 1])
+        table = (tail if i > last else noisy if i in sde_steps else grid).rows(at)
+        noise = host.given("noise")[i] if i in sde_steps else None
+        history = History(clean, weights[at] if i > last else none)
+        step = sde_step(x, host.given("velocities")[i], table, index, noise, history=history, with_clean=True)
+        x, clean = step.next, step.clean
+        assert distance(x, latents[:, i + 1]) < 1e-12
 
 
 @pytest.mark.parametrize("impl", ["reference", "triton"])

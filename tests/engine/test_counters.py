@@ -16,14 +16,17 @@ def official(**sections) -> Config:
     return toy_config(rollout=rollout, train=train, selection={"candidates": 10} | sections.pop("selection", {}), **sections)
 
 
-def executed(config: Config) -> tuple[dict[str, tuple[int, int]], list[int]]:
+def executed(config: Config, before: int = 0) -> tuple[dict[str, tuple[int, int]], list[int]]:
+    """Of the iteration after ``before`` others."""
     model = ToyModel()
     trainer = toy_trainer(config, model)
-    trainer.iteration()
+    for _ in range(before + 1):
+        model.calls.clear()
+        trainer.iteration()
     counts = {phase: (count.evaluations, count.calls) for phase, count in trainer.executor.counts.items()}
     assert sum(model.calls) == sum(evaluations for evaluations, _ in counts.values())
     assert len(model.calls) == sum(calls for _, calls in counts.values())
-    assert planned_evaluations(config) == {phase: evaluations for phase, (evaluations, _) in counts.items()}
+    assert planned_evaluations(config, before) == {phase: evaluations for phase, (evaluations, _) in counts.items()}
     return counts, model.calls
 
 
@@ -71,6 +74,20 @@ def test_trajectories(plan: str) -> None:
     counts, _ = executed(config)
     # 2 slots x 4 members x 6 steps; 3 of the 5 stochastic steps are trained.
     assert counts == {"rollout": (48, 6), "recompute": (24, 1), "update": (24, 1)}
+
+
+@pytest.mark.parametrize(("before", "evaluations"), [(0, 2 + 3), (1, 3 + 3), (2, 4 + 2), (3, 5 + 1), (4, 2 + 3)])
+def test_tails_behind_a_window(before: int, evaluations: int) -> None:
+    """2 of 6 steps are stochastic, from step 0 … 3 on; behind them at most 3 more. A plan of no iteration takes the most."""
+    config = toy_config(
+        rollout={"plan": "window", "steps": 6, "window_size": 2, "window_every": 1, "tail_steps": 3},
+        loss={"old_logp": "recompute"},
+        selection={"candidates": 1},
+        advantage={"weight": 0.0},
+    )
+    counts, _ = executed(config, before)
+    assert counts["rollout"] == (8 * evaluations, evaluations) and counts["update"] == (16, 1)
+    assert planned_evaluations(config)["rollout"] == 8 * 6
 
 
 def test_update_batches_deal_steps_to_optimizer_steps_and_slots_to_micro_batches() -> None:

@@ -1,6 +1,7 @@
 """The rollout engine inside whole iterations: on-policy ratio under FP8, capture's contract, chunks, tails, sizes."""
 
 import dataclasses
+import math
 from collections.abc import Hashable
 
 import pytest
@@ -11,6 +12,7 @@ from toy import ToyModel, recorded, toy_config, toy_trainer
 from adagrpo.algorithm.sde import sigma_schedule
 from adagrpo.algorithm.tables import multistep_table, rollout_table
 from adagrpo.build import assemble, build_model
+from adagrpo.engine.executor import RolloutExecutor
 from adagrpo.engine.graphs import StepGraphs
 from adagrpo.engine.overlap import Overlap
 from adagrpo.engine.plans import branch_plan, probe_plan, trajectory_plan
@@ -203,6 +205,34 @@ def test_the_tails_solver_is_diffusers_dpm_solver() -> None:
         theirs = scheduler.step(torch.sin(3 * theirs + i), scheduler.timesteps[i], theirs, return_dict=False)[0]
         x, clean = table.a[i] * x + table.b[i] * v + weight[i] * clean, x - table.sigma[i] * v
         torch.testing.assert_close(x, theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_a_trajectorys_tail_is_second_order_from_its_first_step_on() -> None:
+    """Behind the window latents are those of a plain loop whose past is the last stochastic step's clean image."""
+    model, sigmas = ToyModel(torch.float64), sigma_schedule(8, 3.0)
+    table = rollout_table(sigmas, "flow", 0.7, (2,), tail_steps=3, tail_past=True)
+    executor, text = RolloutExecutor(model, table, 0, torch.float64), model.encode(["a"])
+    plan = trajectory_plan(1, 2, 8, (1, 2), (1, 2), tail=table.tails[2])
+    rollout = executor.run(plan, executor.initial_noise(plan.noise_row, 0, 1), text, 0, "rollout")
+    stored = rollout.transitions
+    last = stored.index == 8 + 2
+    both = text.rows(torch.zeros(2, dtype=torch.int64))
+
+    def velocity(x: Tensor, s: float) -> Tensor:
+        return model.velocity(x, torch.full((2,), s, dtype=torch.float64), both)
+
+    levels = [float(sigmas[k]) for k in (2, 3, 5, 6, 8)]  # the tail's noise levels, and the one before
+    with torch.no_grad():
+        before = stored.latent[last]
+        clean, x = before - levels[0] * velocity(before, levels[0]), stored.successors[last, 0]
+        level = [math.log((1 - s) / s) if s else math.inf for s in levels]
+        for i in range(1, 4):
+            s, after, past = levels[i], levels[i + 1], clean
+            clean = x - s * velocity(x, s)
+            h, h_past = level[i + 1] - level[i], level[i] - level[i - 1]
+            data = clean if after == 0 else clean + h / (2 * h_past) * (clean - past)  # D of Lu et al. 2022, algorithm 2
+            x = after / s * x + (1 - after - (1 - s) * after / s) * data
+    torch.testing.assert_close(rollout.final, x, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(("order", "expected"), [(1, 2.0), (2, 4.0)])

@@ -217,8 +217,8 @@ DROPPED = [
     ("[engine]\nprecision = 'fp8'\nfp8_scaling = 'tensorwise'\n", "[engine]\nprecision = 'bf16'\n", "engine.fp8_scaling"),
     (
         "[rollout]\ntail_steps = 2\ntail_solver = 'euler'\n",
-        "[rollout]\nplan = 'trajectory'\n[loss]\nold_logp = 'recompute'\n",
-        "rollout.tail_steps rollout.tail_solver",
+        "[rollout]\ntail_steps = 0\n",
+        "rollout.tail_solver",
     ),
     (
         "[rollout]\nfork_velocity = 'probe'\n[loss]\nold_logp = 'recompute'\n",

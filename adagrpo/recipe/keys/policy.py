@@ -106,6 +106,7 @@ class RolloutConfig:
     storage: Literal["bf16", "fp16", "fp32", "fp64"] = "fp32"
     """Precision of stored latents; log-probabilities are of the rounded values."""
     tail_steps: int = 0
-    """Evaluations after a fork, at most (lossy, plan fork): longer steps to the image; 0 takes every step of the grid."""
+    """Evaluations after a fork, or after a trajectory's last stochastic step (MixGRPO-Flash), at most (lossy): longer steps to
+    the image; 0 takes every step of the grid."""
     tail_solver: Literal["dpmpp2m", "euler"] = "dpmpp2m"
     """Solver of those longer steps: DPM-Solver++ 2M (second order) or Euler."""
