@@ -38,11 +38,12 @@ class Faulty:
         answered: how many of them got status 200.
         headers: of the last request.
         models: what GET /v1/models and /rewards list.
+        coding: what answers to POSTs say of their encoding; empty says nothing.
     """
 
     def __init__(self, behave: Callable[[int, Any], Answer], port: int = 0) -> None:
         self.behave, self.seen, self.answered, self.headers = behave, [], 0, {}
-        self.models, self.health = ["judge"], 200
+        self.models, self.health, self.coding = ["judge"], 200, ""
         self.lock, self.leave = threading.Lock(), threading.Event()
         outer = self
 
@@ -73,6 +74,8 @@ class Faulty:
                 content = value if isinstance(value, bytes) else json.dumps(value).encode()
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(content)))
+                if outer.coding and self.command == "POST":
+                    self.send_header("Content-Encoding", outer.coding)
                 self.end_headers()
                 self.wfile.write(content)
 

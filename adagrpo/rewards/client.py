@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 from ..errors import InputError
 from ..parts.isolation import GRACE, POLL, PartHung, stop_asked
+from ..text.redaction import scrubbed
 from ..text.strict_json import from_json
 from ..text.user_text import cut, nearest, shown
 
@@ -160,7 +161,9 @@ class Client:
         try:
             with self._http.stream(method, self.url + path, content=content, headers=headers, timeout=seconds) as response:
                 status, asked, body = response.status_code, response.headers.get("Retry-After", ""), bytearray()
-                for piece in response.iter_bytes():
+                if (coding := response.headers.get("Content-Encoding", "identity")) != "identity":
+                    raise NoAnswer(f"an answer in {shown(coding)}, which was not asked for: a little of it may unpack to a lot")
+                for piece in response.iter_raw():
                     body += piece
                     if len(body) > MOST_ANSWER:
                         raise NoAnswer(f"an answer of more than {MOST_ANSWER // 2**20} MiB")
@@ -213,7 +216,7 @@ class Client:
             self.failures = self.failures + kinds  # another thread may be reading the former ones
             reason, others = reasons.most_common(1)[0][0], f" ({len(reasons) - 1} other reasons)" * (len(reasons) > 1)
             said = f"rewards: {self.url}: no score for {reasons.total()} of {len(found)} images: {reason}{others}"
-            warnings.warn(said, RuntimeWarning, stacklevel=3)
+            warnings.warn(scrubbed(said), RuntimeWarning, stacklevel=3)  # a server may say the token that it refuses
         return found
 
 

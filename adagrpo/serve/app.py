@@ -22,6 +22,8 @@ from .wire import Asked, Bounds, read_compute, read_score
 RETRY_AFTER = "1"
 MOST_READ = 16
 """Largest requests that may be read at one time; beyond, they are told to come again."""
+ARRIVAL = 120.0
+"""Seconds that a request may take to arrive: one whose sender is gone must not keep its place."""
 _LOOK = 1.0
 
 
@@ -114,7 +116,10 @@ class Service:
             raise _busy()
         self._reading += size
         try:
-            return await asyncio.to_thread(read, await _body(request, limit), self.bounds)
+            body = await asyncio.wait_for(_body(request, limit), ARRIVAL)
+            return await asyncio.to_thread(read, body, self.bounds)
+        except TimeoutError as error:
+            raise HTTPException(408, f"no whole request within {ARRIVAL:g} s", {"Connection": "close"}) from error
         except ValueError as error:
             raise HTTPException(422, str(error)) from error
         except ClientDisconnect as error:

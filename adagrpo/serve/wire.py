@@ -24,12 +24,14 @@ class Bounds:
         body: bytes.
         images: their number.
         side: pixels of the longer side of an image.
+        pixels: of all images together, which unpack to three bytes each.
         prompt: characters of a prompt.
     """
 
     body: int = 64 * 2**20
     images: int = 256
     side: int = 4096
+    pixels: int = 2**28
     prompt: int = 20_000
 
 
@@ -86,7 +88,12 @@ def _decoded(
         if problem := character_problem(text):
             raise ValueError(f"prompt {i} {problem}")
         found.append(Prompt(text, _table(data[i], f"metadata {i}")))
-    return [_picture(image, i, bounds.side) for i, image in enumerate(images)], found
+    pictures: list[Tensor] = []
+    for i, image in enumerate(images):
+        pictures.append(_picture(image, i, bounds.side))
+        if sum(picture[0].numel() for picture in pictures) > bounds.pixels:
+            raise ValueError(f"more than {bounds.pixels} pixels in {i + 1} of {len(images)} images; send fewer in one request")
+    return pictures, found
 
 
 def _picture(text: Any, number: int, longest: int) -> Tensor:

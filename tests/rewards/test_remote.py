@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import io
 import json
 import math
@@ -136,6 +137,25 @@ def test_garbage_fails_its_own_images_only(kind: str) -> None:
     assert found[:3] + found[6:] == pytest.approx(expected(9)[:3] + expected(9)[6:], abs=1e-12)
     assert len(server.seen) == 3 and "3 of 9 images" in said
     assert one.failures == {"broken" if kind == "error" else "unreadable": 3}
+
+
+def test_an_answer_that_would_be_unpacked_is_refused() -> None:
+    """A bomb: it is small, and what is in it is not."""
+
+    def behave(number, body):
+        return 200, gzip.compress(gzip.compress(b'{"rewards": [1, 2, 3]}' + b" " * 10**6))
+
+    with faulty(behave) as server:
+        server.coding = "gzip, gzip"
+        found, said = complained(remote(server), 3)
+    assert all(map(math.isnan, found)) and "'gzip, gzip', which was not asked for" in said and len(server.seen) == 1
+
+
+def test_a_token_that_a_server_repeats_is_not_told() -> None:
+    with faulty(lambda number, body: (403, {"detail": "not with the token pa55-the-word"})) as server:
+        kwargs = {"url": server.url, "token": "pa55-the-word", "limits": QUICK}
+        found, said = complained(build_reward("remote", kwargs), 2)
+    assert all(map(math.isnan, found)) and "pa55" not in said and "not with the token <redacted>" in said
 
 
 def test_single_scores_that_are_no_numbers_fail_alone() -> None:

@@ -26,7 +26,7 @@ from adagrpo.cli import main
 from adagrpo.errors import InputError
 from adagrpo.prompts.prompt import Prompt, data_of
 from adagrpo.rewards import build_reward, client
-from adagrpo.rewards.pictures import encoded
+from adagrpo.rewards.pictures import decoded, encoded
 from adagrpo.rewards.remote import Remote
 from adagrpo.serve.app import Service
 from adagrpo.serve.batching import Batcher
@@ -265,6 +265,32 @@ def test_only_so_much_is_read_at_one_time(monkeypatch) -> None:
         while (answer := asked(url, **one())).status_code == 503:
             time.sleep(0.01)
     assert busy.headers["Retry-After"] == "1" and answer.status_code == 200
+
+
+def test_a_request_whose_sender_is_gone_does_not_keep_its_place(monkeypatch) -> None:
+    """It never ends, and nobody closes its connection."""
+    monkeypatch.setattr("adagrpo.serve.app.MOST_READ", 1)
+    monkeypatch.setattr("adagrpo.serve.app.ARRIVAL", 0.2)
+    with serving(Recording(), bounds=Bounds(5_000)) as url:
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=20) as silent:
+            head = "POST /compute HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 4900\r\n\r\n{"
+            silent.sendall(head.encode())
+            answer = b""
+            while more := silent.recv(4096):
+                answer += more
+        assert answer.startswith(b"HTTP/1.1 408 ") and b"no whole request within 0.2 s" in answer
+        assert asked(url, **one()).status_code == 200
+
+
+def test_images_that_unpack_to_too_much_are_refused_before_the_rest_is_unpacked(monkeypatch) -> None:
+    unpacked = []
+    monkeypatch.setattr("adagrpo.serve.wire.decoded", lambda *given: unpacked.append(1) or decoded(*given))
+    with serving(Recording(), bounds=Bounds(pixels=150)) as url:
+        answer = asked(url, prompt=["p"] * 9, image=files(images(9)))
+        assert asked(url, prompt=["p"] * 2, image=files(images(2))).status_code == 200
+    assert answer.status_code == 422 and "more than 150 pixels in 3 of 9 images" in answer.json()["detail"]
+    assert len(unpacked) == 3 + 2
 
 
 def test_work_that_nobody_waits_for_is_dropped(monkeypatch) -> None:
