@@ -30,7 +30,7 @@ from .models.base import FlowModel
 from .models.schedule import own_levels
 from .recipe.derived import Derived
 from .recipe.keys import JUDGES, Config, bucket_size
-from .rewards import Reward
+from .rewards import Reward, build_reward
 from .rewards.placed import Entry, PlacedReward
 
 
@@ -92,6 +92,16 @@ def build_fusion(config: Config, weights: Tensor, impl: str | None, fuse: Fuse |
     shuffle = train.seed if train.shuffle_advantages else None
     names = tuple(reward.name for reward in config.rewards)
     return Fusion(names, weights, a.clip, a.weight, a.calibration, Derived(config).scale, impl, fuse, shuffle)
+
+
+def load_reward(config: Config, number: int) -> Reward:
+    """One of the rewards of a recipe, loaded; where others name its checkpoint and work alike, they hold it once.
+
+    Raises:
+        InputError: see ``build_reward``.
+    """
+    entry = config.rewards[number]
+    return build_reward(entry.name, entry.kwargs, f"rewards.{number}", entry.dtype, (entry.device, entry.offload))
 
 
 def place_reward(config: Config, number: int, reward: Reward) -> PlacedReward:

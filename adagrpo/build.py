@@ -19,6 +19,7 @@ from .assembly import (
     build_objective,
     build_optimizer,
     build_sampler,
+    load_reward,
     own_noise_levels,
     place_rewards,
     replaced_levels,
@@ -52,7 +53,7 @@ from .prompts.stream import PromptStream
 from .recipe.derived import DTYPES, Derived
 from .recipe.keys import BUILT_IN_MODEL, BUILT_IN_MODELS, Config, ModelConfig, bucket_size
 from .recipe.rules import check, require_repeats
-from .rewards import Reward, build_reward, check_prompts
+from .rewards import Reward, check_prompts
 from .tiny import tiny_flux_path
 from .train import Trainer
 
@@ -223,7 +224,7 @@ def build_trainer(
     check_engine(config)
     prompts, held_out = load_data(config)
     own = load_plugins(config)
-    rewards = [build_reward(r.name, r.kwargs, f"rewards.{i}", r.dtype) for i, r in enumerate(config.rewards)]
+    rewards = [load_reward(config, i) for i in range(len(config.rewards))]
     require_groups(config, rewards)
     if model is None:
         if config.model.buckets or config.rollout.shift == "model":

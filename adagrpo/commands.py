@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from .algorithm.sde import Stream
-from .assembly import build_executor, build_table, own_noise_levels, require_groups, sampled_sizes
+from .assembly import build_executor, build_table, load_reward, own_noise_levels, require_groups, sampled_sizes
 from .build import (
     build_architecture,
     build_model,
@@ -191,7 +191,7 @@ def fidelity(config: Config, checkpoint: Path | None, slots: int, out: Path | No
         keys = "engine.precision, engine.forward, engine.attention, rollout.tail_steps or rewards.N.dtype"
         raise InputError(f"{config.name}: its rollouts are the policy's own; set {keys}")
     prompts = load_source(config, config.data.prompts)
-    rewards = [build_reward(r.name, r.kwargs, f"rewards.{i}", r.dtype) for i, r in enumerate(config.rewards)]
+    rewards = [load_reward(config, i) for i in range(len(config.rewards))]
     model = load_model(config, checkpoint)
     found: list[Fidelity | RewardFidelity] = []
     record: dict[str, Any] = {"recipe": config.name}

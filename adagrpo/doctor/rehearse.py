@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..assembly import place_reward
+from ..assembly import load_reward, place_reward
 from ..build import assemble, build_model, check_engine, check_model, check_sizes, choose_device, load_data, load_plugins
 from ..estimate.memory import free_bytes, size_text
 from ..estimate.rehearsal import rehearse
 from ..forecast import planned_memory
 from ..recipe.keys import Config
-from ..rewards import BUILT_IN, PromptRows, Reward, build_reward, check_prompts, check_reward_files
+from ..rewards import BUILT_IN, PromptRows, Reward, check_prompts, check_reward_files
 from ..rewards.fetching import wanted_files
 from .selftest import FAILED, PASSED, SKIPPED, Row, guarded
 
@@ -96,7 +96,7 @@ def _reward_files(config: Config, found: _Found, number: int) -> Finding:
 def _reward(config: Config, found: _Found, number: int) -> Finding:
     """Loaded; two pictures scored twice, from and on the devices of a run."""
     entry = config.rewards[number]
-    reward = build_reward(entry.name, entry.kwargs, f"rewards.{number}", entry.dtype)
+    reward = load_reward(config, number)
     found.rewards[number] = reward
     placed = place_reward(config, number, reward)
     if placed.groupwise:

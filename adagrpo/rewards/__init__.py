@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 from ..errors import InputError
@@ -12,6 +12,7 @@ from ..parts.isolation import Part, build_part
 from ..parts.plugins import check_call, is_import_path, load_attribute
 from ..text.redaction import resolved
 from .base import SEE_CARD, TOKENIZER_FILES, BuiltIn, PromptRows, Reward
+from .towers import used
 
 __all__ = [
     "BUILT_IN",
@@ -138,14 +139,20 @@ def check_prompts(name: str, kwargs: Mapping[str, Any], prompts: Sequence[str], 
         raise InputError(str(error) if str(error).startswith(key) else f"{key} = {name}: {error}") from error
 
 
-def build_reward(name: str, kwargs: Mapping[str, Any], key: str = "rewards", dtype: str = "fp32") -> Reward:
+def build_reward(
+    name: str, kwargs: Mapping[str, Any], key: str = "rewards", dtype: str = "fp32", use: Hashable = None
+) -> Reward:
     """A built-in reward by name, or ``package.module:attribute``; a class or factory called with ``kwargs`` and ``dtype``.
+
+    Args:
+        use: how its weights are, such as on which device; it shares those of a checkpoint with rewards that use them alike.
 
     Raises:
         InputError: unknown name, import failure, arguments it does not take, or a result that is not a reward.
     """
     factory, kwargs = _with_arguments(name, kwargs, key, dtype)
     part = Part(f"{key} = {name}", InputError, ": cannot be built", passes=(InputError,))
-    reward: Reward = build_part(part, lambda: factory(**kwargs))
+    with used(use):
+        reward: Reward = build_part(part, lambda: factory(**kwargs))
     check_call(reward, key, f"{name}(...)", 2, {})
     return reward

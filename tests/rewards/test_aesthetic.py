@@ -1,5 +1,6 @@
 """LAION's aesthetic predictor against its formula in fp64, and the tower that it shares with CLIP scores."""
 
+import dataclasses
 import gc
 import threading
 import weakref
@@ -10,7 +11,10 @@ from pictures import by_pillow, noise
 from small_clip import SIDE, write_clip
 from torch import Tensor, nn
 
+from adagrpo.assembly import load_reward
 from adagrpo.errors import InputError
+from adagrpo.recipe.keys import RewardConfig
+from adagrpo.recipe.load import load_recipe
 from adagrpo.rewards import PromptRows, build_reward, check_reward_files
 from adagrpo.rewards.aesthetic import FILE
 from adagrpo.rewards.pixels import CLIP_MEAN, CLIP_STD
@@ -126,6 +130,9 @@ def test_rewards_of_one_checkpoint_hold_it_once(folder: str, tower: str, reward,
     monkeypatch.chdir(tower)
     assert build_reward("clip", {"path": ".", "processor": tower}).model is clip.model
     assert build_reward("clip", {"path": tower, "dtype": "bf16"}).model is not clip.model
+    entries = [RewardConfig(name="clip", kwargs={"path": tower}, device=device) for device in ("", "cpu", "cpu")]
+    at_home, *elsewhere = [load_reward(dataclasses.replace(load_recipe("tiny"), rewards=entries), i) for i in range(3)]
+    assert at_home.model is not elsewhere[0].model is elsewhere[1].model  # it would travel between two calls
     images = noise(40, 40, count=2)
     alone = reward(images, ["", ""]), clip(images, ["a cat", "a dog"])
     assert torch.equal(reward(images, ["", ""]), alone[0]) and torch.equal(clip(images, ["a cat", "a dog"]), alone[1])
