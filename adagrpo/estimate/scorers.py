@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..rewards.base import PromptRows
-from ..rewards.holdings import weights_of
+from ..rewards.holdings import placed_on, weights_of
 from .counting import PeakMemory, tensor_bytes
 from .memory import Entry
 from .rehearsal import fused_attention
@@ -55,7 +55,7 @@ def scorer_entries(
     seen: dict[int, str] = {}
     away: list[Entry] = []
     for demand in demands:
-        place = "" if torch.device(demand.device or device) == device else demand.device
+        place = "" if placed_on(demand.device, device) == device else demand.device
         weights = dataclasses.replace(_weights(demand, seen, torch.device(place or device)), device=place)
         if demand.offload and not place and device.type != "cpu":
             away.append(weights)

@@ -65,6 +65,13 @@ def weights_of(owner: object) -> list[Tensor]:
     return list({id(t): t for t in [*found, *tensors]}.values())
 
 
+def placed_on(name: str, home: torch.device) -> torch.device:
+    """The device that a recipe names; ``home``, the model's, where that is the same one: empty, or ``cuda`` for ``cuda:N``."""
+    device = torch.device(name) if name else home
+    same = device.type == home.type and device.index in (None, home.index or 0)
+    return home if same else device
+
+
 class Offloaded:
     """Weights that wait in the host's memory (pinned, for CUDA) and come to the device to work; they must not change.
 

@@ -15,7 +15,7 @@ from ..parts.beside import Beside, Call
 from ..parts.isolation import Part, call_part
 from ..parts.plugins import checked
 from .base import PromptRows, Reward
-from .holdings import Offloaded
+from .holdings import Offloaded, placed_on
 from .transfer import HostImages
 
 
@@ -67,7 +67,6 @@ class PlacedReward:
         key = f"rewards.{entry.number}"
         self.part = Part(f"{key} ({entry.name})", timeout=entry.timeout, timeout_key=f"{key}.timeout")
         self.host, self.groupwise = bool(getattr(reward, "host", False)), bool(getattr(reward, "groupwise", False))
-        self.device = torch.device(entry.device) if entry.device else None
         self._beside = Beside(self.part, max(1, int(getattr(reward, "threads", 1))))
         self._weights: Offloaded | None = None
         self.seconds = 0.0
@@ -95,10 +94,9 @@ class PlacedReward:
         """
         if self.host:
             return self.collected(self.begun(HostImages(images, prompts))).to(images.device)
-        home, device, given = images.device, self.device or images.device, images
+        home, device = images.device, placed_on(self.entry.device, images.device)
         if device != home:
-            images, prompts = images.to(device), prompts.to(device)
-            kept = kept and images is given  # "cuda" may be the device that they are on
+            images, prompts, kept = images.to(device), prompts.to(device), False
         with self._working_on(device):
             parts = [self._scored(images[part], prompts[part], kept) for part in self._slices(len(images))]
         return self._told(parts[0] if len(parts) == 1 else torch.cat(parts)).to(home)
@@ -147,7 +145,7 @@ class PlacedReward:
             found = [self._checked(scores, part.stop - part.start).cpu() for part, scores in zip(parts, results, strict=True)]
             self.seconds += sum(call.seconds for call in calls)
         else:
-            with self._working_on(device := self.device or device):
+            with self._working_on(device := placed_on(self.entry.device, device)):
                 rows = prompts.to(device)
                 found = [self._scored(images[part].to(device).float() / 255, rows[part], False).cpu() for part in parts]
         sound = torch.ones(len(sizes), dtype=torch.int64).scatter_reduce(0, group, finite.long(), "amin").bool()[group]

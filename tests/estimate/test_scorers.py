@@ -52,7 +52,7 @@ def test_shared_towers_are_counted_once_and_named() -> None:
 def test_activations_have_a_phase_of_their_own_and_other_devices_their_own_sum() -> None:
     tower = nn.Linear(10, 10, bias=False)
     demands = [
-        ScorerDemand("a", Formula(tower, 2), rows=2),
+        ScorerDemand("a", Formula(tower, 2), "cuda", rows=2),  # which is the model's
         ScorerDemand("b", Formula(nn.Linear(1, 1, bias=False), 2), "cuda:1", 4),
         ScorerDemand("c", 1000, "cpu"),
     ]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from adagrpo.errors import RunError
 from adagrpo.parts.isolation import Job, Part, PartHung, wait_for
 from adagrpo.rewards import PromptRows
-from adagrpo.rewards.holdings import Offloaded, reachable, weights_of
+from adagrpo.rewards.holdings import Offloaded, placed_on, reachable, weights_of
 from adagrpo.rewards.placed import Entry, PlacedReward
 from adagrpo.rewards.transfer import HostImages
 
@@ -73,6 +73,13 @@ def test_images_that_need_not_move_are_copied(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(Tensor, "to", lambda tensor, *given, **more: tensor)
     PlacedReward(lambda images, prompts: images.zero_().sum((1, 2, 3)), Entry(device="cpu:0"))(images, rows(0))
     assert images.max() > 0
+
+
+def test_the_models_device_by_another_name_is_no_other_device() -> None:
+    cuda = [("", "cuda:1"), ("cuda", "cuda:1"), ("cuda:1", "cuda:1"), ("cuda", "cuda"), ("cuda:0", "cuda")]
+    assert all(placed_on(name, torch.device(home)) == torch.device(home) for name, home in cuda)
+    other = [("cuda:1", "cuda"), ("cuda:0", "cuda:1"), ("cpu", "cuda")]
+    assert all(placed_on(name, torch.device(home)) == torch.device(name) for name, home in other)
 
 
 def test_a_host_reward_gets_rounded_8_bit_copies_in_a_thread() -> None:
