@@ -19,7 +19,7 @@ class Nsfw(HostReward):
     for violence.
 
     Args:
-        unsafe: score the probability of the contrary instead, for a negative weight or a penalty's shift.
+        unsafe: score the probability of the contrary instead, to be reported as such; training wants ``scale = -1`` beside it.
         workers: pictures scored at once, one thread each; 0 is one per core, 8 at most.
 
     Raises:

@@ -88,7 +88,7 @@ def test_bf16_rounds_the_towers_only(bert: str, reward: ImageReward) -> None:
     assert {p.dtype for p in rounded.towers.parameters()} == {torch.bfloat16}
     assert {p.dtype for p in rounded.head.parameters()} == {torch.float32}
     images = noise(4, 32, 32)
-    torch.testing.assert_close(rounded(images, PROMPTS), reward(images, PROMPTS), atol=0.02, rtol=0)
+    torch.testing.assert_close(rounded(images, PROMPTS), reward(images, PROMPTS), atol=2e-3, rtol=0)
 
 
 def without(name: str):
