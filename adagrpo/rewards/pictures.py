@@ -34,6 +34,10 @@ def decoded(content: bytes, longest: int) -> Tensor:
         with Image.open(io.BytesIO(content), formats=("PNG", "JPEG")) as picture:
             if max(picture.size) > longest:
                 raise ValueError(f"{picture.width} x {picture.height} pixels; at most {longest} a side")
+            if picture.mode[0] in "IF":
+                raise ValueError(
+                    f"mode {picture.mode}: more than 8 bits a value, of which converting would cut the upper ones off"
+                )
             return torch.from_numpy(numpy.array(picture.convert("RGB"))).permute(2, 0, 1).contiguous()
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"not a PNG or JPEG file ({error})") from error

@@ -17,7 +17,10 @@ NAN = float("nan")
 
 
 class Batch(NamedTuple):
-    """Images of one request, as files, their prompts, and the metadata that travels with each."""
+    """Images of one request, as files, their prompts, and the metadata that travels with each.
+
+    What of the metadata JSON does not have, as the dates of a data set, is sent as text.
+    """
 
     images: list[bytes]
     prompts: list[str]
@@ -86,7 +89,7 @@ def _flow_factory_request(batch: Batch, name: str) -> bytes:
     body |= dict.fromkeys(("video", "condition_images", "condition_videos", "kwargs"))
     if any(batch.data):
         body["kwargs"] = {"metadata": batch.data}
-    return json.dumps(body).encode()
+    return json.dumps(body, default=str).encode()
 
 
 def _flow_factory_scores(body: bytes, count: int, name: str) -> list[float]:
@@ -109,7 +112,7 @@ def _unirl_request(batch: Batch, name: str) -> bytes:
         {"history": [{"text": text, "image_b64": image}], "required_rewards": wanted, "metadata": data or None}
         for text, image, data in turns
     ]
-    return json.dumps({"requests": asked}).encode()
+    return json.dumps({"requests": asked}, default=str).encode()
 
 
 def _unirl_scores(body: bytes, count: int, name: str) -> list[float]:

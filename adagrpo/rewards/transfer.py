@@ -25,7 +25,7 @@ class HostImages:
         self._texts, self._shape = prompts.texts, images.shape
         self._grouped = prompts.group_index is not None
         finite = images.isfinite().flatten(1).all(1)
-        pixels = images.detach().float().nan_to_num().mul(255).clamp(0, 255).round().to(torch.uint8)
+        pixels = images.detach().float().nan_to_num().mul_(255).clamp_(0, 255).round_().to(torch.uint8)
         index = [prompts.text_index, *([] if prompts.group_index is None else [prompts.group_index])]
         words = [t.to(images.device).contiguous().view(torch.uint8) for t in index]
         flat = torch.cat([*words, finite.view(torch.uint8), pixels.flatten()])

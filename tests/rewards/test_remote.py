@@ -10,6 +10,7 @@ import math
 import pickle
 import threading
 import time
+from datetime import date
 
 import numpy
 import pytest
@@ -78,9 +79,10 @@ def test_scores_come_in_order_and_each_image_is_sent_once() -> None:
 def test_metadata_token_and_jpeg_are_sent() -> None:
     with faulty(lambda number, body: brightness(body)) as server:
         one = remote(server, token="a token", image="jpeg")
-        assert one(images(2), ["plain", Prompt("told", {"include": [{"class": "cat"}]})]).isfinite().all()
+        told = Prompt("told", {"include": [{"class": "cat"}], "day": date(2024, 5, 6)})
+        assert one(images(2), ["plain", told]).isfinite().all()
     assert server.headers["Authorization"] == "Bearer a token"
-    assert server.seen[0]["kwargs"] == {"metadata": [{}, {"include": [{"class": "cat"}]}]}
+    assert server.seen[0]["kwargs"] == {"metadata": [{}, {"include": [{"class": "cat"}], "day": "2024-05-06"}]}
     assert Image.open(io.BytesIO(base64.b64decode(server.seen[0]["image"][0]))).format == "JPEG"
 
 

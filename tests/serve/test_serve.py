@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
+import io
 import os
 import re
 import signal
@@ -21,6 +22,7 @@ import pytest
 import torch
 import uvicorn
 from fault_server import within
+from PIL import Image
 
 from adagrpo.cli import main
 from adagrpo.errors import InputError
@@ -179,6 +181,13 @@ def one() -> dict:
     return {"prompt": ["p"], "image": files(images(1))}
 
 
+def deep() -> str:
+    """A PNG file of 16 bits a value."""
+    file = io.BytesIO()
+    Image.new("I;16", (4, 4), 4000).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
 @pytest.fixture(scope="module")
 def small() -> Iterator[str]:
     """A server that takes little."""
@@ -192,6 +201,7 @@ def small() -> Iterator[str]:
         ({"image": ["!!!"]}, 422, "image 0"),
         ({"image": [base64.b64encode(b"GIF89a").decode()]}, 422, "not a PNG or JPEG"),
         ({"image": [files(images(1))[0][:60]]}, 422, "image 0"),
+        ({"image": [deep()]}, 422, "mode I;16: more than 8 bits a value"),
         ({"image": [3]}, 422, "not text in base64"),
         ({"image": None}, 422, "image is None, not a list"),
         ({"image": files(images(1, 8, 80))}, 422, "80 x 8 pixels; at most 64"),
