@@ -38,7 +38,7 @@ class StopRequest:
     @contextlib.contextmanager
     def listening(self) -> Iterator[StopRequest]:
         """Handle the signals inside; earlier handlers come back afterwards."""
-        with _handling(SIGNALS, self._receive):
+        with handling(SIGNALS, self._receive):
             yield self
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
@@ -65,12 +65,12 @@ def leaving() -> Iterator[None]:
             received = True
             raise Stopped(signal.Signals(number))
 
-    with _handling(SIGNALS[1:], leave):
+    with handling(SIGNALS[1:], leave):
         yield
 
 
 @contextlib.contextmanager
-def _handling(numbers: Sequence[signal.Signals], handler: Handler) -> Iterator[None]:
+def handling(numbers: Sequence[signal.Signals], handler: Handler) -> Iterator[None]:
     """Handle those of the signals that are not ignored; only the main thread can."""
     earlier = {}
     if threading.current_thread() is threading.main_thread():

@@ -6,8 +6,10 @@ import argparse
 import contextlib
 import ipaddress
 import logging
+import signal
 import socket
 from collections.abc import Iterator, Sequence
+from types import FrameType
 from typing import Any
 
 from ..arguments import new_arguments, require_one_rank, whole_number
@@ -15,6 +17,7 @@ from ..errors import InputError, Stopped
 from ..recipe.keys import Config, RewardConfig
 from ..recipe.load import read_recipe, recipe_names
 from ..rewards import BUILT_IN, build_reward, check_reward_files
+from ..run.signals import handling
 from ..text.redaction import ENVIRONMENT, resolved
 from ..text.user_text import require_within, shown
 
@@ -88,11 +91,18 @@ def _serve(args: argparse.Namespace, rest: Sequence[str]) -> int:
         )
         host = f"[{args.host}]" if ":" in args.host else args.host
         print(f"serving {entry.name} at http://{host}:{listener.getsockname()[1]}", flush=True)
+        others: list[int] = []
+
+        def end(number: int, frame: FrameType | None) -> None:
+            others.append(number)
+            signal.raise_signal(signal.SIGTERM)  # which uvicorn knows
+
         try:
-            uvicorn.Server(config).run([listener])
+            with handling((signal.SIGHUP, signal.SIGUSR1), end):
+                uvicorn.Server(config).run([listener])
             code = 0
         except Stopped as stopped:  # uvicorn raises the signal again once accepted requests are answered
-            code = 128 + stopped.signal
+            code = 128 + (others or [stopped.signal])[0]
         except KeyboardInterrupt:
             code = 130
         batcher.close(DRAIN)

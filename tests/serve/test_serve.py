@@ -361,7 +361,8 @@ def test_a_port_that_is_taken_is_found_before_the_reward_is_loaded(capsys) -> No
     assert f"--port {port}: Address already in use" in said and said.count("\n") == 1
 
 
-def test_a_signal_lets_accepted_requests_finish_and_refuses_new_ones(tmp_path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_lets_accepted_requests_finish_and_refuses_new_ones(number: signal.Signals, tmp_path) -> None:
     """The whole command, in a process of its own, over a user's reward that takes half a second."""
     (tmp_path / "slow.py").write_text(
         "import time\n"
@@ -390,8 +391,9 @@ def test_a_signal_lets_accepted_requests_finish_and_refuses_new_ones(tmp_path) -
             waiting = [pool.submit(asked, url, token="a word of six", prompt=["p"], image=files(p[None])) for p in pictures]
             while httpx.get(f"{url}/health", headers={"Authorization": "Bearer a word of six"}).json()["queue"] < 3:
                 time.sleep(0.02)
-            process.send_signal(signal.SIGTERM)
+            process.send_signal(number)
             time.sleep(0.4)
+            process.send_signal(number)  # changes nothing
             with pytest.raises(httpx.TransportError):
                 asked(url, token="a word of six", prompt=["p"], image=files(images(1)))
             found = [w.result().json()["rewards"][0] for w in waiting]
@@ -399,7 +401,7 @@ def test_a_signal_lets_accepted_requests_finish_and_refuses_new_ones(tmp_path) -
         out, err = within(20, lambda: process.communicate(timeout=20))
     finally:
         process.kill()
-    assert process.returncode == 128 + signal.SIGTERM and "3 images scored" in out and "Traceback" not in err
+    assert process.returncode == 128 + number and "3 images scored" in out and "Traceback" not in err
 
 
 def test_a_served_reward_is_the_built_in_one() -> None:
