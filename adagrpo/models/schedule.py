@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..text.strict_json import to_json
 from .base import FlowModel
 from .loading import first_line
 
@@ -36,8 +36,8 @@ def make_scheduler(config: Mapping[str, Any] | None) -> Any:
         ("num_train_timesteps", _TIMESTEPS, f"timesteps here are {_TIMESTEPS} times the noise level"),
     ):
         if (value := config.get(option, meant)) != meant:
-            told = f"{option} = {json.dumps(value, default=str)} in the model's scheduler_config.json: {why}"
-            raise InputError(f"{_KEY}: {told}; set it to {json.dumps(meant)} there, or name a number")
+            told = f"{option} = {to_json(value, default=str)} in the model's scheduler_config.json: {why}"
+            raise InputError(f"{_KEY}: {told}; set it to {to_json(meant)} there, or name a number")
     try:
         return FlowMatchEulerDiscreteScheduler.from_config(dict(config))
     except (TypeError, ValueError, ImportError) as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..prompts.prompt import data_of
+from ..text.strict_json import to_json
 from ..text.user_text import cut, read_text, shown
 from .client import Call, Client, Limits, NoAnswer, check_url, read_json
 from .pictures import KINDS, encoded
@@ -191,7 +191,7 @@ class Judge:
         content.insert(1, {"type": "image_url", "image_url": {"url": data}})
         content = [part for part in content if part.get("text") != ""]
         message = {"role": "user", "content": content}
-        return json.dumps({"model": self.model, "messages": [message], "temperature": 0, **self.request}).encode()
+        return to_json({"model": self.model, "messages": [message], "temperature": 0, **self.request}).encode()
 
     @staticmethod
     def _reply(body: bytes) -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import base64
-import json
 import math
 import pickle
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from ..text.strict_json import to_json
 from ..text.user_text import shown
 from .client import NoAnswer, read_json
 from .pickled import restricted_loads
@@ -89,7 +89,7 @@ def _flow_factory_request(batch: Batch, name: str) -> bytes:
     body |= dict.fromkeys(("video", "condition_images", "condition_videos", "kwargs"))
     if any(batch.data):
         body["kwargs"] = {"metadata": batch.data}
-    return json.dumps(body, default=str).encode()
+    return to_json(body, default=str).encode()
 
 
 def _flow_factory_scores(body: bytes, count: int, name: str) -> list[float]:
@@ -112,7 +112,7 @@ def _unirl_request(batch: Batch, name: str) -> bytes:
         {"history": [{"text": text, "image_b64": image}], "required_rewards": wanted, "metadata": data or None}
         for text, image, data in turns
     ]
-    return json.dumps({"requests": asked}, default=str).encode()
+    return to_json({"requests": asked}, default=str).encode()
 
 
 def _unirl_scores(body: bytes, count: int, name: str) -> list[float]:

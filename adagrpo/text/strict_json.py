@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 # Line ends to Python, JavaScript and editors, but not to JSON; they can only stand inside strings.
 _LINE_ENDS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
 
 
-def to_json(value: Any, indent: int | None = None) -> str:
+def to_json(value: Any, indent: int | None = None, default: Callable[[Any], Any] | None = None) -> str:
     """JSON that every reader accepts (RFC 8259), that encodes as UTF-8, and without ``indent`` is one line to every reader.
 
     NaN and infinities, which JSON does not have, become null; lone surrogates, as undecodable file names bring them, are
@@ -18,11 +19,12 @@ def to_json(value: Any, indent: int | None = None) -> str:
 
     Args:
         value: dicts, lists, tuples, strings, numbers, bools and None.
+        default: makes one of these of anything else.
 
     Raises:
-        TypeError: something else.
+        TypeError: something else, without ``default``.
     """
-    return json.dumps(_clean(value), indent=indent, ensure_ascii=False, allow_nan=False).translate(_LINE_ENDS)
+    return json.dumps(_clean(value), indent=indent, ensure_ascii=False, allow_nan=False, default=default).translate(_LINE_ENDS)
 
 
 def from_json(text: str | bytes) -> Any:

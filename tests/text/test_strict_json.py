@@ -90,4 +90,4 @@ def test_only_one_module_knows_how_json_is_written() -> None:
         for node in ast.walk(ast.parse(path.read_text("utf-8")))
         if isinstance(node, ast.Attribute) and ast.unparse(node) in ("json.dumps", "json.dump")
     }
-    assert writing == {"text/strict_json.py", "study/seeds.py", "run/folder.py", "report/page.py"}
+    assert writing == {"text/strict_json.py", "study/seeds.py", "report/page.py"}
