@@ -27,7 +27,8 @@ def published_row(scheme: str, grid: list[float], k: int, eta: float) -> dict[st
         keep = s_next * math.cos(eta * math.pi / 2)
         a, b, w = (1 - s_next) + keep, keep * (1 - s) - (1 - s_next) * s, s_next * math.sin(eta * math.pi / 2)
     else:
-        diffusion = eta * math.sqrt(s / (1 - (grid[1] if s == 1 else s))) if scheme == "flow" else eta
+        published = {"flow": eta * math.sqrt(s / (1 - (grid[1] if s == 1 else s))), "dance": eta, "flash": eta * s}
+        diffusion = published[scheme]
         a = 1 + diffusion**2 / (2 * s) * dt
         b = (1 + diffusion**2 * (1 - s) / (2 * s)) * dt
         w = diffusion * math.sqrt(-dt)
