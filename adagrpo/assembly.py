@@ -82,16 +82,18 @@ def build_sampler(config: Config, ranks: Ranks) -> Sampler:
     schedule = StepSchedule(r.steps, r.sde_steps, window, Derived(config).trained_steps, train.seed)
     shape = GroupShape(r.group_size, train.steps_per_iteration, train.slots, ranks, train.update_by)
     if r.plan == "fork":
-        return ForkSampler(schedule, shape, r.fork_velocity == "fresh")
+        return ForkSampler(schedule, shape, r.fork_velocity == "fresh", r.seeds, Derived(config).tails_per_sample)
     return TrajectorySampler(schedule, shape, r.shared_noise)
 
 
 def build_fusion(config: Config, weights: Tensor, impl: str | None, fuse: Fuse | None = None) -> Fusion:
     """How rewards become advantages; ``fuse`` is a user's function."""
-    a, train = config.advantage, config.train
+    a, train, d = config.advantage, config.train, Derived(config)
     shuffle = train.seed if train.shuffle_advantages else None
-    names = tuple(reward.name for reward in config.rewards)
-    return Fusion(names, weights, a.clip, a.weight, a.calibration, Derived(config).scale, impl, fuse, shuffle)
+    tails, seeds = d.tails_per_sample, config.rollout.seeds if a.groups == "prompt" else 1
+    names = tuple(r.name if tails == 1 else f"{r.name}_tail{g}" for r in config.rewards for g in range(tails))
+    options = (a.clip, a.weight, a.calibration, d.scale, impl, fuse, shuffle)
+    return Fusion(names, weights.repeat_interleave(tails), *options, tails, seeds, d.trained_steps)
 
 
 def load_reward(config: Config, number: int) -> Reward:

@@ -103,11 +103,11 @@ def stored_latents(config: Config, model: FlowModel) -> Latents:
         storage=d.storage,
         wide=d.wide,
         velocity=model.dtype,
-        anchors=max(on_grid) if d.forks else 0,
+        anchors=max(on_grid) + d.slots * (config.rollout.seeds - 1) if d.forks else 0,
         forks=len(d.forks),
         transitions=d.transitions,
         successors=samples if d.forks else d.transitions,
-        samples=samples,
+        samples=samples * d.tails_per_sample,
     )
 
 

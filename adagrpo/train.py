@@ -151,10 +151,10 @@ class Trainer:
         return self.sampler(self.executor, *anchors, conditioning, self.iterations_done, self.draws, scores), scores
 
     def reward(self, choice: Choice, samples: Samples, scores: Overlap) -> Tensor:
-        """Rewards [M, groups, G]; NaN where a sample failed, and for slots without a pick."""
+        """Rewards [M, groups, G], or [M*tails, groups, G]; NaN where a sample failed, and for slots without a pick."""
         found = scores.result()
         slot_picks = choice.picks.repeat_interleave(found.shape[1] // len(choice.picks))
-        return torch.where(slot_picks >= 0, found, torch.nan).unflatten(1, (samples.groups, -1))
+        return samples.by_group(torch.where(slot_picks >= 0, found, torch.nan))
 
     def refill(self, groups: Groups) -> Groups:
         """Draw the slots whose groups all lack spread once more, from new prompts; reads one flag per slot."""

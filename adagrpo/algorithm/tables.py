@@ -21,7 +21,7 @@ class RolloutTable:
         num_steps: T.
         sigmas: noise levels at which velocities are evaluated: the grid's T, then those of short probes.
         history: [rows], weight of the preview of the step before (``sde_step``'s second-order term); None without tails.
-        tails: for each last stochastic step with a tail of its own, the table rows from the step after it to the image.
+        tails: for each last stochastic step with tails of its own, the table rows of each from the step after it to the image.
         probe: table rows of a short probe.
     """
 
@@ -30,7 +30,7 @@ class RolloutTable:
     num_steps: int
     sigmas: Tensor
     history: Tensor | None = None
-    tails: dict[int, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    tails: dict[int, tuple[tuple[int, ...], ...]] = dataclasses.field(default_factory=dict)
     probe: tuple[int, ...] = ()
 
     def to(self, device: torch.device, dtype: torch.dtype) -> RolloutTable:
@@ -54,6 +54,27 @@ class RolloutTable:
         return [*steps, self.sigmas, *([] if self.history is None else [self.history])]
 
 
+@dataclasses.dataclass(frozen=True)
+class Granularity:
+    """A tail that skips steps of the grid from the second after its fork on (G2RPO).
+
+    Attributes:
+        step: how many places of the grid each of its steps takes.
+        released: where it does not meet the end of the grid, its last place is left out, not followed by the end: the released
+            code stops there and takes the clean prediction of the step before it for the image.
+    """
+
+    step: int
+    released: bool = False
+
+    def points(self, k: int, num_steps: int) -> list[int]:
+        """Its places on the grid, from k + 1 to T."""
+        points = [k + 1, *range(k + 2, num_steps + 1, self.step)]
+        if points[-1] == num_steps:
+            return points
+        return [*(points[:-1] if self.released else points), num_steps]
+
+
 def rollout_table(
     sigmas: Tensor,
     scheme: str,
@@ -63,6 +84,7 @@ def rollout_table(
     tail_solver: str = "dpmpp2m",
     probe_sigmas: Tensor | None = None,
     tail_past: bool = False,
+    granularities: Sequence[Granularity] = (),
 ) -> RolloutTable:
     """The table of a recipe.
 
@@ -74,6 +96,7 @@ def rollout_table(
         tail_solver: ``dpmpp2m`` (DPM-Solver++ 2M, Lu et al. 2022) or ``euler``.
         probe_sigmas: float64 [m + 1], falling: the grid of short probes.
         tail_past: tails go on from the clean prediction of step k itself, which trajectories have at hand.
+        granularities: of several Euler tails of each fork, instead of a shortened one.
 
     Returns:
         A float64 table on the CPU.
@@ -81,19 +104,18 @@ def rollout_table(
     num_steps = len(sigmas) - 1
     parts = [step_table("ode", sigmas), step_table(scheme, sigmas, eta)]
     positions = [torch.arange(num_steps).repeat(2)]
-    weights, tails, rows = [torch.zeros(2 * num_steps, dtype=torch.float64)], {}, 2 * num_steps
-    for k in forks if tail_steps else ():
-        left = num_steps - k - 1
-        count = min(left, tail_steps)
-        points = torch.tensor([k + 1 + round(i * left / count) for i in range(count + 1)])
-        steps, weight = multistep_table(
-            sigmas[points], 2 if tail_solver == "dpmpp2m" else 1, sigmas[k : k + 1] if tail_past else None
-        )
-        tails[k] = tuple(range(rows, rows + count))
-        parts.append(steps)
-        positions.append(points[:-1])
-        weights.append(weight)
-        rows += count
+    weights, rows = [torch.zeros(2 * num_steps, dtype=torch.float64)], 2 * num_steps
+    tails: dict[int, tuple[tuple[int, ...], ...]] = {}
+    order = 2 if tail_solver == "dpmpp2m" and not granularities else 1
+    for k in forks if tail_steps or granularities else ():
+        grids = [g.points(k, num_steps) for g in granularities] or [_shortened(k, num_steps, tail_steps)]
+        for points in grids:
+            steps, weight = multistep_table(sigmas[points], order, sigmas[k : k + 1] if tail_past else None)
+            tails[k] = (*tails.get(k, ()), tuple(range(rows, rows + len(steps))))
+            parts.append(steps)
+            positions.append(torch.tensor(points[:-1]))
+            weights.append(weight)
+            rows += len(steps)
     levels = sigmas[:-1].double()
     probe: tuple[int, ...] = ()
     if probe_sigmas is not None:
@@ -105,6 +127,13 @@ def rollout_table(
         levels = torch.cat([levels, short.sigma])
     history = torch.cat(weights) if tails else None
     return RolloutTable(StepTable.concat(parts), torch.cat(positions), num_steps, levels, history, tails, probe)
+
+
+def _shortened(k: int, num_steps: int, most: int) -> list[int]:
+    """Places on the grid of a tail of at most ``most`` steps, as even as they come."""
+    left = num_steps - k - 1
+    count = min(left, most)
+    return [k + 1 + round(i * left / count) for i in range(count + 1)]
 
 
 def multistep_table(sigmas: Tensor, order: int, past: Tensor | None = None) -> tuple[StepTable, Tensor]:

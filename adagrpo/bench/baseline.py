@@ -70,6 +70,8 @@ class PublishedLoop:
         for key, value, needed in (
             ("rollout.plan", config.rollout.plan, "fork"),
             ("rollout.tail_steps", config.rollout.tail_steps, 0),
+            ("rollout.granularities", config.rollout.granularities, (1,)),
+            ("rollout.seeds", config.rollout.seeds, 1),
             ("rollout.trained_share", config.rollout.trained_share, 1.0),
             ("train.update_by", config.train.update_by, "steps"),
             ("loss.ratio", config.loss.ratio, "plain"),

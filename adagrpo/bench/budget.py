@@ -138,19 +138,19 @@ def schedule_evaluations(config: Config) -> dict[str, int] | None:
 
     With P slots, T steps, stochastic steps S and groups of G: ``scheduled_probes``; groups P·G·(T-1-k) summed over the k in S
     (shortened tails: at most ``tail_steps`` each), whole trajectories P·G·T; the replay one per stored latent.
-    None where an iteration's work is not fixed: a drawn share of the steps, refilled slots, tails behind a window that moves.
+    None where an iteration's work is not fixed: a drawn share of the steps, refilled slots, other tails.
     """
     r, p = config.rollout, Derived(config).slots
-    moving = r.plan == "window" and r.tail_steps > 0
+    moving = (r.plan == "window" and r.tail_steps > 0) or r.granularities != (1,)
     if r.trained_share < 1 or config.advantage.equal_groups == "refill" or moving:
         return None
     counts = {"probe": scheduled_probes(config)} if r.plan == "fork" or Derived(config).scores_needed else {}
     if r.plan == "fork":
-        stored = p * len(r.sde_steps)
+        stored = p * len(r.sde_steps) * r.seeds
         if r.fork_velocity == "fresh":
             counts["prefix"] = stored
         tails = [min(r.steps - 1 - k, r.tail_steps or r.steps) for k in r.sde_steps]
-        counts["rollout"] = p * r.group_size * sum(tails)
+        counts["rollout"] = p * (r.seeds * r.group_size * sum(tails) + (r.seeds - 1) * r.steps)
     else:
         stored = p * r.group_size * (r.window_size if r.plan == "window" else len(r.sde_steps))
         last = r.sde_steps[-1] if r.sde_steps and r.plan == "trajectory" else r.steps - 1

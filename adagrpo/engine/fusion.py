@@ -27,7 +27,10 @@ class Fusion:
     """Cross-level advantages of groups (AdaGRPO, section 3), or a user's.
 
     Attributes:
-        names, weights: of the M rewards; weights [M].
+        names, weights: of the M rewards; weights [M]. Where samples have several tails, of each reward under each of them.
+        tails: images of each sample: its advantages under each are summed (G2RPO).
+        seeds: anchors of a slot whose groups at a step are one group here (TempFlow-GRPO); 1 leaves them apart.
+        steps: groups of each anchor.
         clip, weight, calibration: as in ``reward_advantage``.
         scale: of the local part.
         impl: implementation of the operator.
@@ -44,6 +47,9 @@ class Fusion:
     impl: str | None = None
     function: Fuse | None = None
     shuffle_seed: int | None = None
+    tails: int = 1
+    seeds: int = 1
+    steps: int = 1
 
     def __call__(self, rewards: Tensor, level: CapabilityState, draws: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Advantages [groups, G] of rewards [M, groups, G], and what to log of rewards and fusion.
@@ -51,12 +57,16 @@ class Fusion:
         Args:
             draws: made so far; the control shuffles by them.
         """
+        if self.tails > 1:
+            level = CapabilityState(*(t.repeat_interleave(self.tails) for t in (level.mean, level.var, level.count)))
+        apart, rewards = rewards, self._pooled(rewards)
         if self.function is not None:
             advantage = self.function(rewards, level, self.weights)
             found = [advantage_statistics(r, advantage, level[m]) | reward_statistics(r) for m, r in enumerate(rewards)]
         else:
             options = (self.clip, self.weight, self.calibration, self.impl, self.scale)
             advantage, found = reward_advantage(rewards, level, self.weights, *options)
+        advantage, rewards = self._pooled(advantage, undo=True), apart
         statistics = self._named(found)
         if len(self.names) > 1:  # what the guards watch: a sample fails with any of its rewards
             statistics["advantage/failed"] = (~rewards.isfinite().all(0)).double().mean()
@@ -66,6 +76,14 @@ class Fusion:
             order = torch.rand(advantage.shape, generator=generator).argsort(-1).to(advantage.device)
             advantage = advantage.gather(-1, order)
         return advantage, statistics
+
+    def _pooled(self, values: Tensor, undo: bool = False) -> Tensor:
+        """Groups [..., P*seeds*steps, G] put together over seeds, [..., P*steps, seeds*G], or the reverse."""
+        if self.seeds == 1:
+            return values
+        if undo:
+            return values.unflatten(-1, (self.seeds, -1)).unflatten(-3, (-1, self.steps)).movedim(-2, -3).flatten(-4, -2)
+        return values.unflatten(-2, (-1, self.seeds, self.steps)).movedim(-2, -3).flatten(-2, -1).flatten(-3, -2)
 
     def _named(self, found: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Metrics by name: the first reward's plain, the others' with number and name."""

@@ -111,18 +111,20 @@ def branch_plan(
     group_size: int,
     num_steps: int,
     first_slot: int = 0,
-    tails: Mapping[int, Sequence[int]] | None = None,
+    tails: Mapping[int, Sequence[Sequence[int]]] | None = None,
+    seeds: int = 1,
 ) -> Plan:
-    """The tails of forked groups: rows ordered (slot, fork step, member), each entering after its fork step.
+    """The tails of forked groups: rows ordered (slot, seed, fork step, tail, member), each entering after its fork step.
 
     The fork itself is ``RolloutExecutor.fork``; branches merge with earlier ones as soon as they enter.
 
     Args:
-        tails: table rows of each fork step's tail (``RolloutTable.tails``); they end together, so that all merge. None takes
+        tails: table rows of each fork step's tails (``RolloutTable.tails``); they end together, so that all merge. None takes
             every step of the grid.
+        seeds: anchors of each slot.
     """
-    rows = tuple(tuple(tails[k]) for k in steps) if tails else None
-    return _branch_plan(slots, tuple(steps), group_size, num_steps, first_slot, rows)
+    rows = tuple(tuple(map(tuple, tails[k])) for k in steps) if tails else None
+    return _branch_plan(slots, tuple(steps), group_size, num_steps, first_slot, rows, seeds)
 
 
 @functools.lru_cache(KEPT_PLANS)
@@ -132,21 +134,23 @@ def _branch_plan(
     group_size: int,
     num_steps: int,
     first_slot: int,
-    tails: tuple[tuple[int, ...], ...] | None,
+    tails: tuple[tuple[tuple[int, ...], ...], ...] | None,
+    seeds: int,
 ) -> Plan:
     if tails is None:
         start = torch.tensor(steps, dtype=torch.int64) + 1
         index = torch.arange(num_steps).repeat(len(steps), 1)
     else:
-        longest = max(map(len, tails))
-        start = torch.tensor([longest - len(tail) for tail in tails])
-        index = torch.tensor([(0,) * (longest - len(tail)) + tail for tail in tails])
-    rows = slots * len(steps) * group_size
+        each = [tail for of_step in tails for tail in of_step]
+        longest = max(map(len, each))
+        start = torch.tensor([longest - len(tail) for tail in each])
+        index = torch.tensor([(0,) * (longest - len(tail)) + tail for tail in each])
+    per_slot = seeds * len(start) * group_size
     return Plan(
-        start=start.repeat_interleave(group_size).repeat(slots),
-        index=index.repeat_interleave(group_size, 0).repeat(slots, 1),
-        conditioning=torch.arange(slots).repeat_interleave(len(steps) * group_size),
-        noise_row=torch.arange(rows) + first_slot * len(steps) * group_size,
+        start=start.repeat_interleave(group_size).repeat(slots * seeds),
+        index=index.repeat_interleave(group_size, 0).repeat(slots * seeds, 1),
+        conditioning=torch.arange(slots).repeat_interleave(per_slot),
+        noise_row=torch.arange(slots * per_slot) + first_slot * per_slot,
         noise_stream=Stream.FORK,
         history=tails is not None,
     )

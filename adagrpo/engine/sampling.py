@@ -13,9 +13,12 @@ from ..algorithm.host_choices import host_generator
 from ..algorithm.sde import Stream
 from ..models.base import Conditioning
 from .executor import Finished, RolloutExecutor
-from .plans import Plan, Window, branch_plan, device_integers, trajectory_plan, update_batches
+from .plans import Plan, Window, branch_plan, device_integers, probe_plan, trajectory_plan, update_batches
 from .ranks import Ranks
 from .rollout import Rollout, Transitions
+
+Tails = Mapping[int, Sequence[Sequence[int]]]
+"""``RolloutTable.tails``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,11 +26,12 @@ class Samples:
     """What a rollout hands to reward and update.
 
     Attributes:
-        final: [R, L, C] clean latents, ordered (slot, group, member).
-        groups: number of reward groups; R = groups * group size.
+        final: [R, L, C] clean latents, ordered (slot, group, tail, member).
+        groups: number of groups; R = groups * tails * group size.
         transitions: the stored stochastic steps.
         batches: micro-batches of each optimizer step, see ``update_batches``.
         merged: some slots come from a second draw, whose fork velocities had another batch geometry.
+        tails: images of each sample, by tails of several granularities.
     """
 
     final: Tensor
@@ -35,6 +39,11 @@ class Samples:
     transitions: Transitions
     batches: list[list[Tensor]]
     merged: bool = False
+    tails: int = 1
+
+    def by_group(self, scores: Tensor) -> Tensor:
+        """Scores [M, R] of the final latents by group and member: [M*tails, groups, G]."""
+        return scores.unflatten(1, (self.groups, self.tails, -1)).movedim(2, 1).flatten(0, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,9 +117,13 @@ class Sampler(Protocol):
         """Whether the update's micro-batches are run before the rollout, for the velocities that groups fork with."""
         ...
 
-    def plan(self, slots: int, tails: Mapping[int, Sequence[int]] | None = None, iteration: int | None = None) -> Plan:
+    def plan(self, slots: int, tails: Tails | None = None, iteration: int | None = None) -> Plan:
         """The rollout of an iteration; None is one that trains every stochastic step and runs as much as any. ``tails`` are
         ``RolloutTable.tails``."""
+        ...
+
+    def anchor_plan(self, slots: int) -> Plan | None:
+        """What is sampled before the rollout; None is nothing."""
         ...
 
     def batches(self, slots: int, max_rows: int, device: torch.device | str = "cpu") -> list[list[Tensor]]:
@@ -150,24 +163,34 @@ class ForkSampler:
     Attributes:
         fresh_velocity: compute the fork velocities anew, in the micro-batches of the update (same rows, same kernels),
             instead of taking the anchor's.
+        seeds: anchors of each slot: the pick's own, and others from noise of their own (TempFlow-GRPO).
+        tails: of each sample (``RolloutTable.tails``).
     """
 
     schedule: StepSchedule
     shape: GroupShape
     fresh_velocity: bool = True
+    seeds: int = 1
+    tails: int = 1
 
     def rows_per_slot(self, iteration: int) -> int:
-        """A group at each trained step."""
-        return self.shape.group_size * len(self.schedule.learnt(iteration))
+        """A group at each trained step of each anchor, and for each of its tails."""
+        return self.shape.group_size * len(self.schedule.learnt(iteration)) * self.seeds * self.tails
 
-    def plan(self, slots: int, tails: Mapping[int, Sequence[int]] | None = None, iteration: int | None = None) -> Plan:
+    def anchor_plan(self, slots: int) -> Plan | None:
+        """The anchors beyond the picks' own."""
+        rows = [slot for slot in range(slots) for _ in range(self.seeds - 1)]
+        return probe_plan(rows, self.schedule.steps, self.schedule.sde_steps) if rows else None
+
+    def plan(self, slots: int, tails: Tails | None = None, iteration: int | None = None) -> Plan:
         """The tails of the groups."""
         steps = self.schedule.sde_steps if iteration is None else self.schedule.learnt(iteration)
-        return branch_plan(slots, steps, self.shape.group_size, self.schedule.steps, self.shape.ranks.first(slots), tails)
+        first = self.shape.ranks.first(slots)
+        return branch_plan(slots, steps, self.shape.group_size, self.schedule.steps, first, tails, self.seeds)
 
     def batches(self, slots: int, max_rows: int, device: torch.device | str = "cpu") -> list[list[Tensor]]:
-        """A fork is one transition, whatever its members."""
-        return self.shape.batches(slots, 1, self.schedule.trained, max_rows, device)
+        """A fork is one transition, whatever its members; an anchor is a sample."""
+        return self.shape.batches(slots, self.seeds, self.schedule.trained, max_rows, device)
 
     def __call__(
         self,
@@ -182,23 +205,46 @@ class ForkSampler:
         """See ``Sampler``."""
         assert anchors is not None
         steps, group_size = self.schedule.learnt(iteration), self.shape.group_size
-        slots, forks, device = anchor_row.shape[0], len(steps), anchor_row.device
-        latent = _at_forks(anchors.latents, steps, anchor_row)
-        index = (device_integers(steps, device) + executor.num_steps).repeat(slots)
-        slot = torch.arange(slots, device=device).repeat_interleave(forks)
+        slots, device = anchor_row.shape[0], anchor_row.device
+        groups = slots * self.seeds * len(steps)
+        latent = self._forked(executor, anchors, anchor_row, conditioning, draw, steps)
+        index = (device_integers(steps, device) + executor.num_steps).repeat(slots * self.seeds)
+        slot = torch.arange(slots, device=device).repeat_interleave(groups // slots)
         batches = self.batches(slots, executor.limit.max_rows, device)
         if self.fresh_velocity:
             v = _fresh_velocities(executor, latent, index, conditioning, slot, batches)
         else:
             v = _at_forks(anchors.velocities, steps, anchor_row)
         plan = self.plan(slots, executor.rollout_table.tails, iteration)
-        first_row = self.shape.ranks.first(slots) * forks * group_size
-        noise_row = torch.arange(first_row, first_row + plan.num_rows, device=device).reshape(slots * forks, group_size)
+        first_row = self.shape.ranks.first(slots) * groups // slots * group_size
+        noise_row = torch.arange(first_row, first_row + groups * group_size, device=device).reshape(groups, group_size)
         with executor.phase("rollout"):
             transitions = executor.fork(latent, v, index, slot, noise_row, draw)
-        start = transitions.successors.flatten(0, 1)
+        start = transitions.successors.unsqueeze(1).expand(-1, self.tails, -1, -1, -1).flatten(0, 2)
         rollout = executor.run(plan, start, conditioning, draw, "rollout", finished=finished)
-        return Samples(rollout.final, slots * forks, transitions, batches)
+        return Samples(rollout.final, groups, transitions, batches, tails=self.tails)
+
+    def _forked(
+        self,
+        executor: RolloutExecutor,
+        anchors: Rollout,
+        anchor_row: Tensor,
+        conditioning: Conditioning,
+        draw: int,
+        steps: Sequence[int],
+    ) -> Tensor:
+        """Latents [P*seeds*K, L, C] at the fork steps of every anchor."""
+        latent = _at_forks(anchors.latents, steps, anchor_row)
+        plan = self.anchor_plan(anchor_row.shape[0])
+        if plan is None:
+            return latent
+        rows = torch.arange(plan.num_rows, device=anchor_row.device)
+        first = self.shape.ranks.first(anchor_row.shape[0]) * (self.seeds - 1)
+        x = executor.initial_noise(rows + first, draw, Stream.TRAJECTORY_INIT)
+        others = executor.run(plan, x, conditioning, draw, "rollout").latents
+        by_anchor = (len(anchor_row), -1, len(steps))
+        pair = (latent.unflatten(0, by_anchor), _at_forks(others, steps, rows).unflatten(0, by_anchor))
+        return torch.cat(pair, 1).flatten(0, 2)
 
 
 def _at_forks(kept: Mapping[int, Tensor], steps: Sequence[int], rows: Tensor) -> Tensor:
@@ -244,12 +290,16 @@ class TrajectorySampler:
         """Nothing forks."""
         return False
 
-    def plan(self, slots: int, tails: Mapping[int, Sequence[int]] | None = None, iteration: int | None = None) -> Plan:
+    def anchor_plan(self, slots: int) -> Plan | None:
+        """Nothing forks."""
+        return None
+
+    def plan(self, slots: int, tails: Tails | None = None, iteration: int | None = None) -> Plan:
         """The trajectories; None is the longest."""
         stochastic = self.schedule.stochastic(iteration)
         learnt = stochastic if iteration is None else self.schedule.learnt(iteration)
         first_slot = self.shape.ranks.first(slots)
-        tail = tails[stochastic[-1]] if tails else None
+        tail = tails[stochastic[-1]][0] if tails else None
         return trajectory_plan(slots, self.shape.group_size, self.schedule.steps, stochastic, learnt, first_slot, tail)
 
     def batches(self, slots: int, max_rows: int, device: torch.device | str = "cpu") -> list[list[Tensor]]:

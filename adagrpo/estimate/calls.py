@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from ..curriculum.base import Leg
 from ..engine.plans import chunk_sizes
-from ..engine.sampling import Sampler
+from ..engine.sampling import Sampler, Tails
 from ..engine.update import Objective
 
 
@@ -15,7 +15,7 @@ def iteration_calls(
     sampler: Sampler,
     objective: Objective,
     slots: int,
-    tails: Mapping[int, Sequence[int]] | None = None,
+    tails: Tails | None = None,
     max_rows: int = 0,
     decode_rows: int = 0,
     iteration: int | None = None,
@@ -33,7 +33,8 @@ def iteration_calls(
     if sampler.fresh_velocity:
         calls["prefix"] = update
     plan = sampler.plan(slots, tails, iteration)
-    calls["rollout"] = plan.calls(max_rows)
+    anchors = sampler.anchor_plan(slots)
+    calls["rollout"] = [*(anchors.calls(max_rows) if anchors else ()), *plan.calls(max_rows)]
     calls["decode"] = decoded([*(rows for leg in legs for rows in leg.scored), plan.num_rows], max_rows, decode_rows)
     return calls | dict.fromkeys(objective.replays, update)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..algorithm.advantages import Scale
 from ..algorithm.sde import sigma_schedule
 from ..algorithm.selection import STRATEGIES
-from ..algorithm.tables import RolloutTable, rollout_table
+from ..algorithm.tables import Granularity, RolloutTable, rollout_table
 from ..models.registry import FAMILIES
 from .keys import Config
 
@@ -74,13 +74,26 @@ class Derived:
     @property
     def groups(self) -> int:
         """Reward groups of an iteration: one per slot, and with forks one per trained step."""
-        return self.slots * (self.trained_steps if self.forks else 1)
+        return self.slots * (self.trained_steps * self.config.rollout.seeds if self.forks else 1)
 
     @property
     def samples_per_slot(self) -> int:
         """Samples that one slot needs where every stochastic step is trained."""
         r = self.config.rollout
-        return r.group_size * (len(r.sde_steps) if r.plan == "fork" else 1)
+        return r.group_size * (len(r.sde_steps) * r.seeds * self.tails_per_sample if r.plan == "fork" else 1)
+
+    @property
+    def granularities(self) -> tuple[Granularity, ...]:
+        """Of the tails of every fork; empty where each has one tail, as ``tail_steps`` says."""
+        r = self.config.rollout
+        if r.granularities == (1,):
+            return ()
+        return tuple(Granularity(step, r.granular_end == "released") for step in r.granularities)
+
+    @property
+    def tails_per_sample(self) -> int:
+        """Images that each sample of a fork becomes."""
+        return max(1, len(self.granularities))
 
     @property
     def transitions(self) -> int:
@@ -165,4 +178,4 @@ class Derived:
         s, r = self.config.selection, self.config.rollout
         short = levels(s.probe_steps) if s.judge == "short" else None
         tails = (self.tails_after, r.tail_steps, r.tail_solver)
-        return rollout_table(levels(r.steps), r.scheme, r.eta, *tails, short, tail_past=r.plan != "fork")
+        return rollout_table(levels(r.steps), r.scheme, r.eta, *tails, short, r.plan != "fork", self.granularities)

@@ -16,7 +16,7 @@ LONGEST_TIMEOUT = 1e6
 def check_ranges(c: Config) -> Iterator[Problem]:
     """Values outside their range."""
     at_least: dict[str, float] = {
-        "model.guidance": 0, "advantage.weight": 0, "advantage.ddof": 0, "advantage.eps": 0,
+        "model.guidance": 0, "advantage.weight": 0, "advantage.ddof": 0, "advantage.eps": 0, "rollout.seeds": 1,
         "model.height": 8, "model.width": 8, "model.max_text_tokens": 1, "model.lora_rank": 1, "model.prompt_cache": 1,
         "rollout.steps": 1, "rollout.eta": 0, "rollout.group_size": 2, "rollout.window_size": 1,
         "rollout.window_stride": 0, "rollout.window_every": 1, "selection.candidates": 1, "loss.clip_range": 0,
@@ -36,7 +36,7 @@ def check_ranges(c: Config) -> Iterator[Problem]:
         "selection.candidates": 4096, "train.seed": MOST_SEED, "evaluation.noises": 4096, "evaluation.final_noises": 4096,
         "train.iterations": 2**31, "model.height": 2**14, "model.width": 2**14, "model.max_text_tokens": 4096,
         "model.lora_rank": 4096, "selection.probe_steps": 4096, "rollout.tail_steps": 4096, "output.grid_prompts": 1024,
-        "train.part_timeout": LONGEST_TIMEOUT, "advantage.ddof": 1,
+        "train.part_timeout": LONGEST_TIMEOUT, "advantage.ddof": 1, "rollout.seeds": 4096,
     }  # fmt: skip
     above_zero = (
         "selection.half_life", "selection.noise_share", "advantage.clip", "advantage.std_floor", "optimizer.max_grad_norm",

@@ -134,6 +134,21 @@ def _check_rollout(c: Config) -> Iterator[Problem]:
             r.fork_velocity,
             "the probe runs in another precision than the update, and its velocity would enter a log-probability: use fresh",
         )
+    steps = list(r.granularities)
+    if not steps or steps != sorted(set(steps)) or steps[0] < 1:
+        yield Problem("rollout.granularities", steps, "must name at least one number of steps above 0, rising, without repeats")
+    if Derived(c).granularities:
+        if r.tail_steps:
+            yield Problem("rollout.tail_steps", r.tail_steps, "rollout.granularities already says how long the tails are")
+        for key, value, needed in (
+            ("selection.probe", c.selection.judge, "full"), ("advantage.equal_groups", c.advantage.equal_groups, "keep"),
+        ):  # fmt: skip
+            if value != needed:
+                yield Problem(key, value, f"tails of several granularities know {needed} only")
+    if r.seeds > 1 and r.fork_velocity == "probe":
+        yield Problem("rollout.fork_velocity", "probe", "the probe has one anchor of each prompt: rollout.seeds needs fresh")
+    if r.seeds > 1 and c.advantage.groups == "prompt" and c.advantage.equal_groups != "keep":
+        yield Problem("advantage.equal_groups", c.advantage.equal_groups, "groups of several anchors know keep only")
     if r.shared_noise and r.plan == "fork":
         yield Problem(
             "rollout.shared_noise",

@@ -45,6 +45,9 @@ def _of_model(c: Config) -> list[Rule]:
 def _of_algorithm(c: Config) -> list[Rule]:
     r = c.rollout
     return [
+        (r.plan != "fork", "rollout.plan = fork", ["rollout.granularities", "rollout.seeds"]),
+        (r.seeds == 1, "rollout.seeds above 1", ["advantage.groups"]),
+        (max(r.granularities, default=1) == 1, "a step of rollout.granularities above 1", ["rollout.granular_end"]),
         (c.selection.judge != "short", "selection.probe = short", ["selection.probe_steps"]),
         (c.selection.judge != "racing", "selection.probe = racing", ["selection.race_steps"]),
         (

@@ -173,12 +173,13 @@ _KEYS: dict[str, list[tuple[Rule, str]]] = {
     "rollout": [
         (FIXED, "plan scheme eta steps shift sde_steps window_size window_stride window_every group_size"),
         (FIXED, "trained_share window_order window_range shared_noise fork_velocity storage tail_steps tail_solver"),
+        (FIXED, "granularities granular_end seeds"),
     ],
     "selection": [
         (FREE, "allow_unseen"),
         (FIXED, "candidates strategy kwargs alpha probe probe_steps race_steps finalists half_life noise_share group_evidence"),
     ],
-    "advantage": [(FIXED, "function kwargs weight calibration clip clip_of std ddof eps std_floor equal_groups")],
+    "advantage": [(FIXED, "function kwargs weight calibration clip clip_of groups std ddof eps std_floor equal_groups")],
     "loss": [(FIXED, "clip_range old_logp ratio kl_weight kl_space kl_variance step_weights average")],
     "train": [
         (Rule(_longer), "iterations"),

@@ -11,7 +11,7 @@ from torch import Tensor
 from adagrpo.algorithm.advantages import Scale, reward_advantage
 from adagrpo.algorithm.sde import sde_step, step_table
 from adagrpo.algorithm.selection import CapabilityState
-from adagrpo.algorithm.tables import multistep_table
+from adagrpo.algorithm.tables import Granularity, multistep_table
 
 GROUP, ALL, SUM = Scale("group", 0, 1e-4), Scale("global", 0, 1e-4), Scale(clip_sum=True)
 
@@ -85,6 +85,25 @@ def test_a_tail_goes_on_from_the_last_stochastic_step(name: str, sde_steps: tupl
         step = sde_step(x, host.given("velocities")[i], table, index, noise, history=history, with_clean=True)
         x, clean = step.next, step.clean
         assert distance(x, latents[:, i + 1]) < 1e-12
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+@pytest.mark.parametrize("fork", range(4))
+def test_tails_of_several_granularities(fork: int, step: int) -> None:
+    """G2RPO: their noise levels, but where a tail misses the grid's end; there their image is the clean prediction of the step
+    before, which is a step from there to the end. By default the tail goes on from where it missed it."""
+    host, key = Released("g2rpo"), f"tail.step{fork}.g{step}"
+    sigmas, theirs = host.given("sigmas"), host.found(f"{key}.sigmas")[fork + 1 :]
+    points = Granularity(step, released=True).points(fork, 10)
+    assert points[0] == fork + 1 and points[-1] == 10
+    assert sigmas[points[:-1]].tolist() == pytest.approx(theirs[:-1].tolist(), abs=1e-6)
+    table = step_table("ode", sigmas[points])
+    index, x = torch.zeros(4, dtype=torch.int64), host.given("next")[:, fork]
+    for i in range(len(points) - 1):
+        x = sde_step(x, host.given("tail_velocity")[i], table.rows(torch.tensor([i])), index).next
+    assert distance(x, host.found(f"{key}.final")) < 1e-6
+    default = Granularity(step).points(fork, 10)
+    assert default == ([*points[:-1], points[-2] + step, 10] if theirs[-1] > 0 else points)
 
 
 @pytest.mark.parametrize("impl", ["reference", "triton"])

@@ -90,6 +90,16 @@ def test_tails_behind_a_window(before: int, evaluations: int) -> None:
     assert planned_evaluations(config)["rollout"] == 8 * 6
 
 
+def test_anchors_of_several_seeds_and_tails_of_several_granularities() -> None:
+    """2 slots, forks at 0 and 2 of 6 steps, 3 anchors each: 2 of them sampled apart; groups of 4, finished by tails of 5 and
+    3 steps (from 1 over 2 and 4), or of 3 and 2 (from 3 over 4)."""
+    config = toy_config(rollout={"seeds": 3, "granularities": (1, 2)}, selection={"candidates": 1})
+    counts, _ = executed(config)
+    tails = 2 * 3 * 4 * (5 + 3 + 3 + 2)
+    assert counts["probe"][0] == 2 * 6 and counts["prefix"][0] == counts["update"][0] == 2 * 3 * 2
+    assert counts["rollout"] == (2 * 2 * 6 + tails, 6 + 5)
+
+
 def test_update_batches_deal_steps_to_optimizer_steps_and_slots_to_micro_batches() -> None:
     # transitions are numbered (slot, sample, step): 2 slots, 1 sample, 4 steps
     batches = update_batches(2, 1, 4, optimizer_steps=2, slots_per_batch=1, max_rows=0)

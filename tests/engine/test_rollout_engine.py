@@ -1,6 +1,7 @@
 """The rollout engine inside whole iterations: on-policy ratio under FP8, capture's contract, chunks, tails, sizes."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Hashable
 
@@ -10,12 +11,13 @@ from torch import Tensor
 from toy import ToyModel, recorded, toy_config, toy_trainer
 
 from adagrpo.algorithm.sde import sigma_schedule
-from adagrpo.algorithm.tables import multistep_table, rollout_table
+from adagrpo.algorithm.tables import Granularity, multistep_table, rollout_table
 from adagrpo.build import assemble, build_model
 from adagrpo.engine.executor import RolloutExecutor
 from adagrpo.engine.graphs import StepGraphs
 from adagrpo.engine.overlap import Overlap
 from adagrpo.engine.plans import branch_plan, probe_plan, trajectory_plan
+from adagrpo.engine.sampling import ForkSampler, GroupShape, StepSchedule
 from adagrpo.errors import InputError
 from adagrpo.estimate.counting import OpCounter
 from adagrpo.forecast import planned_evaluations
@@ -176,8 +178,8 @@ def test_a_shortened_tail_costs_what_it_says_and_merges_every_branch() -> None:
 
 def test_tails_end_together_and_touch_only_noise_levels_of_the_grid() -> None:
     table = rollout_table(sigma_schedule(16, 3.0), "flow", 0.7, (0, 6), tail_steps=10)
-    assert {k: len(rows) for k, rows in table.tails.items()} == {0: 10, 6: 9}
-    for k, rows in table.tails.items():
+    assert {k: len(rows) for k, (rows,) in table.tails.items()} == {0: 10, 6: 9}
+    for k, (rows,) in table.tails.items():
         steps = table.steps.rows(torch.tensor(rows))
         assert steps.sigma[0] == table.sigmas[k + 1] and steps.sigma_next[-1] == 0
         assert torch.equal(steps.sigma[1:], steps.sigma_next[:-1])
@@ -207,12 +209,39 @@ def test_the_tails_solver_is_diffusers_dpm_solver() -> None:
         torch.testing.assert_close(x, theirs, rtol=1e-6, atol=1e-6)
 
 
+def test_every_tail_of_every_seed_is_that_of_its_sample() -> None:
+    """2 slots x 2 anchors x 2 forks x 2 tails x 3 members: each final latent by a plain Euler loop from its sample, under its
+    slot's prompt; anchors start from noises of their own; advantages count samples, not images."""
+    model, sigmas = ToyModel(torch.float64), sigma_schedule(6, 3.0)
+    grains = (Granularity(1), Granularity(2))
+    table = rollout_table(sigmas, "flow", 0.7, (0, 2), granularities=grains)
+    executor, text = RolloutExecutor(model, table, 0, torch.float64), model.encode(["a", "b"])
+    anchor = probe_plan((0, 1), 6, keep=(0, 2))
+    anchors = executor.run(anchor, executor.initial_noise(anchor.noise_row, 0, 1), text, 0, "probe")
+    sampler = ForkSampler(StepSchedule(6, (0, 2), None, 2, 0), GroupShape(3), seeds=2, tails=2)
+    samples = sampler(executor, anchors, torch.arange(2), text, iteration=0, draw=0)
+    t = samples.transitions
+    assert t.slot.tolist() == [0] * 4 + [1] * 4 and samples.groups == 8
+    assert torch.equal(t.latent[::4], anchors.latents[0]) and len(torch.unique(t.latent[::2, 0, 0])) == 4
+    assert t.sample.flatten().tolist() == list(range(24))
+    scores = samples.by_group(torch.arange(48).unsqueeze(0))
+    assert scores.shape == (2, 8, 3)
+    for n, (k, slot) in enumerate(zip((t.index - 6).tolist(), t.slot.tolist(), strict=True)):
+        for tail, grain in enumerate(grains):
+            points = grain.points(k, 6)
+            x, of_slot = t.successors[n], text.rows(torch.full((3,), slot))
+            for here, there in itertools.pairwise(sigmas[points].tolist()):
+                with torch.no_grad():
+                    x = x + (there - here) * model.velocity(x, torch.full((3,), here, dtype=torch.float64), of_slot)
+            torch.testing.assert_close(samples.final[scores[tail, n]], x, rtol=1e-9, atol=1e-9)
+
+
 def test_a_trajectorys_tail_is_second_order_from_its_first_step_on() -> None:
     """Behind the window latents are those of a plain loop whose past is the last stochastic step's clean image."""
     model, sigmas = ToyModel(torch.float64), sigma_schedule(8, 3.0)
     table = rollout_table(sigmas, "flow", 0.7, (2,), tail_steps=3, tail_past=True)
     executor, text = RolloutExecutor(model, table, 0, torch.float64), model.encode(["a"])
-    plan = trajectory_plan(1, 2, 8, (1, 2), (1, 2), tail=table.tails[2])
+    plan = trajectory_plan(1, 2, 8, (1, 2), (1, 2), tail=table.tails[2][0])
     rollout = executor.run(plan, executor.initial_noise(plan.noise_row, 0, 1), text, 0, "rollout")
     stored = rollout.transitions
     last = stored.index == 8 + 2

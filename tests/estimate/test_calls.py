@@ -41,7 +41,7 @@ def test_a_window_trains_a_share_of_its_steps(trained: int, update: int) -> None
 
 def test_shortened_tails_end_together() -> None:
     """Two evaluations after either fork: all 12 rows at once."""
-    calls = iteration_calls([], ForkSampler(schedule(), GroupShape(3)), Objective(), 2, tails={0: (12, 13), 2: (14, 15)})
+    calls = iteration_calls([], ForkSampler(schedule(), GroupShape(3)), Objective(), 2, tails={0: [(12, 13)], 2: [(14, 15)]})
     assert calls["rollout"] == [12, 12]
 
 

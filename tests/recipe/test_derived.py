@@ -98,7 +98,7 @@ def test_tables() -> None:
     assert (table.num_steps, len(table.steps), table.tails, table.probe) == (6, 12, {}, ())
     assert table.sigmas.dtype is torch.float64
     tails = derived(rollout={"tail_steps": 2}).table.tails
-    assert tails == {0: (12, 13), 2: (14, 15)}
+    assert tails == {0: ((12, 13),), 2: ((14, 15),)}
     assert derived(selection={"probe": "short", "probe_steps": 3}).table.probe == (12, 13, 14)
     flux = Derived(load_recipe("flux1-dev")).table
     assert flux.num_steps == 16 and float(flux.sigmas[1]) == pytest.approx(3 * 0.9375 / (1 + 2 * 0.9375))

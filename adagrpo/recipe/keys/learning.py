@@ -76,6 +76,9 @@ class AdvantageConfig:
     clip_of: Literal["parts", "sum"] = "parts"
     """What is clamped to ±clip. parts: the local and the global advantage under each reward. sum: their weighted sum over the
     rewards (DanceGRPO, MixGRPO, G2RPO)."""
+    groups: Literal["seed", "prompt"] = "seed"
+    """What is a group where `rollout.seeds` is above 1: the samples of one anchor at a step, or those of all anchors of the
+    prompt at it (TempFlow-GRPO)."""
     std: Literal["group", "global", "floored", "none"] = "group"
     """What the distance from the group's mean is divided by. group: the group's standard deviation. global: that of all rewards
     of the iteration (Flow-GRPO). floored: the group's plus `std_floor` times that of the capability EMA, so that groups that

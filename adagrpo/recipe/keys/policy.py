@@ -108,5 +108,14 @@ class RolloutConfig:
     tail_steps: int = 0
     """Evaluations after a fork, or after a trajectory's last stochastic step (MixGRPO-Flash), at most (lossy): longer steps to
     the image; 0 takes every step of the grid."""
+    granularities: tuple[int, ...] = (1,)
+    """Each sample of a fork is finished once for each of these: by tails that take so many steps of the grid at once, from the
+    second on. Its advantages under all of them are summed (G2RPO: 1 and 2; plan fork)."""
+    granular_end: Literal["zero", "released"] = "zero"
+    """Tails that do not meet the grid's end go on to it from their last place (zero), or leave that place out, as the released
+    code of G2RPO does in effect."""
+    seeds: int = 1
+    """Anchors of each prompt: the pick's own, and others from noise of their own, each with groups of its own (TempFlow-GRPO:
+    4; plan fork)."""
     tail_solver: Literal["dpmpp2m", "euler"] = "dpmpp2m"
     """Solver of those longer steps: DPM-Solver++ 2M (second order) or Euler."""
