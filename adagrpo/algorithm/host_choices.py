@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 WINDOW = 1 << 62
-"""Purpose of draws of the window's place: apart from those that share their numbers."""
+"""Purpose of draws of stochastic steps, a window's or a prompt's own: apart from those that share their numbers."""
 
 
 def host_generator(seed: int, number: int, purpose: int = 0) -> torch.Generator:

@@ -152,7 +152,7 @@ def schedule_evaluations(config: Config) -> dict[str, int] | None:
         tails = [min(r.steps - 1 - k, r.tail_steps or r.steps) for k in r.sde_steps]
         counts["rollout"] = p * (r.seeds * r.group_size * sum(tails) + (r.seeds - 1) * r.steps)
     else:
-        stored = p * r.group_size * (r.window_size if r.plan == "window" else len(r.sde_steps))
+        stored = p * r.group_size * (1 if r.step_per_prompt else r.window_size if r.plan == "window" else len(r.sde_steps))
         last = r.sde_steps[-1] if r.sde_steps and r.plan == "trajectory" else r.steps - 1
         counts["rollout"] = p * r.group_size * min(r.steps, last + 1 + (r.tail_steps or r.steps))
     if config.loss.old_logp == "recompute":

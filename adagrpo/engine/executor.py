@@ -191,7 +191,7 @@ class RolloutExecutor:
                 finished(parts[-1].final, chunk.rows)
         if len(parts) == 1 and _in_order(plan):
             return parts[0]
-        return merged(parts, torch.cat([chunk.rows for chunk in chunks]), len(plan.record))
+        return merged(parts, torch.cat([chunk.rows for chunk in chunks]), plan.stored)
 
     def _advance(self, plan: Plan, lane: Lane, forwards: tuple[Forward, ...], phase: str) -> Rollout:
         """All steps of one chunk; results in the chunk's row order."""
@@ -293,16 +293,22 @@ class RolloutExecutor:
 
     def _collect(self, plan: Plan, chunk: Chunk, stored: Sequence[tuple[Tensor, ...]]) -> Transitions:
         """Transitions ordered (row, step) from per-step tensors; recorded plans start all rows at step 0."""
-        latent, successor, mean, logp = (torch.stack(parts, 1).flatten(0, 1) for parts in zip(*stored, strict=True))
-        steps = device_integers(plan.record, chunk.rows.device)
+        device = chunk.rows.device
+        index = chunk.index.index_select(1, device_integers(plan.record, device))
+        by_row = [torch.stack(parts, 1) for parts in zip(*stored, strict=True)]
+        if plan.own is not None:
+            which = device_integers(tuple(plan.own.tolist()), device).index_select(0, chunk.rows)
+            row = torch.arange(len(which), device=device)
+            index, by_row = index[row, which].unsqueeze(1), [parts[row, which].unsqueeze(1) for parts in by_row]
+        latent, successor, mean, logp = (parts.flatten(0, 1) for parts in by_row)
         return Transitions(
             latent=latent,
             successors=successor.unsqueeze(1),
             mean=mean,
             logp=logp.unsqueeze(1),
-            index=chunk.index.index_select(1, steps).flatten(),
-            slot=chunk.conditioning.repeat_interleave(len(steps)),
-            sample=chunk.rows.repeat_interleave(len(steps)).unsqueeze(1),
+            index=index.flatten(),
+            slot=chunk.conditioning.repeat_interleave(plan.stored),
+            sample=chunk.rows.repeat_interleave(plan.stored).unsqueeze(1),
         )
 
 

@@ -37,6 +37,7 @@ class Plan:
         history: steps are second order: each row carries the preview of its step before.
         keep: steps at which the executor keeps the latents (and velocities) of all rows, before the step.
         record: steps whose transitions are stored for the update.
+        own: int64 [R], which of ``record`` each row stores; None is all of them.
     """
 
     start: Tensor
@@ -48,6 +49,12 @@ class Plan:
     history: bool = False
     keep: tuple[int, ...] = ()
     record: tuple[int, ...] = ()
+    own: Tensor | None = None
+
+    @property
+    def stored(self) -> int:
+        """Transitions that each row stores."""
+        return len(self.record) if self.own is None else 1
 
     @property
     def num_rows(self) -> int:
@@ -164,14 +171,16 @@ def trajectory_plan(
     trained: Sequence[int],
     first_slot: int = 0,
     tail: Sequence[int] | None = None,
+    own: Sequence[int] | None = None,
 ) -> Plan:
     """Whole trajectories, rows ordered (slot, member): stochastic at some steps, deterministic at the others.
 
     Args:
+        own: the step of each slot that alone is stochastic, and trained, in it; ``stochastic``, ``trained`` hold them all.
         tail: table rows that lead from the last stochastic step to the image; None takes every step of the grid.
     """
-    rows = None if tail is None else tuple(tail)
-    return _trajectory_plan(slots, group_size, num_steps, tuple(stochastic), tuple(trained), first_slot, rows)
+    rows, of_slots = (None if given is None else tuple(given) for given in (tail, own))
+    return _trajectory_plan(slots, group_size, num_steps, tuple(stochastic), tuple(trained), first_slot, rows, of_slots)
 
 
 @functools.lru_cache(KEPT_PLANS)
@@ -183,20 +192,25 @@ def _trajectory_plan(
     trained: tuple[int, ...],
     first_slot: int,
     tail: tuple[int, ...] | None,
+    own: tuple[int, ...] | None,
 ) -> Plan:
     row = torch.arange(num_steps)
     row[list(stochastic)] += num_steps
     if tail is not None:
         row = torch.cat([row[: stochastic[-1] + 1], torch.tensor(tail, dtype=row.dtype)])
-    rows = slots * group_size
+    rows, index, stored = slots * group_size, row.repeat(slots, 1), None
+    if own is not None:
+        index = torch.arange(num_steps) + num_steps * (torch.arange(num_steps) == torch.tensor(own).unsqueeze(1))
+        stored = torch.tensor([trained.index(k) for k in own]).repeat_interleave(group_size)
     return Plan(
         start=torch.zeros(rows, dtype=torch.int64),
-        index=row.repeat(rows, 1),
+        index=index.repeat_interleave(group_size, 0),
         conditioning=torch.arange(slots).repeat_interleave(group_size),
         noise_row=torch.arange(rows) + first_slot * group_size,
         stochastic=stochastic,
         history=tail is not None,
         record=trained,
+        own=stored,
     )
 
 

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..algorithm.host_choices import host_generator
+from ..algorithm.host_choices import WINDOW, host_generator
 from ..algorithm.sde import Stream
 from ..models.base import Conditioning
 from .executor import Finished, RolloutExecutor
@@ -56,6 +56,7 @@ class StepSchedule:
         window: the stochastic steps, where it moves (MixGRPO, Flow-GRPO-Fast); None without.
         trained: how many of the stochastic steps are trained, drawn anew in each iteration (DanceGRPO).
         seed: of that draw.
+        of_prompt: each slot has one of the stochastic steps to itself, drawn anew in each iteration (Flash-GRPO).
     """
 
     steps: int
@@ -63,12 +64,21 @@ class StepSchedule:
     window: Window | None
     trained: int
     seed: int
+    of_prompt: bool = False
 
     def stochastic(self, iteration: int | None) -> tuple[int, ...]:
         """The stochastic steps of an iteration, counted from 0; of None those that end last."""
         if self.window is None:
             return self.sde_steps
         return tuple(range(self.window.end))[-self.window.size :] if iteration is None else self.window.steps(iteration)
+
+    def own(self, iteration: int | None, slots: int, first: int) -> tuple[int, ...] | None:
+        """The step that each of ``slots`` slots, counted from ``first``, has to itself; None where all have the same steps."""
+        if not self.of_prompt:
+            return None
+        generator = host_generator(self.seed, iteration or 0, WINDOW)
+        drawn = torch.randint(len(self.sde_steps), (first + slots,), generator=generator)[first:]
+        return tuple(self.sde_steps[i] for i in drawn.tolist())
 
     def learnt(self, iteration: int) -> tuple[int, ...]:
         """The trained ones among them."""
@@ -299,8 +309,10 @@ class TrajectorySampler:
         stochastic = self.schedule.stochastic(iteration)
         learnt = stochastic if iteration is None else self.schedule.learnt(iteration)
         first_slot = self.shape.ranks.first(slots)
-        tail = tails[stochastic[-1]][0] if tails else None
-        return trajectory_plan(slots, self.shape.group_size, self.schedule.steps, stochastic, learnt, first_slot, tail)
+        tail, own = tails[stochastic[-1]][0] if tails else None, self.schedule.own(iteration, slots, first_slot)
+        if own is not None:
+            stochastic = learnt = tuple(sorted(set(own)))
+        return trajectory_plan(slots, self.shape.group_size, self.schedule.steps, stochastic, learnt, first_slot, tail, own)
 
     def batches(self, slots: int, max_rows: int, device: torch.device | str = "cpu") -> list[list[Tensor]]:
         """Each trained step of a trajectory is a transition."""

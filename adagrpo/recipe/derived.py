@@ -69,7 +69,8 @@ class Derived:
     @property
     def trained_steps(self) -> int:
         """How many of them are trained."""
-        return max(1, round(self.stochastic_steps * self.config.rollout.trained_share))
+        r = self.config.rollout
+        return 1 if r.step_per_prompt else max(1, round(self.stochastic_steps * r.trained_share))
 
     @property
     def groups(self) -> int:

@@ -48,6 +48,7 @@ def problems(config: Config) -> Iterator[Problem]:
         check_unread,
         _check_sizes,
         _check_rollout,
+        _check_groups,
         _check_training,
         _check_rewards,
     )
@@ -134,6 +135,20 @@ def _check_rollout(c: Config) -> Iterator[Problem]:
             r.fork_velocity,
             "the probe runs in another precision than the update, and its velocity would enter a log-probability: use fresh",
         )
+    if r.shared_noise and r.plan == "fork":
+        yield Problem(
+            "rollout.shared_noise",
+            r.shared_noise,
+            "acts on plans trajectory and window; forks share their anchor anyway",
+            unread="rollout.shared_noise",
+        )
+    if (c.model.dtype == "fp64") != (r.storage == "fp64"):
+        yield Problem("rollout.storage", r.storage, "fp64 latents go with model.dtype = fp64, and only with it")
+
+
+def _check_groups(c: Config) -> Iterator[Problem]:
+    """Anchors, tails and steps of a prompt."""
+    r = c.rollout
     steps = list(r.granularities)
     if not steps or steps != sorted(set(steps)) or steps[0] < 1:
         yield Problem("rollout.granularities", steps, "must name at least one number of steps above 0, rising, without repeats")
@@ -145,19 +160,15 @@ def _check_rollout(c: Config) -> Iterator[Problem]:
         ):  # fmt: skip
             if value != needed:
                 yield Problem(key, value, f"tails of several granularities know {needed} only")
+    for key, value, needed in (("tail_steps", r.tail_steps, 0), ("trained_share", r.trained_share, 1.0)):
+        if r.step_per_prompt and value != needed:
+            yield Problem(
+                f"rollout.{key}", value, f"must be {needed} where every prompt has a step of its own (step_per_prompt)"
+            )
     if r.seeds > 1 and r.fork_velocity == "probe":
         yield Problem("rollout.fork_velocity", "probe", "the probe has one anchor of each prompt: rollout.seeds needs fresh")
     if r.seeds > 1 and c.advantage.groups == "prompt" and c.advantage.equal_groups != "keep":
         yield Problem("advantage.equal_groups", c.advantage.equal_groups, "groups of several anchors know keep only")
-    if r.shared_noise and r.plan == "fork":
-        yield Problem(
-            "rollout.shared_noise",
-            r.shared_noise,
-            "acts on plans trajectory and window; forks share their anchor anyway",
-            unread="rollout.shared_noise",
-        )
-    if (c.model.dtype == "fp64") != (r.storage == "fp64"):
-        yield Problem("rollout.storage", r.storage, "fp64 latents go with model.dtype = fp64, and only with it")
 
 
 def _is_lossy(c: Config) -> bool:

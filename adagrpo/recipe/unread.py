@@ -46,6 +46,7 @@ def _of_algorithm(c: Config) -> list[Rule]:
     r = c.rollout
     return [
         (r.plan != "fork", "rollout.plan = fork", ["rollout.granularities", "rollout.seeds"]),
+        (r.plan != "trajectory", "rollout.plan = trajectory", ["rollout.step_per_prompt"]),
         (r.seeds == 1, "rollout.seeds above 1", ["advantage.groups"]),
         (max(r.granularities, default=1) == 1, "a step of rollout.granularities above 1", ["rollout.granular_end"]),
         (c.selection.judge != "short", "selection.probe = short", ["selection.probe_steps"]),

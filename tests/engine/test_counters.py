@@ -1,11 +1,14 @@
 """Evaluations and calls of executed iterations, against the counts of the paper's schedule worked out by hand."""
 
+import dataclasses
+
 import pytest
+import torch
 from toy import ToyModel, toy_config, toy_trainer
 
 from adagrpo.engine.plans import Window, update_batches
 from adagrpo.forecast import planned_evaluations
-from adagrpo.recipe.keys import Config
+from adagrpo.recipe.keys import Config, EngineConfig
 
 OFFICIAL = {"steps": 16, "sde_steps": (0, 2, 4, 6), "group_size": 12}
 
@@ -51,10 +54,6 @@ def test_without_curriculum_the_probe_is_the_anchor() -> None:
 
 
 def test_a_call_never_exceeds_max_rows() -> None:
-    import dataclasses
-
-    from adagrpo.recipe.keys import EngineConfig
-
     config = dataclasses.replace(official(), engine=EngineConfig(max_rows=7))
     counts, calls = executed(config)
     assert max(calls) == 7
@@ -98,6 +97,38 @@ def test_anchors_of_several_seeds_and_tails_of_several_granularities() -> None:
     tails = 2 * 3 * 4 * (5 + 3 + 3 + 2)
     assert counts["probe"][0] == 2 * 6 and counts["prefix"][0] == counts["update"][0] == 2 * 3 * 2
     assert counts["rollout"] == (2 * 2 * 6 + tails, 6 + 5)
+
+
+def test_each_prompt_trains_a_step_of_its_own() -> None:
+    """5 slots x 4 members x 6 steps in batches of 7: a row stores a transition, at its slot's step, which alone moves by noise;
+    the steps change from iteration to iteration and do not depend on the batches."""
+    config = toy_config(
+        rollout={"plan": "trajectory", "sde_steps": (0, 1, 2, 3), "step_per_prompt": True},
+        loss={"old_logp": "recompute"},
+        train={"slots": 5},
+        selection={"candidates": 1},
+        advantage={"weight": 0.0},
+    )
+    chunked = dataclasses.replace(config, engine=EngineConfig(max_rows=7))
+    found = []
+    for recipe in (config, chunked):
+        trainer = toy_trainer(recipe)
+        kept, rollout = [], trainer.rollout
+        trainer.rollout = lambda *given, rollout=rollout, kept=kept: kept.append(rollout(*given)) or kept[-1]
+        numbers = [trainer.iteration()["policy/ratio_deviation"] for _ in range(3)]
+        assert max(map(float, numbers)) <= 1e-6
+        assert planned_evaluations(recipe, 2) == {p: count.evaluations for p, count in trainer.executor.counts.items()}
+        found.append([samples.transitions for samples, _ in kept])
+    table = trainer.executor.table
+    for whole, parts in zip(*found, strict=True):
+        steps = (whole.index - 6).reshape(5, 4)
+        assert (steps == steps[:, :1]).all() and set(steps.flatten().tolist()) <= {0, 1, 2, 3}
+        assert whole.sample.flatten().tolist() == list(range(20)) and whole.slot.tolist() == [i // 4 for i in range(20)]
+        assert torch.equal(whole.index, parts.index) and torch.equal(whole.sample, parts.sample)
+        noise = (whole.successors[:, 0] - whole.mean).flatten(1).std(1) / table.w[whole.index]
+        assert ((noise > 0.6) & (noise < 1.5)).all()  # 48 standard normals each
+    assert len({tuple(t.index.tolist()) for t in found[0]}) == 3
+    torch.testing.assert_close(found[0][0].latent, found[1][0].latent, rtol=1e-5, atol=1e-5)
 
 
 def test_update_batches_deal_steps_to_optimizer_steps_and_slots_to_micro_batches() -> None:

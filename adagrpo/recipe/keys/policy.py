@@ -98,6 +98,9 @@ class RolloutConfig:
     """Samples per group, at least 2."""
     trained_share: float = 1.0
     """Share of the stochastic steps trained in each iteration, drawn anew each time (DanceGRPO: 0.6)."""
+    step_per_prompt: bool = False
+    """Each prompt draws one of the stochastic steps in each iteration; it alone is stochastic, and trained, in that prompt's
+    trajectories (Flash-GRPO; plan trajectory)."""
     shared_noise: bool = False
     """Trajectories of a group start from one initial noise (DanceGRPO)."""
     fork_velocity: Literal["fresh", "probe"] = "fresh"
