@@ -160,11 +160,10 @@ def _check_groups(c: Config) -> Iterator[Problem]:
         ):  # fmt: skip
             if value != needed:
                 yield Problem(key, value, f"tails of several granularities know {needed} only")
-    for key, value, needed in (("tail_steps", r.tail_steps, 0), ("trained_share", r.trained_share, 1.0)):
-        if r.step_per_prompt and value != needed:
-            yield Problem(
-                f"rollout.{key}", value, f"must be {needed} where every prompt has a step of its own (step_per_prompt)"
-            )
+    if r.step_per_prompt and r.tail_steps:
+        yield Problem("rollout.tail_steps", r.tail_steps, "must be 0 with rollout.step_per_prompt")
+    if r.step_per_prompt and r.trained_share < 1:
+        yield Problem("rollout.trained_share", r.trained_share, "must be 1 with rollout.step_per_prompt")
     if r.seeds > 1 and r.fork_velocity == "probe":
         yield Problem("rollout.fork_velocity", "probe", "the probe has one anchor of each prompt: rollout.seeds needs fresh")
     if r.seeds > 1 and c.advantage.groups == "prompt" and c.advantage.equal_groups != "keep":
