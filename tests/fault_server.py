@@ -117,6 +117,36 @@ def faulty(behave: Callable[[int, Any], Answer]) -> Iterator[Faulty]:
         server.close()
 
 
+@contextlib.contextmanager
+def restarting(after: int) -> Iterator[list[Faulty]]:
+    """A scorer by brightness that dies after so many requests, with others in its hands, and comes back at its address: the one
+    that dies, then the one that follows."""
+    lost = threading.Event()
+
+    def behave(number: int, body: Any) -> Answer:
+        if number >= after:
+            lost.set()
+            servers[0].hang()
+            raise ConnectionError
+        return brightness(body)
+
+    def restart() -> None:
+        lost.wait(60)
+        servers[0].close()
+        time.sleep(0.3)
+        servers.append(Faulty(lambda number, body: brightness(body), servers[0].server.server_port))
+
+    servers = [Faulty(behave)]
+    thread = threading.Thread(target=restart)
+    thread.start()
+    try:
+        yield servers
+    finally:
+        lost.set()
+        thread.join()
+        servers[1].close()
+
+
 def closed_port() -> int:
     """A port of this machine where nobody listens."""
     server = Faulty(lambda number, body: (200, {}))

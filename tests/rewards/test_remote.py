@@ -15,7 +15,7 @@ from datetime import date
 import numpy
 import pytest
 import torch
-from fault_server import Faulty, brightness, closed_port, faulty, picture, within
+from fault_server import Faulty, brightness, closed_port, faulty, picture, restarting, within
 from PIL import Image
 
 from adagrpo.errors import InputError
@@ -219,31 +219,10 @@ def test_an_answer_that_drips_and_a_call_without_end_are_left() -> None:
 
 def test_a_server_that_restarts_loses_nothing() -> None:
     """It dies with requests in its hands and comes back at the same address."""
-    lost, back = threading.Event(), []
-
-    def behave(number, body):
-        if number >= 2:
-            lost.set()
-            first.hang()
-            raise ConnectionError
-        return brightness(body)
-
-    first = Faulty(behave)
-
-    def restart() -> None:
-        lost.wait(10)
-        first.close()
-        time.sleep(0.3)
-        back.append(Faulty(lambda number, body: brightness(body), first.server.server_port))
-
-    thread = threading.Thread(target=restart)
-    thread.start()
-    one = Remote(first.url, per_request=1, limits={**QUICK, "retries": 100})
-    found = within(20, lambda: scored(one, 12))
-    thread.join()
-    back[0].close()
-    assert found == pytest.approx(expected(12), abs=1e-12)
-    assert first.answered + back[0].answered == 12
+    with restarting(after=2) as servers:
+        one = Remote(servers[0].url, per_request=1, limits={**QUICK, "retries": 100})
+        assert within(20, lambda: scored(one, 12)) == pytest.approx(expected(12), abs=1e-12)
+        assert sum(server.answered for server in servers) == 12
 
 
 def test_a_dead_server_is_found_at_the_start() -> None:

@@ -7,11 +7,10 @@ import math
 import os
 import signal
 import threading
-import time
 from pathlib import Path
 
 import pytest
-from fault_server import Faulty, brightness, closed_port, faulty, within
+from fault_server import brightness, closed_port, faulty, restarting, within
 
 from adagrpo.cli import main
 from adagrpo.rewards import client
@@ -73,30 +72,10 @@ def test_a_server_that_restarts_in_the_middle_changes_nothing(tmp_path, undistur
     """Bit for bit the metrics of an undisturbed run; and no image was scored twice."""
     truth, seen = undisturbed
     half = len(seen) // 2
-    lost, back = threading.Event(), []
-
-    def behave(number, body):
-        if number >= half:
-            lost.set()
-            first.hang()
-            raise ConnectionError
-        return brightness(body)
-
-    first = Faulty(behave)
-
-    def restart() -> None:
-        lost.wait(60)
-        first.close()
-        time.sleep(0.3)
-        back.append(Faulty(lambda number, body: brightness(body), first.server.server_port))
-
-    thread = threading.Thread(target=restart)
-    thread.start()
-    code, metrics = trained(tmp_path / "restarted", first.url, retries=100)
-    thread.join()
-    back[0].close()
+    with restarting(half) as servers:
+        code, metrics = trained(tmp_path / "restarted", servers[0].url, retries=100)
+        assert sent(servers[0].seen[:half] + servers[1].seen) == sent(seen) and len(servers[0].seen) > half
     assert code == 0 and told(metrics) == told(truth)
-    assert sent(first.seen[:half] + back[0].seen) == sent(seen) and len(first.seen) > half
 
 
 def sent(bodies: list[dict]) -> list[str]:
