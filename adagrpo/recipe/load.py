@@ -8,6 +8,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -26,8 +27,7 @@ MOST_BASES = 8
 
 def recipe_names() -> list[str]:
     """Names of the recipes that ship with the package."""
-    folder = resources.files(__package__)
-    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+    return sorted(entry.name.removesuffix(".toml") for entry in _shipped().iterdir() if entry.name.endswith(".toml"))
 
 
 def load_recipe(recipe: str | Path) -> Config:
@@ -75,7 +75,7 @@ def _open(name: str, folder: Path | None, asked: str) -> _File:
     """A recipe by name, or a file relative to ``folder``; ``asked`` is what messages say of who names it."""
     names = recipe_names()
     if name in names:
-        text = (resources.files(__package__) / f"{name}.toml").read_text("utf-8")
+        text = (_shipped() / f"{name}.toml").read_text("utf-8")
         return _File(name, None, _parsed(text, f"recipe {name}"))
     if folder is None or not os.path.exists(folder / name):
         where = f" relative to {folder}" if asked else ""
@@ -83,6 +83,11 @@ def _open(name: str, folder: Path | None, asked: str) -> _File:
         raise InputError(f"{asked}no recipe {shown(name)}{nearest(name, names)}: {known}")
     path = folder / name
     return _File(str(path), path.parent, _parsed(read_text(path, f"{asked}{path}", MAX_BYTES), str(path)))
+
+
+def _shipped() -> Traversable:
+    """The folder of the recipes that ship."""
+    return resources.files(__package__) / "shipped"
 
 
 def _parsed(text: str, source: str) -> dict[str, Any]:
