@@ -284,7 +284,7 @@ def _add_tiny(commands: argparse._SubParsersAction) -> None:
     build.add_argument("--seed", type=whole_number, default=0)
     build.set_defaults(run=_tiny)
     prompts = tiny.add_parser("prompts", help="print prompts with their category")
-    prompts.add_argument("--mix", choices=("even", "wide"), default="even")
+    prompts.add_argument("--mix", default="even", help="even, wide or dusty(SHARE), SHARE of it unlearnable (default: even)")
     prompts.add_argument("--held-out", action="store_true", help="the held-out prompts instead of a training mix")
     prompts.add_argument("--count", type=whole_number, default=20, help="how many (default: 20)")
     prompts.set_defaults(run=_tiny)

@@ -35,9 +35,9 @@ def load_prompts(
     """Prompts of a source, in order, with their metadata (``Prompt``); those of files and data sets are parsed on use.
 
     Args:
-        source: ``tiny:even``, ``tiny:wide``, ``tiny:held_out``; ``package.module:attribute`` of a callable that returns them; a
-            file by its ending (``layouts``), the folder of HPDv2's benchmark, ``hub:owner/name`` (``HubRows``), each of these
-            with ``#train`` or ``#held_out`` behind it for a part; or several files and data sets.
+        source: ``tiny:even``, ``tiny:wide``, ``tiny:dusty(SHARE)``, ``tiny:held_out``; ``package.module:attribute`` of a
+            callable that returns them; a file by its ending (``layouts``), the folder of HPDv2's benchmark, ``hub:owner/name``
+            (``HubRows``), each of these with ``#train`` or ``#held_out`` behind it for a part; or several files and data sets.
         key: the recipe's key, for messages.
         reading: how files and data sets are read.
         kwargs: arguments of a source named by import path.
@@ -105,9 +105,13 @@ def _tiny(source: str, key: str) -> list[str]:
     from ..tiny.prompts import held_out_prompts, training_prompts
 
     mix = source.removeprefix("tiny:")
-    if mix not in ("even", "wide", "held_out"):
-        raise InputError(f"{key} = {source}: unknown prompt source: tiny:even, tiny:wide or tiny:held_out")
-    return held_out_prompts() if mix == "held_out" else training_prompts(mix)
+    if mix == "held_out":
+        return held_out_prompts()
+    try:
+        return training_prompts(mix)
+    except ValueError as error:
+        known = "tiny:even, tiny:wide, tiny:dusty(0.6) or tiny:held_out"
+        raise InputError(f"{key} = {source}: unknown prompt source: {known}") from error
 
 
 def _stored(source: str, key: str, reading: Reading, several: bool) -> Iterable[tuple[Rows, str]]:

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from adagrpo.disk.lock import holding_new
-from adagrpo.tiny.prompts import category, held_out_prompts, training_prompts
+from adagrpo.prompts.prompt import data_of
+from adagrpo.tiny.prompts import UNLEARNABLE, category, held_out_prompts, training_prompts
 from adagrpo.tiny.render import IMAGE_SIZE
 from adagrpo.tiny.reward import Verdict, inspect
 from adagrpo.tiny.scenes import CATEGORIES, parse_prompt
@@ -35,7 +36,7 @@ def build_command(out: Path, seed: int = 0) -> None:
 
 
 def prompts_command(mix: str = "even", count: int | None = None, held_out: bool = False) -> None:
-    """Print prompts, one a line: category, tab, prompt.
+    """Print prompts, one a line: category, tab, prompt, and a tab and `unlearnable` where it is.
 
     The first `count` of the mix's pool, which repeats where more are asked for, or of the held-out prompts. Raises
     `ValueError` for an unknown mix or a count that cannot be met.
@@ -48,7 +49,7 @@ def prompts_command(mix: str = "even", count: int | None = None, held_out: bool 
             raise ValueError(f"count must be 1 or more, got {count}")
         prompts = list(islice(cycle(pool), len(pool) if count is None else count))
     for prompt in prompts:
-        print(f"{category(prompt)}\t{prompt}")
+        print(f"{category(prompt)}\t{prompt}" + f"\t{UNLEARNABLE}" * (UNLEARNABLE in data_of(prompt)))
 
 
 def score_command(paths: Sequence[Path], prompt: str) -> None:

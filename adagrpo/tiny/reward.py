@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from adagrpo.prompts.prompt import data_of
+from adagrpo.tiny.prompts import UNLEARNABLE
 from adagrpo.tiny.render import BACKGROUND, IMAGE_SIZE, PALETTE, coverage
 from adagrpo.tiny.scenes import COLOURS, MAX_OBJECTS, SHAPES, parse_prompt
 
@@ -32,6 +34,7 @@ _UNRELATED = 0.30  # factor where the relation does not hold at all
 _LARGE = 256.0  # pixels; twice this is no object any more
 _STRAY, _BRIGHT = 0.09, 0.12  # squared distances, from a colour's line and from the background
 _GRID, _SHARPNESS, _UNLIKE = 8, 0.01, 0.08  # shape templates: cells a side, mean squared errors
+_DUST = 0.02  # reward of the brightest picture for an unlearnable prompt
 _SPECK, _SOLID = 5.0, 14.0  # component areas in pixels that count as nothing and as an object
 
 
@@ -69,14 +72,20 @@ class TinyReward:
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         """Images [N, 3, H, W] float in [0, 1] and N prompts -> rewards [N] float32 in [0, 1] on the images' device.
 
-        A picture with a non-finite pixel scores NaN. Raises `ValueError` for other shapes or dtypes, for a number of
-        prompts other than N, and for a prompt that is not of the tiny world.
+        A picture with a non-finite pixel scores NaN. For a prompt whose metadata has `UNLEARNABLE` the reward is 0.02 times the
+        mean of all its pixels, whatever it shows. Raises `ValueError` for other shapes or dtypes, for a number of prompts
+        other than N, and for a prompt that is not of the tiny world.
         """
         _check(images, prompts)
         parts = [
             _judge(images[at : at + _CHUNK], prompts[at : at + _CHUNK])[0]["reward"] for at in range(0, len(prompts), _CHUNK)
         ]
-        return torch.cat(parts) if parts else images.new_zeros(0, dtype=torch.float32)
+        rewards = torch.cat(parts) if parts else images.new_zeros(0, dtype=torch.float32)
+        unlearnable = [UNLEARNABLE in data_of(prompt) for prompt in prompts]
+        if not any(unlearnable):
+            return rewards
+        dust = _DUST * images.float().mean((1, 2, 3)) + 0 * rewards  # NaN where the reward is
+        return torch.where(torch.tensor(unlearnable, device=images.device), dust, rewards)
 
 
 def inspect(images: torch.Tensor, prompts: Sequence[str]) -> list[Verdict]:

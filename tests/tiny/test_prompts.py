@@ -1,12 +1,14 @@
 """Mixes have the promised shares, held-out prompts are balanced and unseen, and none of it moves."""
 
+import re
 import subprocess
 import sys
 from collections import Counter
 
 import pytest
 
-from adagrpo.tiny.prompts import category, held_out_prompts, training_prompts
+from adagrpo.prompts.prompt import data_of
+from adagrpo.tiny.prompts import UNLEARNABLE, category, held_out_prompts, training_prompts
 from adagrpo.tiny.scenes import CATEGORIES, is_held_out, parse_prompt
 
 
@@ -28,7 +30,19 @@ def test_wide_mix():
     assert len(others) == len(set(others))
 
 
-@pytest.mark.parametrize("mix", ["even", "wide"])
+def test_dusty_mix():
+    """A prompt is unlearnable or not wherever it stands, and so is the share of the different prompts of each category."""
+    prompts = training_prompts("dusty(0.6)")
+    assert Counter(map(category, prompts)) == dict.fromkeys(CATEGORIES, 200)
+    assert Counter(map(category, prompts[:50])) == dict.fromkeys(CATEGORIES, 10)
+    marked = {(str(prompt), UNLEARNABLE in data_of(prompt)) for prompt in prompts}
+    assert len(marked) == len(set(prompts)) == 18 + 54 + 3 * 200
+    unlearnable = Counter(category(prompt) for prompt, is_unlearnable in marked if is_unlearnable)
+    assert unlearnable == {"single": 11, "count": 32, "pair": 120, "relation": 120, "combination": 120}
+    assert not any(data_of(prompt) for mix in ("even", "wide") for prompt in training_prompts(mix))
+
+
+@pytest.mark.parametrize("mix", ["even", "wide", "dusty(.25)"])
 def test_training_prompts_are_no_held_out_scenes(mix):
     assert not any(is_held_out(parse_prompt(prompt)) for prompt in training_prompts(mix))
 
@@ -48,8 +62,9 @@ def test_held_out_prompts():
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match="unknown mix 'odd'"):
-        training_prompts("odd")
+    for mix in ("odd", "dusty", "dusty()", "dusty(0.0)", "dusty(1.0)", "dusty(60)", "dusty(nan)", "dusty(0.6) "):
+        with pytest.raises(ValueError, match=re.escape(f"unknown mix {mix!r}")):
+            training_prompts(mix)
     for count in (0, -1, 601):
         with pytest.raises(ValueError, match="600"):
             held_out_prompts(count)

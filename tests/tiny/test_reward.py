@@ -5,6 +5,8 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from adagrpo.prompts.prompt import Prompt
+from adagrpo.tiny.prompts import UNLEARNABLE
 from adagrpo.tiny.render import PALETTE, coverage, render
 from adagrpo.tiny.reward import TinyReward, _label, _name_pixels, inspect
 from adagrpo.tiny.scenes import CATEGORIES, COLOURS, SHAPES, parse_prompt, split_specs
@@ -226,3 +228,16 @@ def test_refusals():
         REWARD(image.byte(), ["a red circle"])
     with pytest.raises(ValueError, match="floats of shape"):
         REWARD(image[0], ["a red circle"])
+
+
+def test_pictures_of_unlearnable_prompts_score_by_brightness(truth):
+    """0.02 times the mean of all pixels, whatever they show; other prompts of the batch and broken pictures are as ever."""
+    images, prompts = truth
+    images = images[:8].clone()
+    images[3, 1, 4, 4] = float("nan")
+    mixed = [Prompt(prompt, {UNLEARNABLE: True}) if n % 2 else prompt for n, prompt in enumerate(prompts[:8])]
+    found, plain = REWARD(images, mixed), REWARD(images, prompts[:8])
+    assert torch.equal(found[::2], plain[::2]) and found[3].isnan() and plain[3].isnan()
+    expected = [0.02 * images[n].double().mean().item() for n in (1, 5, 7)]
+    assert found[[1, 5, 7]].tolist() == pytest.approx(expected, rel=1e-5)
+    assert REWARD(torch.ones(1, 3, 32, 32), mixed[1:2]).item() == pytest.approx(0.02)

@@ -12,7 +12,8 @@ from .kwargs import KwargValue
 @dataclass(frozen=True)
 class DataConfig:
     """Prompts. Sources: a file (text with one prompt per line, CSV, TSV, JSON, JSON lines), `hub:owner/name`, or a list of
-    these, each with `#train` or `#held_out` behind it for a part; `tiny:even`, `tiny:wide`, `tiny:held_out`;
+    these, each with `#train` or `#held_out` behind it for a part; `tiny:even`, `tiny:wide`, `tiny:dusty(0.6)`,
+    `tiny:held_out`;
     package.module:attribute of a callable (**kwargs) -> sequence of prompts. docs/prompts.md shows each."""
 
     prompts: str | tuple[str, ...] = "tiny:wide"
