@@ -1,0 +1,144 @@
+"""What prompt selection and the floor under the std do where prompts cannot be learnt: end rewards of arms over fresh seeds.
+
+On ``tiny:dusty(0.6)`` fork, Flow-GRPO, DanceGRPO and Flow-CPS, each plain, with AdaGRPO and its full probe, and plain with
+``advantage.std = floored``; on fork also other probes and AdaGRPO with the floor. On ``tiny:even`` fork alone. Each arm is held
+against its host's plain one, paired by seed. A log keeps finished trainings; the same command goes on from it:
+
+    python tests/proof/host_study.py --log runs/host-study.jsonl --jobs 2
+
+With every training done it writes ``bench/results/cpu/host-study.json``, which ``adagrpo bench readme`` makes the tables from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+from scipy.stats import t
+
+from adagrpo.bench.statistics import paired_interval
+from adagrpo.build import load_source
+from adagrpo.disk.files import write_json
+from adagrpo.disk.lock import OwnerLock, holding
+from adagrpo.prompts.digest import prompts_digest
+from adagrpo.recipe.keys import Config
+from adagrpo.recipe.load import load_recipe
+from adagrpo.recipe.rules import check
+from adagrpo.run.machine import describe_machine
+from adagrpo.study.hosts import with_probe
+from adagrpo.study.seeds import Arm, Study, trained
+
+RECORD = Path(__file__).resolve().parents[2] / "bench" / "results" / "cpu" / "host-study.json"
+DUSTY, EVEN = "tiny:dusty(0.6)", "tiny:even"
+SEEDS = range(100, 105)
+PLAIN, ADA, FLOORED = "plain", "AdaGRPO, full", "plain, floored"
+HOSTS = {"fork": "tiny-grpo", "Flow-GRPO": "tiny-flow-grpo", "DanceGRPO": "tiny-dance-grpo", "Flow-CPS": "tiny-flow-cps"}
+PROBES = {"AdaGRPO, memory": "memory", "AdaGRPO, memory, 2 finalists": "memory-2", "AdaGRPO, short-4": "short-4"}
+CHANGES: dict[str, dict[str, dict[str, Any]]] = {
+    "train": {"iterations": 30, "slots": 8},
+    "evaluation": {"every": 0, "final_prompts": 150, "final_noises": 6},
+    "output": {"grid_every": 0},
+}
+
+
+def changed(config: Config, **sections: dict[str, Any]) -> Config:
+    """The recipe with other keys of some sections."""
+    return dataclasses.replace(
+        config, **{name: dataclasses.replace(getattr(config, name), **keys) for name, keys in sections.items()}
+    )
+
+
+def host(name: str) -> dict[str, Config]:
+    """A host's three arms."""
+    plain = changed(load_recipe(HOSTS[name]), **CHANGES)
+    ada = changed(plain, selection={"candidates": 8, "strategy": "closest", "alpha": 0.8}, advantage={"weight": 1.0})
+    return {PLAIN: plain, ADA: ada, FLOORED: changed(plain, advantage={"std": "floored"})}
+
+
+def cases() -> list[tuple[str, str, str, Config]]:
+    """Every arm: prompts, host, its name and recipe."""
+    fork = host("fork")
+    found = [(EVEN, "fork", name, config) for name, config in fork.items()]
+    fork |= {name: with_probe(fork[ADA], probe) for name, probe in PROBES.items()}
+    fork["AdaGRPO, full, floored"] = changed(fork[ADA], advantage={"std": "floored"})
+    for name in HOSTS:
+        arms = fork if name == "fork" else host(name)
+        found += [(DUSTY, name, arm, config) for arm, config in arms.items()]
+    return found
+
+
+def arms() -> list[Arm]:
+    """Every training; whole seeds of the fork hosts first, then of the others."""
+    found = []
+    digests: dict[str, str] = {}
+    for others in (False, True):
+        for seed in SEEDS:
+            for prompts, name, arm, config in cases():
+                if (name != "fork") == others:
+                    config = changed(config, data={"prompts": prompts}, train={"seed": seed})
+                    check(config)
+                    if prompts not in digests:
+                        digests[prompts] = prompts_digest(load_source(config, prompts, "data.prompts"))
+                    found.append(Arm(f"{name}: {arm}", prompts, seed, config, digests[prompts]))
+    return found
+
+
+def detectable(differences: Sequence[float]) -> float:
+    """The least true difference that 80 % of such studies would find, by the spread of the differences seen."""
+    n = len(differences)
+    return float(t.ppf(0.975, n - 1) + t.ppf(0.8, n - 1)) * stdev(differences) / math.sqrt(n)
+
+
+def rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each arm's end reward and gain, and its difference to the plain arm of its host, with its 95 % t interval."""
+    found = []
+    for prompts, name, arm, _ in cases():
+
+        def of(which: str, prompts: str = prompts, name: str = name) -> list[dict[str, Any]]:
+            mine = [r for r in results if (r["prompts"], r["probe"]) == (prompts, f"{name}: {which}")]
+            return sorted(mine, key=lambda r: r["seed"])
+
+        mine, ends = of(arm), [r["after"] for r in of(arm)]
+        row = {"prompts": prompts, "host": name, "arm": arm, "seeds": len(mine)}
+        row |= {"before": fmean(r["before"] for r in mine), "after": fmean(ends)}
+        gains = paired_interval([r["before"] for r in mine], ends)
+        row |= dict(zip(("gain", "gain_low", "gain_high"), gains, strict=True))
+        if arm != PLAIN:
+            plain = [r["after"] for r in of(PLAIN)]
+            found_difference = paired_interval(plain, ends)
+            row |= dict(zip(("difference", "low", "high"), found_difference, strict=True))
+            row["detectable"] = detectable([b - a for a, b in zip(plain, ends, strict=True)])
+        row["evaluations"] = fmean(r["evaluations"] for r in mine)
+        found.append(row)
+    return found
+
+
+def main() -> int:
+    """Train what the log lacks; with all of it there, write the record."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--log", type=Path, default=Path("runs/host-study.jsonl"))
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--only", default="", help="train only arms whose name has this; no record then")
+    args = parser.parse_args()
+    args.log.parent.mkdir(parents=True, exist_ok=True)
+    chosen = [arm for arm in arms() if args.only in str(arm)]
+    machine = describe_machine(torch.device("cpu")) | {"threads": 1}
+    study = Study((), (), len(SEEDS), args.jobs, args.log)
+    with holding(OwnerLock(args.log.parent, "the study", f"--log {args.log}", file=args.log.name)):
+        results = trained(study, chosen, machine)
+    if args.only:
+        return 0
+    record = {"case": "prompts that cannot be learnt: hosts, probes and the floor under the std", "rows": rows(results)}
+    write_json(RECORD, record | {"trainings": results, "machine": describe_machine(torch.device("cpu"))})
+    print(RECORD)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
