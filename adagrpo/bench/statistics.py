@@ -110,3 +110,13 @@ def paired_interval(reference: Sequence[float], other: Sequence[float]) -> tuple
     mean, n = fmean(differences), len(differences)
     half = float(t.ppf(0.975, n - 1)) * stdev(differences) / math.sqrt(n) if n > 1 else math.nan
     return mean, mean - half, mean + half
+
+
+def detectable_difference(reference: Sequence[float], other: Sequence[float]) -> float:
+    """The least true mean difference that four of five such studies would find, two-sided at 5 %, by the spread of the pairs'
+    differences; NaN for a single pair."""
+    from scipy.stats import t
+
+    differences = [b - a for a, b in zip(reference, other, strict=True)]
+    n = len(differences)
+    return float(t.ppf(0.975, n - 1) + t.ppf(0.8, n - 1)) * stdev(differences) / math.sqrt(n) if n > 1 else math.nan

@@ -13,16 +13,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import torch
-from scipy.stats import t
 
-from adagrpo.bench.statistics import paired_interval
+from adagrpo.bench.statistics import detectable_difference, paired_interval
 from adagrpo.build import load_source
 from adagrpo.disk.files import write_json
 from adagrpo.disk.lock import OwnerLock, holding
@@ -89,12 +87,6 @@ def arms() -> list[Arm]:
     return found
 
 
-def detectable(differences: Sequence[float]) -> float:
-    """The least true difference that 80 % of such studies would find, by the spread of the differences seen."""
-    n = len(differences)
-    return float(t.ppf(0.975, n - 1) + t.ppf(0.8, n - 1)) * stdev(differences) / math.sqrt(n)
-
-
 def rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each arm's end reward and gain, and its difference to the plain arm of its host, with its 95 % t interval."""
     found = []
@@ -113,7 +105,7 @@ def rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             plain = [r["after"] for r in of(PLAIN)]
             found_difference = paired_interval(plain, ends)
             row |= dict(zip(("difference", "low", "high"), found_difference, strict=True))
-            row["detectable"] = detectable([b - a for a, b in zip(plain, ends, strict=True)])
+            row["detectable"] = detectable_difference(plain, ends)
         row["evaluations"] = fmean(r["evaluations"] for r in mine)
         found.append(row)
     return found

@@ -14,7 +14,7 @@ from toy import ToyModel, toy_config
 
 from adagrpo.bench.measure import Iteration
 from adagrpo.bench.picture import Point, pareto_front, scatter, ticks
-from adagrpo.bench.statistics import paired_interval
+from adagrpo.bench.statistics import detectable_difference, paired_interval
 from adagrpo.cli import main
 from adagrpo.errors import InputError
 from adagrpo.recipe.keys import EngineConfig, RewardConfig, SelectionConfig
@@ -182,6 +182,13 @@ def test_paired_interval_against_scipy() -> None:
     mean, low, high = paired_interval(a, b)
     interval = stats.ttest_rel(b, a).confidence_interval(0.95)
     assert (mean, low, high) == pytest.approx((0.025, interval.low, interval.high))
+
+
+def test_detectable_difference_by_hand() -> None:
+    """Differences 0.01, 0.03 and 0.05: std 0.02; Student quantiles with 2 degrees of freedom 4.30265 and 1.06066."""
+    found = detectable_difference([0.6, 0.5, 0.7], [0.61, 0.53, 0.75])
+    assert found == pytest.approx((4.30265 + 1.06066) * 0.02 / math.sqrt(3), rel=1e-4)
+    assert math.isnan(detectable_difference([0.6], [0.7]))
 
 
 def trainings() -> list[dict]:
