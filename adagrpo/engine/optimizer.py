@@ -36,8 +36,8 @@ class OptimizerSettings:
         max_grad_norm: gradients are clipped to it.
         total_steps, schedule, warmup, final_share: see ``lr_share``.
         ema_decay: of the weight average; 0 keeps none.
-        ema_every: steps between its updates.
-        ema_warmup: its decay is at most n/(n + 9) after n steps.
+        ema_every: steps between its updates, the first of which comes one step early, as Flow-GRPO counts.
+        ema_warmup: its decay is at most (1 + n)/(10 + n) after n steps (Flow-GRPO).
     """
 
     lr: float
@@ -96,7 +96,7 @@ class PolicyOptimizer:
         self.adamw.zero_grad(set_to_none=True)
         self.steps += 1
         self._write_back(self.masters)
-        if self.steps % self.settings.ema_every == 0:
+        if (self.steps + 1) % self.settings.ema_every == 0:
             self._average()
         return norm
 
@@ -143,7 +143,7 @@ class PolicyOptimizer:
     @torch.no_grad()
     def _average(self) -> None:
         s = self.settings
-        decay = min(s.ema_decay, self.steps / (self.steps + 9)) if s.ema_warmup else s.ema_decay
+        decay = min(s.ema_decay, (1 + self.steps) / (10 + self.steps)) if s.ema_warmup else s.ema_decay
         for average, master in zip(self.averages, self.masters, strict=bool(self.averages)):
             average.lerp_(master, 1 - decay)
 

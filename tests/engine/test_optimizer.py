@@ -58,14 +58,15 @@ def test_averaged_weights_are_swapped_in_and_out() -> None:
 
 
 def test_the_average_follows_every_few_steps_and_faster_at_first() -> None:
-    """Every second step, from 0: after 2 steps by 1 - 2/11, after 4 by 1 - 4/13, then by the 1 - 0.5 that its decay allows."""
+    """As Flow-GRPO's, which is told n, the steps done: moved where n + 1 is a multiple of 4, by 1 - min(0.5, (1+n)/(10+n));
+    after 3 steps that is 9/13, after 7 it is 9/17, then the half that its decay allows."""
     p = nn.Parameter(torch.zeros(1))
-    settings = OptimizerSettings(lr=1.0, ema_decay=0.5, ema_every=2, ema_warmup=True)
+    settings = OptimizerSettings(lr=1.0, ema_decay=0.5, ema_every=4, ema_warmup=True)
     optimizer, expected = PolicyOptimizer([p], settings), 0.0
-    for step in range(1, 13):
+    moves = {3: 9 / 13, 7: 9 / 17, 11: 0.5, 15: 0.5}
+    for step in range(1, 17):
         step_with(optimizer, p, 1.0)
-        if step % 2 == 0:
-            expected += (1 - min(0.5, step / (step + 9))) * (float(p) - expected)
+        expected += moves.get(step, 0.0) * (float(p) - expected)
         assert float(optimizer.averages[0]) == pytest.approx(expected, rel=1e-5)
 
 

@@ -1,23 +1,26 @@
-"""Every host's recipe trains, with AdaGRPO and without: its ratio begins at 1, and it evaluates what was predicted."""
+"""Every host's recipe trains, without AdaGRPO and with it, in bf16: its ratio is exactly 1 before the first step, and it
+evaluates what was predicted."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 
 import pytest
 import torch
 
-from adagrpo.build import build_model, build_trainer
+from adagrpo.build import build_trainer
 from adagrpo.forecast import planned_evaluations
 from adagrpo.recipe.keys import Config, RewardConfig
 from adagrpo.recipe.load import load_recipe
 from adagrpo.recipe.rules import check
 from adagrpo.run.metrics import read_metrics
 
-HOSTS = ["flow-grpo", "flow-grpo-fast", "dance-grpo", "flow-cps", "mix-grpo", "grpo-guard"]
+HOSTS = [
+    "flow-grpo", "flow-grpo-fast", "dance-grpo", "flow-cps", "mix-grpo", "grpo-guard", "g2rpo", "tempflow", "flash-grpo",
+]  # fmt: skip
 SMALL = {
+    "model": {"dtype": "bf16"},
     "rollout": {"steps": 6, "group_size": 4, "storage": "bf16"},
     "train": {"slots": 2, "iterations": 2},
     "evaluation": {"every": 0, "final_prompts": 0},
@@ -25,40 +28,33 @@ SMALL = {
 }
 
 
-def small(name: str, ada: bool) -> Config:
+def small(name: str) -> Config:
     """The recipe on 6 steps, with its stochastic steps within them."""
-    config = load_recipe(f"tiny-{name}")
+    config = load_recipe(name)
     changes = {section: dict(keys) for section, keys in SMALL.items()}
-    if config.rollout.plan == "trajectory":
-        changes["rollout"]["sde_steps"] = (0, 1, 2, 3, 4)
-    elif config.rollout.window_range:
-        changes["rollout"]["window_range"] = (0, 3)
-    changes["selection"], changes["advantage"] = ({"candidates": 3}, {"weight": 1.0}) if ada else ({}, {})
+    r = config.rollout
+    if r.window_range:
+        changes["rollout"]["window_range"] = (0, min(r.window_range[1], 5))
+    elif r.plan != "window":
+        changes["rollout"]["sde_steps"] = tuple(k for k in r.sde_steps if k < 5)
     sections = {s: dataclasses.replace(getattr(config, s), **keys) for s, keys in changes.items()}
     return dataclasses.replace(config, **sections, rewards=(RewardConfig("brightness"),))
 
 
-@functools.cache
-def weights(timestep: str) -> dict[str, torch.Tensor]:
-    model = build_model(dataclasses.replace(load_recipe("tiny").model, timestep=timestep))
-    return {name: p.detach().clone() for name, p in model.trainable()}
-
-
-@pytest.mark.parametrize("ada", [False, True])
-@pytest.mark.parametrize("name", HOSTS)
-def test_two_iterations(name: str, ada: bool) -> None:
-    config = small(name, ada)
+@pytest.mark.parametrize("ending", ["", "-ada"])
+@pytest.mark.parametrize("host", HOSTS)
+def test_two_iterations(host: str, ending: str) -> None:
+    config = small(f"tiny-{host}{ending}")
     check(config)
     trainer, _ = build_trainer(config)
     if config.loss.kl_weight:
         trainer.model.keep_reference()
+    before = [weight.detach().clone() for weight in trainer.optimizer.masters]
     for iteration in range(2):
         numbers, _ = read_metrics(trainer.iteration())
         counted = {phase: count.evaluations for phase, count in trainer.executor.counts.items()}
         assert counted == planned_evaluations(config, iteration)
-        assert ("probe" in counted) == ada
-        assert numbers["policy/ratio_deviation"] <= 1e-6
+        assert numbers["policy/ratio_deviation"] == 0
         assert math.isfinite(numbers["policy/loss"]) and numbers["policy/grad_norm"] > 0
         assert 0 <= numbers["policy/clip_share"] <= 1
-    before = weights(config.model.timestep)
-    assert any(not torch.equal(p, before[name]) for name, p in trainer.model.trainable())
+    assert any(not torch.equal(now, then) for now, then in zip(trainer.optimizer.masters, before, strict=True))

@@ -45,9 +45,9 @@ class OptimizerConfig:
     ema_decay: float = 0.0
     """Average of the weights, used for evaluation and export; 0 is off."""
     ema_every: int = 1
-    """Optimizer steps between updates of the average (Flow-GRPO: 8)."""
+    """Optimizer steps between updates of the average; the first comes one step early (Flow-GRPO: 8, after 7, 15, 23 …)."""
     ema_warmup: bool = False
-    """Let the average forget faster at first: after n optimizer steps its decay is at most n/(n + 9) (Flow-GRPO)."""
+    """Let the average forget faster at first: after n optimizer steps its decay is at most (1 + n)/(10 + n) (Flow-GRPO)."""
 
 
 @dataclass(frozen=True)
