@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -22,6 +23,7 @@ from .engine.optimizer import OptimizerSettings, PolicyOptimizer
 from .engine.plans import Window
 from .engine.ranks import Ranks
 from .engine.sampling import ForkSampler, GroupShape, Sampler, StepSchedule, TrajectorySampler
+from .engine.share import Share
 from .engine.timing import PhaseTimer
 from .engine.update import Objective
 from .errors import InputError, RunError
@@ -38,7 +40,7 @@ def build_course(config: Config, ranks: Ranks) -> Course:
     """The numbers of the training."""
     m, train, equal = config.model, config.train, config.advantage.equal_groups
     return Course(
-        slots=Derived(config).slots // ranks.size,
+        share=dealt_slots(config, ranks),
         candidates=config.selection.candidates,
         seed=train.seed,
         size=(m.height, m.width),
@@ -46,7 +48,26 @@ def build_course(config: Config, ranks: Ranks) -> Course:
         max_rows=config.engine.max_rows,
         refill=equal == "refill",
         skip_equal=equal != "keep",
-        ranks=ranks,
+        pooled=config.selection.pooled,
+    )
+
+
+def dealt_slots(config: Config, ranks: Ranks) -> Share:
+    """The slots of an iteration, dealt so that every rank has equally many in every micro-batch of every optimizer step.
+
+    Raises:
+        InputError: they cannot be; the message says how they can.
+    """
+    train, total = config.train, Derived(config).slots
+    parts = train.steps_per_iteration if train.update_by == "slots" else 1
+    fits = lambda slots: slots % ranks.size == 0 and slots * train.accumulation % (parts * ranks.size) == 0  # noqa: E731
+    if fits(train.slots):
+        return Share.dealt(ranks, total, parts)
+    wanted = next(slots for slots in itertools.count(train.slots) if fits(slots))
+    by = f" in each of its {parts} optimizer steps" if parts > 1 else ""
+    raise InputError(
+        f"train.slots = {train.slots}: the {total} prompts of an iteration cannot be dealt to {ranks.size} ranks{by}; "
+        f"start it as torchrun … -m adagrpo train {config.name} --train.slots {wanted}, or on another number of ranks"
     )
 
 
@@ -80,7 +101,7 @@ def build_sampler(config: Config, ranks: Ranks) -> Sampler:
     drawn = train.seed if r.window_order == "random" else None
     window = Window(r.window_size, first, end, r.window_every, r.window_stride, drawn) if r.plan == "window" else None
     schedule = StepSchedule(r.steps, r.sde_steps, window, Derived(config).trained_steps, train.seed, r.step_per_prompt)
-    shape = GroupShape(r.group_size, train.steps_per_iteration, train.slots, ranks, train.update_by)
+    shape = GroupShape(r.group_size, train.steps_per_iteration, max(1, train.slots // ranks.size), train.update_by)
     if r.plan == "fork":
         return ForkSampler(schedule, shape, r.fork_velocity == "fresh", r.seeds, Derived(config).tails_per_sample)
     return TrajectorySampler(schedule, shape, r.shared_noise)

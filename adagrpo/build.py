@@ -272,7 +272,7 @@ def assemble(
     if config.engine.overlap and model.device.type == "cuda":
         score.stream = torch.cuda.Stream(model.device)
     weights = torch.tensor([reward.weight for reward in config.rewards], device=model.device)
-    prober = Prober(executor, score, weights, config.selection.alpha, Derived(config).forks, ranks)
+    prober = Prober(executor, score, weights, config.selection.alpha, Derived(config).forks)
     return Trainer(
         build_course(config, ranks),
         executor,

@@ -30,6 +30,7 @@ from .engine.plans import host_integers
 from .engine.retry import Attempt, attempts, named_memory
 from .engine.sampling import Sampler, Samples
 from .engine.scoring import Scorer
+from .engine.share import Share
 from .engine.update import Objective, update_policy
 from .models.base import Conditioning
 from .prompts.stream import PromptStream
@@ -98,7 +99,7 @@ class Trainer:
         self._begun = _Begun(self.draws, self.stream.position, self.knowledge, self.executor.limit.state)
         self.refresh()
         with self.bucket():
-            groups = self.draw(self.course.slots)  # probe → select → rollout → reward
+            groups = self.draw()  # probe → select → rollout → reward
             if self.course.refill:
                 groups = self.refill(groups)
             advantage, statistics = self.advantage(groups.rewards)
@@ -109,51 +110,54 @@ class Trainer:
         metrics = statistics | policy | {"selection/picked": groups.prompts} | self.score.failures()
         return metrics | selection_metrics(groups.scores, groups.picks, self.knowledge)
 
-    def draw(self, slots: int) -> Groups:
-        """Groups for ``slots`` prompts."""
-        numbers = self.ranks.share(self.stream.take_numbers(self.ranks.size * slots * self.course.candidates))
+    def draw(self, share: Share | None = None) -> Groups:
+        """Groups for the slots that are dealt by ``share``; None is those of an iteration."""
+        share = share or self.course.share
+        numbers = self.stream.take_numbers(share.total * self.course.candidates)
         for attempt in self.attempts():
             with attempt:
-                groups, knowledge = self.groups_of(numbers, slots)
+                groups, knowledge = self.groups_of(numbers, share)
         self.knowledge = knowledge
         self.draws += 1
         return groups
 
-    def groups_of(self, numbers: Sequence[int], slots: int) -> tuple[Groups, Knowledge]:
-        """Groups for ``slots`` of the prompts ``numbers``, B per slot, and what is known then; moves no state."""
-        candidates = self.candidates(numbers, slots)
+    def groups_of(self, numbers: Sequence[int], share: Share) -> tuple[Groups, Knowledge]:
+        """Groups for slots of the prompts ``numbers``, B per slot, and what is known then; moves no state."""
+        candidates = self.candidates(numbers, share)
         choice = self.probe_and_select(candidates)
-        picked, conditioning = PromptRows(candidates.prompts, choice.rows), candidates.conditioning.rows(choice.rows)
-        samples, scores = self.rollout(choice, picked, conditioning)
-        rewards = self.reward(choice, samples, scores)
+        conditioning = candidates.text(share.own(choice.rows))
+        samples, scores = self.rollout(choice, candidates, conditioning)
+        rewards = share.gather(self.reward(share.own(choice.picks), samples, scores), 1)
         knowledge = choice.knowledge.with_groups(candidates, choice, rewards)
-        return Groups(picked, conditioning, choice.scores, choice.picks, samples, rewards), knowledge
+        picked = PromptRows(candidates.prompts, choice.rows)
+        return Groups(share, picked, conditioning, choice.scores, choice.picks, samples, rewards), knowledge
 
-    def candidates(self, numbers: Sequence[int], slots: int) -> Candidates:
-        """The prompts ``numbers``, encoded: B per slot."""
+    def candidates(self, numbers: Sequence[int], share: Share) -> Candidates:
+        """The prompts ``numbers``, B per slot; this rank's encoded."""
         prompts = [self.stream.prompts[i] for i in numbers]
-        conditioning = self.model.encode(prompts)
+        conditioning = self.model.encode(share.part(prompts))
         remembered = self.knowledge.evidence is not None
-        on_device = host_integers(numbers, self.model.device).reshape(slots, -1) if remembered else None
-        return Candidates(conditioning, prompts, slots, self.draws, on_device)
+        on_device = host_integers(numbers, self.model.device).reshape(share.total, -1) if remembered else None
+        return Candidates(prompts, conditioning, share, self.draws, on_device, self.course.pooled)
 
     def probe_and_select(self, candidates: Candidates) -> Choice:
         """Judge the candidates, fold what was scored into the capability EMA, pick one per slot."""
         return self.curriculum(candidates, self.knowledge)
 
-    def rollout(self, choice: Choice, picked: PromptRows, conditioning: Conditioning) -> tuple[Samples, Overlap]:
+    def rollout(self, choice: Choice, candidates: Candidates, conditioning: Conditioning) -> tuple[Samples, Overlap]:
         """Groups of the picked prompts, and the scores of their images, which are worked out beside the rollout."""
+        share, picked = candidates.share, candidates.shown(candidates.share.own(choice.rows))
         per_slot = self.sampler.rows_per_slot(self.iterations_done)
-        slot = torch.arange(len(choice.picks), device=choice.picks.device).repeat_interleave(per_slot)
+        slot = torch.arange(share.each, device=choice.picks.device).repeat_interleave(per_slot)
         group = self.sampler.shape.group_index(slot.shape[0], slot.device)
         scores = self.score.overlapped(PromptRows(picked.texts, picked.text_index.index_select(0, slot), group))
-        anchors = (choice.anchors, choice.anchor_row)
-        return self.sampler(self.executor, *anchors, conditioning, self.iterations_done, self.draws, scores), scores
+        given = (choice.anchors, choice.anchor_row, conditioning, self.iterations_done, self.draws, scores, share)
+        return self.sampler(self.executor, *given), scores
 
-    def reward(self, choice: Choice, samples: Samples, scores: Overlap) -> Tensor:
+    def reward(self, picks: Tensor, samples: Samples, scores: Overlap) -> Tensor:
         """Rewards [M, groups, G], or [M*tails, groups, G]; NaN where a sample failed, and for slots without a pick."""
         found = scores.result()
-        slot_picks = choice.picks.repeat_interleave(found.shape[1] // len(choice.picks))
+        slot_picks = picks.repeat_interleave(found.shape[1] // len(picks))
         return samples.by_group(torch.where(slot_picks >= 0, found, torch.nan))
 
     def refill(self, groups: Groups) -> Groups:
@@ -161,13 +165,14 @@ class Trainer:
         empty = groups.without_signal()
         if empty.numel() == 0:
             return groups
-        return groups.with_slots(empty, self.draw(empty.numel()), self.course.candidates)
+        again = self.draw(self.course.share.redrawn(empty.tolist()))
+        return groups.with_slots(empty, again, self.course.candidates)
 
     def advantage(self, rewards: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Advantages [groups, G] against group and capability, and what to log about rewards and fusion."""
+        """Advantages [groups, G] of this rank's against group and capability, and what to log about all rewards and fusion."""
         with self.phase("advantage"):
-            found, statistics = self.fusion(self.ranks.gather(rewards, 1), self.capability, self.draws)
-            return self.ranks.own(found), statistics
+            found, statistics = self.fusion(rewards, self.capability, self.draws)
+            return self.course.share.own(found), statistics
 
     def update(self, groups: Groups, advantage: Tensor) -> dict[str, Any]:
         """Policy-gradient step(s).
@@ -175,7 +180,7 @@ class Trainer:
         Raises:
             RunError: out of memory.
         """
-        lr, valid = self.optimizer.lr, groups.trained(self.course.skip_equal).flatten()
+        lr, valid = self.optimizer.lr, groups.share.own(groups.trained(self.course.skip_equal)).flatten()
         with self.phase("update"), named_memory("in the update"):
             given = (groups.samples, advantage.flatten(), valid, groups.conditioning)
             policy = update_policy(self.executor, self.optimizer, *given, self.objective)

@@ -1,6 +1,7 @@
 """What every way to judge candidates has in common: candidates and knowledge in, one ``Choice`` out.
 
-Shape letters: P slots, B candidates per slot, M rewards; one latent is [L, C].
+Shape letters: P slots of all ranks, B candidates per slot, M rewards; one latent is [L, C]. Rows of candidates count over all
+ranks; what is sampled, with its embeddings, is this rank's.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from torch import Tensor
 from ..algorithm.selection import CapabilityState
 from ..engine.plans import Plan, probe_plan
 from ..engine.rollout import Rollout
+from ..engine.share import Share
 from ..models.base import Conditioning
+from ..rewards import PromptRows
 from .evidence import Evidence
 
 
@@ -48,22 +51,45 @@ class Candidates:
     """The candidates of one draw.
 
     Attributes:
-        conditioning, prompts: of the P*B candidates.
-        slots: P.
+        prompts: of the P*B candidates of all ranks.
+        conditioning: of those of this rank's slots.
+        share: which slots these are.
         draw: number of the draw, of the noise.
         numbers: int64 [P, B], the prompts' numbers in the data, where evidence is kept.
+        pooled: a slot may take a candidate of another one.
     """
 
-    conditioning: Conditioning
     prompts: Sequence[str]
-    slots: int
+    conditioning: Conditioning
+    share: Share
     draw: int
     numbers: Tensor | None = None
+    pooled: bool = False
+
+    @property
+    def slots(self) -> int:
+        """This rank's slots, which it probes."""
+        return self.share.each
 
     @property
     def per_slot(self) -> int:
         """B."""
-        return len(self.prompts) // self.slots
+        return len(self.prompts) // self.share.total
+
+    def everyone(self, device: torch.device) -> Tensor:
+        """Rows of this rank's candidates, int64."""
+        return self.share.rows(self.per_slot, device)
+
+    def text(self, rows: Tensor) -> Conditioning:
+        """Embeddings of the candidates ``rows`` int64 [R], which this rank samples."""
+        parts = self.conditioning.tensors.items()
+        return Conditioning({name: self.share.taken(part, rows, self.pooled) for name, part in parts})
+
+    def shown(self, rows: Tensor) -> PromptRows:
+        """Prompts of the candidates ``rows`` int64 [R], which this rank samples."""
+        if self.pooled or self.share.ranks.size == 1:
+            return PromptRows(self.prompts, rows)
+        return PromptRows(self.share.part(self.prompts), self.share.local(rows, self.per_slot))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,10 +119,10 @@ class Choice:
     """What a judge found.
 
     Attributes:
-        picks: int64 [P], rows among the candidates P*B; -1 where none has a judging score.
-        anchors: rollout with what forks need; None where nothing was sampled.
-        anchor_row: int64 [P], the row of each pick in ``anchors``.
-        scores: [M, P, B], the last scores that candidates were judged by; None where nothing reads them.
+        picks: int64 [P], rows among the candidates P*B of all ranks; -1 where none has a judging score.
+        anchors: rollout of this rank with what forks need; None where nothing was sampled.
+        anchor_row: int64, the row in ``anchors`` of the pick of each of this rank's slots.
+        scores: [M, P, B], the last scores that candidates of all ranks were judged by; None where nothing reads them.
         knowledge: with this draw's scores.
     """
 

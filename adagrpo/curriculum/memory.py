@@ -7,7 +7,6 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from ..rewards import PromptRows
 from .base import Candidates, Choice, Knowledge, Leg, whole_leg
 from .evidence import Evidence
 from .picks import Nearest
@@ -48,20 +47,22 @@ class Memory:
     def __call__(self, prober: Prober, candidates: Candidates, knowledge: Knowledge) -> Choice:
         """One draw."""
         assert knowledge.evidence is not None and candidates.numbers is not None
-        slots, draw = candidates.slots, candidates.draw
-        uniform = prober.uniform(slots, self.candidates, draw, step=1)
-        (whole,) = self.legs(slots)
+        draw, share = candidates.draw, candidates.share
+        uniform = prober.uniform(share.total, self.candidates, draw, step=1)
+        (whole,) = self.legs(candidates.slots)
         with prober.executor.phase("select"):
             judged, distance = knowledge.evidence.judged(candidates.numbers, knowledge.level, prober.weights, draw)
             # While nothing tells candidates apart, one is drawn; later ties go to the first, of a stream that is shuffled.
-            lucky = prober.uniform(slots, self.candidates, draw, step=2)
-            distance = distance.flatten().index_add(0, lucky, torch.full_like(distance[:, 0], -1e-9)).unflatten(0, (slots, -1))
+            lucky = prober.uniform(share.total, self.candidates, draw, step=2)
+            nearer = torch.full_like(distance[:, 0], -1e-9)
+            distance = distance.flatten().index_add(0, lucky, nearer).unflatten(0, (share.total, -1))
             picks = self.nearest(distance, self.finalists)
-        rows = torch.cat([picks.clamp_min(0), uniform]) if self.forks or self.finalists > 1 else uniform
+        rows = share.own(uniform)
+        rows = torch.cat([share.own(picks).clamp_min(0), rows]) if self.forks or self.finalists > 1 else rows
         field = prober.sampled_whole(rows, whole, candidates)
         if self.finalists > 1:
             field, picks, knowledge = self._looked_at(field, picks, uniform, prober, candidates, knowledge)
-        return prober.choice(field, picks, judged, candidates, knowledge)
+        return prober.choice(field, picks, judged, uniform, candidates, knowledge)
 
     def _looked_at(
         self, field: Field, finalists: Tensor, uniform: Tensor, prober: Prober, candidates: Candidates, knowledge: Knowledge
@@ -69,12 +70,13 @@ class Memory:
         """The field of picks and uniform candidates, the picks and what is known after a look at ``finalists`` [P*K]."""
         slots, draw, evidence, numbers = candidates.slots, candidates.draw, knowledge.evidence, candidates.numbers
         assert evidence is not None and numbers is not None
-        scores = prober.score(field.x[:-slots], PromptRows(candidates.prompts, finalists))
+        share, looked, rest = candidates.share, field.only(slice(0, -slots)), field.only(slice(-slots, None))
+        scores = share.gather(prober.score(looked.x, candidates.shown(looked.rows)), 1)
         with prober.executor.phase("select"):
             again = (finalists.unsqueeze(1) == uniform).any(1)  # the very images that are scored at the end
             shown = numbers.flatten()[finalists]
             evidence = evidence.with_images(shown, scores.masked_fill(again, torch.nan), draw)
-            _, distance = evidence.judged(shown.unflatten(0, (slots, -1)), knowledge.level, prober.weights, draw)
+            _, distance = evidence.judged(shown.unflatten(0, (share.total, -1)), knowledge.level, prober.weights, draw)
             best = self.nearest(distance, 1)
-            field = field.only(torch.cat([best, torch.arange(-slots, 0, device=uniform.device) + len(field.rows)]))
+            field = looked.taken(share.own(best), candidates).beside(rest)
         return field, finalists[best], dataclasses.replace(knowledge, evidence=evidence)

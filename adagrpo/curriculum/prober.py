@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
 from torch import Tensor
@@ -10,20 +11,18 @@ from torch import Tensor
 from ..algorithm.sde import Draw, Stream, philox_uniform
 from ..algorithm.selection import CapabilityState, Selection, capability_step
 from ..engine.executor import RolloutExecutor
-from ..engine.ranks import Ranks
 from ..engine.rollout import Rollout
 from ..engine.scoring import Scorer
 from ..models.base import Conditioning
-from ..rewards import PromptRows
 from .base import Candidates, Choice, Knowledge, Leg
 
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """Candidates on the way to their images.
+    """Candidates on the way to their images, those that this rank samples.
 
     Attributes:
-        rows: int64 [R], among all candidates.
+        rows: int64 [R], among the candidates of all ranks.
         x: [R, L, C], latents now.
         latents: [R, L, C] at the fork steps behind.
         preview: [R, L, C], the image expected at the last step, where it was asked for.
@@ -34,9 +33,19 @@ class Field:
     latents: dict[int, Tensor] = dataclasses.field(default_factory=dict)
     preview: Tensor | None = None
 
-    def only(self, index: Tensor) -> Field:
-        """Those at ``index``, int64 [R']."""
+    def only(self, index: Tensor | slice) -> Field:
+        """Those at ``index``, int64 [R'] or a slice."""
         return Field(self.rows[index], self.x[index], {k: t[index] for k, t in self.latents.items()})
+
+    def taken(self, index: Tensor, candidates: Candidates) -> Field:
+        """Those at ``index`` int64 [R'], which counts the rows of the fields of all ranks by slot (``Share.taken``)."""
+        taken = functools.partial(candidates.share.taken, rows=index, anywhere=candidates.pooled)
+        return Field(taken(self.rows), taken(self.x), {k: taken(t) for k, t in self.latents.items()})
+
+    def beside(self, other: Field) -> Field:
+        """These, and behind them those of ``other``, which is as far."""
+        latents = {k: torch.cat([t, other.latents[k]]) for k, t in self.latents.items()}
+        return Field(torch.cat([self.rows, other.rows]), torch.cat([self.x, other.x]), latents)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +56,6 @@ class Prober:
         weights: of the rewards, [M].
         alpha: memory of the levels.
         forks: steps whose latents groups fork from; empty where nobody needs a candidate's own trajectory.
-        ranks: who else draws candidates.
     """
 
     executor: RolloutExecutor
@@ -55,12 +63,11 @@ class Prober:
     weights: Tensor
     alpha: float
     forks: tuple[int, ...]
-    ranks: Ranks = dataclasses.field(default_factory=Ranks)
 
-    def start(self, rows: Tensor, candidates: int, draw: int) -> Field:
-        """The noise that the candidates ``rows``, of ``candidates`` in all, start from; the same by every judge."""
+    def start(self, rows: Tensor, draw: int) -> Field:
+        """The noise that the candidates ``rows`` start from; the same by every judge."""
         with self.executor.phase("probe"):
-            return Field(rows, self.executor.initial_noise(self.ranks.rows(rows, candidates), draw, Stream.PROBE_INIT))
+            return Field(rows, self.executor.initial_noise(rows, draw, Stream.PROBE_INIT))
 
     def sampled(self, field: Field, leg: Leg, conditioning: Conditioning, draw: int, preview: bool = False) -> Field:
         """The field at the end of ``leg``, steps of the full grid; ``conditioning`` is of its rows.
@@ -77,8 +84,7 @@ class Prober:
 
     def sampled_whole(self, rows: Tensor, leg: Leg, candidates: Candidates) -> Field:
         """The candidates ``rows`` [R], sampled to the end."""
-        field = self.start(rows, len(candidates.prompts), candidates.draw)
-        return self.sampled(field, leg, candidates.conditioning.rows(rows), candidates.draw)
+        return self.sampled(self.start(rows, candidates.draw), leg, candidates.text(rows), candidates.draw)
 
     def _expected(self, out: Rollout, first: int, last: int) -> Tensor:
         """``x - sigma*v`` at the step ``last``."""
@@ -86,39 +92,40 @@ class Prober:
         return (x.to(sigma.dtype) - sigma * v.to(sigma.dtype)).to(x.dtype)
 
     def word(self, slots: int, draw: int, step: int = 0) -> Draw:
-        """The noise of the selection: a row for each slot of all ranks, of which this one has ``slots``."""
-        rows = torch.arange(slots * self.ranks.size, device=self.weights.device)
-        return Draw(self.executor.seed, rows, draw, Stream.SELECT, step)
+        """The noise of the selection: a row for each of the ``slots`` of all ranks."""
+        return Draw(self.executor.seed, torch.arange(slots, device=self.weights.device), draw, Stream.SELECT, step)
 
     def drawn(self, word: Draw, per_slot: int) -> Tensor:
-        """A uniformly drawn candidate of each slot of this rank, int64 [P], counted within its slot."""
-        return (self.ranks.own(philox_uniform(*word)) * per_slot).long()
+        """A uniformly drawn candidate of each slot, int64 [P], counted within its slot."""
+        return (philox_uniform(*word) * per_slot).long()
 
     def uniform(self, slots: int, per_slot: int, draw: int, step: int) -> Tensor:
-        """Row of a uniformly drawn candidate of each slot, int64 [P]."""
+        """Row of a uniformly drawn candidate of each of the ``slots`` of all ranks, int64 [P]."""
         word = self.word(slots, draw, step)
-        return word.rows[:slots] * per_slot + self.drawn(word, per_slot)
+        return word.rows * per_slot + self.drawn(word, per_slot)
 
     def folded(self, level: CapabilityState, scores: Tensor, strategy: str = "closest", draw: Draw | None = None) -> Selection:
-        """Scores [M, P, B] of all ranks folded into an EMA, and the picks of this rank's slots by it."""
+        """Scores [M, P, B] of all ranks folded into an EMA, and the picks by it."""
         weights = self.weights if len(self.weights) > 1 else None
-        found = capability_step(level, self.ranks.gather(scores, 1), self.alpha, strategy, weights, draw, self.executor.impl)
-        return found._replace(picks=self.ranks.own(found.picks), distance=self.ranks.own(found.distance))
+        return capability_step(level, scores, self.alpha, strategy, weights, draw, self.executor.impl)
 
-    def choice(self, field: Field, picks: Tensor, judged: Tensor, candidates: Candidates, knowledge: Knowledge) -> Choice:
+    def choice(
+        self, field: Field, picks: Tensor, judged: Tensor, uniform: Tensor, candidates: Candidates, knowledge: Knowledge
+    ) -> Choice:
         """Score the uniform candidates, the last rows of ``field``, and fold those of the last B draws into the EMA.
 
         Only they feed it, because an EMA fed by winners would measure the filter. Over the last B draws there are as many of
         them as ``full`` has in one.
 
         Args:
-            field: whole; its first rows are the picks', where forks need them.
+            field: whole, of this rank; its first rows are its slots' picks, where forks need them.
             picks: int64 [P]. judged: [M, P, B], what they were picked by.
+            uniform: int64 [P].
         """
         evidence, slots, draw = knowledge.evidence, candidates.slots, candidates.draw
         assert evidence is not None and candidates.numbers is not None
-        uniform = field.rows[-slots:]
-        scores = self.score(field.x[-slots:], PromptRows(candidates.prompts, uniform))
+        scores = self.score(field.x[-slots:], candidates.shown(field.rows[-slots:]))
+        scores = candidates.share.gather(scores, 1)
         with self.executor.phase("select"):
             evidence = evidence.with_recent(-1, scores, draw).with_images(candidates.numbers.flatten()[uniform], scores, draw)
             found = self.folded(knowledge.level, evidence.recent[-1].unsqueeze(1))

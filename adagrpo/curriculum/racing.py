@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ..algorithm.selection import CapabilityState, closest_distance
-from ..rewards import PromptRows
 from .base import Candidates, Choice, Knowledge, Leg
 from .evidence import Evidence
 from .picks import Nearest
@@ -75,38 +74,41 @@ class Racing:
 
     def __call__(self, prober: Prober, candidates: Candidates, knowledge: Knowledge) -> Choice:
         """One draw."""
-        slots, draw = candidates.slots, candidates.draw
-        uniform = prober.uniform(slots, self.candidates, draw, step=1)
+        slots, draw, share = candidates.slots, candidates.draw, candidates.share
+        uniform = prober.uniform(share.total, self.candidates, draw, step=1)
         *previewed, rest = self.legs(slots)
-        everyone = torch.arange(previewed[0].rows, device=uniform.device)
-        field, at_uniform = prober.start(everyone, len(everyone), draw), uniform
-        judged = torch.empty(len(prober.weights), len(everyone), dtype=torch.float64, device=uniform.device)
+        racers = torch.arange(len(candidates.prompts), device=uniform.device)
+        field = prober.start(candidates.everyone(uniform.device), draw)
+        at_uniform = share.local(share.own(uniform), self.candidates)
+        judged = torch.empty(len(prober.weights), len(racers), dtype=torch.float64, device=uniform.device)
         for number, (heat, leg) in enumerate(zip(heats(self.candidates, self.race_steps), previewed, strict=True)):
-            text = candidates.conditioning if number == 0 else candidates.conditioning.rows(field.rows)
+            text = candidates.conditioning if number == 0 else candidates.text(field.rows)
             field = prober.sampled(field, leg, text, draw, preview=True)
             assert field.preview is not None
-            scores = prober.score(field.preview, PromptRows(candidates.prompts, field.rows))
+            scores, racing = prober.score(field.preview, candidates.shown(field.rows)), slots * heat.per_slot
+            scores, beside = share.gather(scores[:, :racing], 1), share.gather(scores[:, racing:], 1) if number else None
             with prober.executor.phase("select"):
-                racing = slots * heat.per_slot
-                judged = judged.index_copy(1, field.rows[:racing], scores[:, :racing])
-                knowledge = self._taught(number, scores, scores[:, racing:], prober, knowledge, draw)
-                distance = closest_distance(scores[:, :racing], _level(knowledge, number), prober.weights)
-                distance = distance.unflatten(0, (slots, -1))
+                judged = judged.index_copy(1, racers, scores)
+                knowledge = self._taught(number, scores, beside, prober, knowledge, draw)
+                distance = closest_distance(scores, _level(knowledge, number), prober.weights)
+                distance = distance.unflatten(0, (share.total, -1))
                 left = self.nearest(distance, heat.left)
-                picks = torch.where(distance.flatten()[left].isfinite(), field.rows[left], -1)
-                over = heat.last == self.race_steps[-1] and not self.forks  # nobody needs the pick's own trajectory
-                field = field.only(at_uniform if over else torch.cat([left, at_uniform]))
+                picks = torch.where(distance.flatten()[left].isfinite(), racers[left], -1)
+                racers, over = racers[left], heat.last == self.race_steps[-1] and not self.forks
+                drawn = field.only(at_uniform)  # over: nobody needs the pick's own trajectory
+                field = drawn if over else field.only(slice(0, racing)).taken(share.own(left), candidates).beside(drawn)
                 at_uniform = torch.arange(-slots, 0, device=uniform.device) + len(field.rows)
-        field = prober.sampled(field, rest, candidates.conditioning.rows(field.rows), draw)
-        return prober.choice(field, picks, judged.unflatten(1, (slots, -1)), candidates, knowledge)
+        field = prober.sampled(field, rest, candidates.text(field.rows), draw)
+        return prober.choice(field, picks, judged.unflatten(1, (share.total, -1)), uniform, candidates, knowledge)
 
     def _taught(
-        self, number: int, scores: Tensor, uniform: Tensor, prober: Prober, knowledge: Knowledge, draw: int
+        self, number: int, scores: Tensor, uniform: Tensor | None, prober: Prober, knowledge: Knowledge, draw: int
     ) -> Knowledge:
-        """With the scores [M, R] of preview ``number``, those of uniform candidates [M, P] among them, in its level."""
+        """With the scores [M, R] of the first preview, or those of the uniform candidates [M, P] at a later one, in the level
+        of preview ``number``."""
         evidence = knowledge.evidence
         assert evidence is not None
-        if number:
+        if uniform is not None:
             evidence = evidence.with_recent(number - 1, uniform, draw)
             scores = evidence.recent[number - 1]
         fold = prober.folded(evidence.levels[number], scores.unsqueeze(1))

@@ -6,7 +6,6 @@ import dataclasses
 
 import torch
 
-from ..rewards import PromptRows
 from .base import Candidates, Choice, Knowledge, Leg, whole_leg
 from .evidence import Evidence
 from .picks import Pick
@@ -42,16 +41,17 @@ class Short:
     def __call__(self, prober: Prober, candidates: Candidates, knowledge: Knowledge) -> Choice:
         """One draw."""
         assert knowledge.evidence is not None
-        slots, draw = candidates.slots, candidates.draw
-        uniform = prober.uniform(slots, self.candidates, draw, step=1)
+        slots, draw, share = candidates.slots, candidates.draw, candidates.share
+        uniform = prober.uniform(share.total, self.candidates, draw, step=1)
         short, whole = self.legs(slots)
-        field = prober.start(torch.arange(short.rows, device=uniform.device), short.rows, draw)
-        scores = prober.score.overlapped(PromptRows(candidates.prompts, field.rows))
+        field = prober.start(candidates.everyone(uniform.device), draw)
+        scores = prober.score.overlapped(candidates.shown(field.rows))
         prober.executor.run(short.plan(), field.x, candidates.conditioning, draw, "probe", finished=scores)
-        judged = scores.result().unflatten(1, (slots, -1))
+        judged = share.gather(scores.result().unflatten(1, (slots, -1)), 1)
         with prober.executor.phase("select"):
             fold = prober.folded(knowledge.evidence.levels[0], judged, self.strategy)
             knowledge = dataclasses.replace(knowledge, evidence=knowledge.evidence.with_level(0, fold.state))
             picks = self.pick(judged, fold, prober.weights)
-        rows = torch.cat([picks.clamp_min(0), uniform]) if self.forks else uniform
-        return prober.choice(prober.sampled_whole(rows, whole, candidates), picks, judged, candidates, knowledge)
+        rows = share.own(uniform)
+        rows = torch.cat([share.own(picks).clamp_min(0), rows]) if self.forks else rows
+        return prober.choice(prober.sampled_whole(rows, whole, candidates), picks, judged, uniform, candidates, knowledge)

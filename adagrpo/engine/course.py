@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from .ranks import Ranks
+from .share import Share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,16 +13,16 @@ class Course:
     """How much each iteration trains, and at which picture size.
 
     Attributes:
-        slots: P, this rank's. candidates: B.
+        share: which of the P slots of an iteration are this rank's. candidates: B.
         seed: of the bucket that each iteration draws.
         size, buckets: picture sizes (height, width) in pixels: outside iterations, and to draw from; empty is always ``size``.
         max_rows: of the recipe; a run that ran out of memory has less.
         refill: draw slots whose groups all lack spread once more.
         skip_equal: leave groups whose rewards are all equal out of the loss.
-        ranks: who else trains.
+        pooled: a slot may take a candidate of another one.
     """
 
-    slots: int
+    share: Share
     candidates: int
     seed: int
     size: tuple[int, int]
@@ -29,4 +30,14 @@ class Course:
     max_rows: int = 0
     refill: bool = False
     skip_equal: bool = False
-    ranks: Ranks = dataclasses.field(default_factory=Ranks)
+    pooled: bool = False
+
+    @property
+    def slots(self) -> int:
+        """P, of all ranks."""
+        return self.share.total
+
+    @property
+    def ranks(self) -> Ranks:
+        """Who trains."""
+        return self.share.ranks

@@ -11,20 +11,24 @@ from ..algorithm.advantages import groups_with_signal
 from ..models.base import Conditioning
 from ..rewards import PromptRows
 from .sampling import Samples, merge_slots
+from .share import Share
 
 
 @dataclasses.dataclass(frozen=True)
 class Groups:
-    """Groups drawn for P slots.
+    """Groups drawn for P slots; but for ``conditioning`` and ``samples`` those of all ranks.
 
     Attributes:
+        share: which slots are this rank's.
         prompts: the candidates' texts and the row picked for each slot.
-        conditioning: of the picked prompts, [P].
+        conditioning: of the picked prompts of this rank's slots.
         scores: [M, P, B], what candidates were judged by; None where nothing reads them.
         picks: int64 [P], rows among the candidates P*B; -1 where there is none with a score.
-        samples: final latents and stored transitions.
+        samples: final latents and stored transitions of this rank's slots.
         rewards: [M, groups, G]; NaN where a sample failed.
     """
+
+    share: Share
 
     prompts: PromptRows
     conditioning: Conditioning
@@ -49,7 +53,14 @@ class Groups:
         return valid & groups_with_signal(self.rewards).unsqueeze(-1) if skip_equal else valid
 
     def with_slots(self, slots: Tensor, other: Groups, candidates: int) -> Groups:
-        """With the slots ``slots`` (int64 vector) taken from ``other``, in order; both chose among ``candidates`` per slot."""
+        """With the slots ``slots`` (int64 vector) taken from ``other``, in order, each by the rank that has it.
+
+        Args:
+            candidates: B, among which both chose.
+        """
+        mine = self.share.local(slots, 1)
+        mine = mine[mine >= 0] if self.share.ranks.size > 1 else mine
+        text = other.conditioning.rows(torch.arange(len(mine), device=mine.device))
         texts = [*self.prompts.texts, *other.prompts.texts]
         shifted = other.prompts.text_index + len(self.prompts.texts)
         rewards = self.rewards.unflatten(1, (self.slots, -1))
@@ -60,10 +71,11 @@ class Groups:
         if scores is not None and other.scores is not None:
             scores = scores.index_copy(1, slots, other.scores)
         return Groups(
+            share=self.share,
             prompts=PromptRows(texts, self.prompts.text_index.index_copy(0, slots, shifted)),
-            conditioning=self.conditioning.replaced(slots, other.conditioning),
+            conditioning=self.conditioning.replaced(mine, text),
             scores=scores,
             picks=self.picks.index_copy(0, slots, moved),
-            samples=merge_slots(self.samples, other.samples, slots, self.slots),
+            samples=merge_slots(self.samples, other.samples, mine, self.share.each),
             rewards=rewards.index_copy(1, slots, fresh).flatten(1, 2),
         )

@@ -117,7 +117,7 @@ def branch_plan(
     steps: Sequence[int],
     group_size: int,
     num_steps: int,
-    first_slot: int = 0,
+    numbers: Sequence[int] | None = None,
     tails: Mapping[int, Sequence[Sequence[int]]] | None = None,
     seeds: int = 1,
 ) -> Plan:
@@ -126,12 +126,13 @@ def branch_plan(
     The fork itself is ``RolloutExecutor.fork``; branches merge with earlier ones as soon as they enter.
 
     Args:
+        numbers: of the slots, counted over all ranks; None is from 0.
         tails: table rows of each fork step's tails (``RolloutTable.tails``); they end together, so that all merge. None takes
             every step of the grid.
         seeds: anchors of each slot.
     """
     rows = tuple(tuple(map(tuple, tails[k])) for k in steps) if tails else None
-    return _branch_plan(slots, tuple(steps), group_size, num_steps, first_slot, rows, seeds)
+    return _branch_plan(slots, tuple(steps), group_size, num_steps, _numbered(slots, numbers), rows, seeds)
 
 
 @functools.lru_cache(KEPT_PLANS)
@@ -140,7 +141,7 @@ def _branch_plan(
     steps: tuple[int, ...],
     group_size: int,
     num_steps: int,
-    first_slot: int,
+    numbers: tuple[int, ...],
     tails: tuple[tuple[tuple[int, ...], ...], ...] | None,
     seeds: int,
 ) -> Plan:
@@ -157,7 +158,7 @@ def _branch_plan(
         start=start.repeat_interleave(group_size).repeat(slots * seeds),
         index=index.repeat_interleave(group_size, 0).repeat(slots * seeds, 1),
         conditioning=torch.arange(slots).repeat_interleave(per_slot),
-        noise_row=torch.arange(slots * per_slot) + first_slot * per_slot,
+        noise_row=_noise_rows(numbers, per_slot),
         noise_stream=Stream.FORK,
         history=tails is not None,
     )
@@ -169,18 +170,21 @@ def trajectory_plan(
     num_steps: int,
     stochastic: Sequence[int],
     trained: Sequence[int],
-    first_slot: int = 0,
+    numbers: Sequence[int] | None = None,
     tail: Sequence[int] | None = None,
     own: Sequence[int] | None = None,
 ) -> Plan:
     """Whole trajectories, rows ordered (slot, member): stochastic at some steps, deterministic at the others.
 
     Args:
+        numbers: of the slots, counted over all ranks; None is from 0.
         own: the step of each slot that alone is stochastic, and trained, in it; ``stochastic``, ``trained`` hold them all.
         tail: table rows that lead from the last stochastic step to the image; None takes every step of the grid.
     """
     rows, of_slots = (None if given is None else tuple(given) for given in (tail, own))
-    return _trajectory_plan(slots, group_size, num_steps, tuple(stochastic), tuple(trained), first_slot, rows, of_slots)
+    return _trajectory_plan(
+        slots, group_size, num_steps, tuple(stochastic), tuple(trained), _numbered(slots, numbers), rows, of_slots
+    )
 
 
 @functools.lru_cache(KEPT_PLANS)
@@ -190,7 +194,7 @@ def _trajectory_plan(
     num_steps: int,
     stochastic: tuple[int, ...],
     trained: tuple[int, ...],
-    first_slot: int,
+    numbers: tuple[int, ...],
     tail: tuple[int, ...] | None,
     own: tuple[int, ...] | None,
 ) -> Plan:
@@ -206,12 +210,20 @@ def _trajectory_plan(
         start=torch.zeros(rows, dtype=torch.int64),
         index=index.repeat_interleave(group_size, 0),
         conditioning=torch.arange(slots).repeat_interleave(group_size),
-        noise_row=torch.arange(rows) + first_slot * group_size,
+        noise_row=_noise_rows(numbers, group_size),
         stochastic=stochastic,
         history=tail is not None,
         record=trained,
         own=stored,
     )
+
+
+def _numbered(slots: int, numbers: Sequence[int] | None) -> tuple[int, ...]:
+    return tuple(range(slots) if numbers is None else numbers)
+
+
+def _noise_rows(slots: tuple[int, ...], per_slot: int) -> Tensor:
+    return (torch.tensor(slots, dtype=torch.int64).unsqueeze(1) * per_slot + torch.arange(per_slot)).flatten()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,30 +1,58 @@
 """Who else trains: the only module that knows of other processes, and the only one that may call collectives.
 
-Everything above asks a ``Ranks`` for its place among all slots, for global tensors and for common decisions. One process is the
-identity and costs nothing: tensors are handed back as they came. Several processes are refused at the start of a command.
+Everything above asks a ``Ranks`` for global tensors and for common decisions. One process is the identity and costs nothing:
+tensors are handed back as they came. Tensors go by the default group (NCCL on CUDA, gloo on the CPU); what the processes agree
+on goes by a gloo group of its own, which waits for no device.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
-from typing import TypeVar
+import datetime
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from ..errors import InputError, RunError
 
 T = TypeVar("T")
 
 
+class MemoryElsewhere(RuntimeError):
+    """Another rank ran out of memory in work that all ranks then repeat.
+
+    Attributes:
+        rows: of the largest batch that any rank ran.
+    """
+
+    def __init__(self, rows: int) -> None:
+        super().__init__(f"another rank ran out of memory, in batches of up to {rows}")
+        self.rows = rows
+
+
+class FirstRankFailed(SystemExit):
+    """The first rank ended, and said why: the others end with its exit code and say nothing."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Ranks:
-    """This process among ``size``; slots are dealt to ranks in order, equally many to each.
+    """This process among ``size``.
 
     Attributes:
         rank: from 0. size: of all.
+        side: the group of agreements; None where there is one process.
+        timeout: seconds that ranks wait for each other.
     """
 
     rank: int = 0
     size: int = 1
+    side: Any = dataclasses.field(default=None, compare=False, repr=False)
+    timeout: float = 600.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.size:
@@ -32,44 +60,170 @@ class Ranks:
 
     @property
     def writes(self) -> bool:
-        """Whether this rank writes the run folder."""
+        """Whether this rank writes the run folder and speaks to the user."""
         return self.rank == 0
 
-    def first(self, each: int) -> int:
-        """Global number of this rank's first row, where every rank has ``each``."""
-        return self.rank * each
-
-    def rows(self, rows: Tensor, each: int) -> Tensor:
-        """Global numbers of this rank's ``rows``, int64, where every rank has ``each``."""
-        return rows if self.rank == 0 else rows + self.first(each)
-
-    def share(self, everything: Sequence[T]) -> Sequence[T]:
-        """This rank's part of a sequence that every rank knows."""
-        each = len(everything) // self.size
-        return everything[self.first(each) : self.first(each) + each]
-
-    def own(self, everything: Tensor, dim: int = 0) -> Tensor:
-        """This rank's part along ``dim`` of a tensor over all ranks."""
-        if self.size == 1:
-            return everything
-        each = everything.shape[dim] // self.size
-        return everything.narrow(dim, self.first(each), each)
+    # ---- tensors ----
 
     def gather(self, part: Tensor, dim: int) -> Tensor:
-        """The parts of all ranks, in their order, along ``dim``."""
-        self._alone()
-        return part
+        """The parts of all ranks, of equal shapes, in their order along ``dim``."""
+        if self.size == 1:
+            return part
+        sent = part.contiguous()
+        parts = [torch.empty_like(sent) for _ in range(self.size)]
+        dist.all_gather(parts, sent)
+        return torch.cat(parts, dim)
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum over ranks."""
-        self._alone()
+        """The sum over ranks, in ``value`` itself."""
+        if self.size > 1:
+            dist.all_reduce(value)
         return value
 
-    def agree(self, flag: bool) -> bool:
-        """Whether it holds on any rank."""
-        self._alone()
-        return flag
+    def add_up(self, tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> None:
+        """Replace tensors by their sums over ranks, in one call for each dtype; a missing one counts as zeros, and stays away.
 
-    def _alone(self) -> None:
-        if self.size > 1:
-            raise NotImplementedError(f"collectives over {self.size} ranks")
+        Args:
+            like: of the shapes and dtypes of ``tensors``, none missing.
+        """
+        if self.size == 1:
+            return
+        for dtype in dict.fromkeys(t.dtype for t in like):
+            mine = [(t, ref) for t, ref in zip(tensors, like, strict=True) if ref.dtype is dtype]
+            flat = self.sum(torch.cat([(ref.new_zeros(ref.numel()) if t is None else t.flatten()) for t, ref in mine]))
+            for (t, _), found in zip(mine, flat.split([ref.numel() for _, ref in mine]), strict=True):
+                if t is not None:
+                    t.copy_(found.view_as(t))
+
+    def same(self, tensors: Sequence[Tensor]) -> None:
+        """Write the first rank's values into the tensors of all."""
+        if self.size == 1:
+            return
+        with torch.no_grad():
+            for dtype in dict.fromkeys(t.dtype for t in tensors):
+                mine = [t for t in tensors if t.dtype is dtype]
+                flat = torch.cat([t.detach().flatten() for t in mine])
+                dist.broadcast(flat, 0)
+                for t, found in zip(mine, flat.split([t.numel() for t in mine]), strict=True):
+                    t.copy_(found.view_as(t))
+
+    # ---- agreements: the host waits for all ranks ----
+
+    def most(self, number: int, at: str) -> int:
+        """The largest number of any rank; ``at`` names the place for errors, as in all agreements."""
+        if self.size == 1:
+            return number
+        found = torch.tensor(number)
+        with self._naming(at):
+            dist.all_reduce(found, dist.ReduceOp.MAX, group=self.side)
+        return int(found)
+
+    def require_well(self) -> None:
+        """Before work in which all ranks must take part.
+
+        Raises:
+            MemoryElsewhere: one will not, for it ran out of memory (``engine.retry``).
+        """
+        if rows := self.most(0, "the end of a phase"):
+            raise MemoryElsewhere(rows)
+
+    def all_of(self, mine: T, at: str) -> list[T]:
+        """What every rank has, in their order."""
+        if self.size == 1:
+            return [mine]
+        found: list[Any] = [None] * self.size
+        with self._naming(at):
+            dist.all_gather_object(found, mine, group=self.side)
+        return found
+
+    def told(self, find: Callable[[], T], at: str) -> T:
+        """What the first rank finds; the others, which do not look, are told.
+
+        Raises:
+            FirstRankFailed: on the others, where it failed; there its error is raised.
+        """
+        if self.size == 1:
+            return find()
+        if self.rank:
+            code, found = self._from_first(None, at)
+            if code:
+                raise FirstRankFailed(code)
+            return found
+        try:
+            mine = find()
+        except BaseException as error:
+            with contextlib.suppress(RunError):  # the error itself is the news
+                self._from_first((_exit_code(error), None), at)
+            raise
+        return self._from_first((0, mine), at)[1]
+
+    def _from_first(self, value: Any, at: str) -> Any:
+        box = [value]
+        with self._naming(at):
+            dist.broadcast_object_list(box, 0, group=self.side)
+        return box[0]
+
+    @contextlib.contextmanager
+    def _naming(self, at: str) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise RunError(f"rank {self.rank} of {self.size}: the others did not come to {at}: {first}") from error
+
+
+def _exit_code(error: BaseException) -> int:
+    """What the command line ends with for it."""
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + getattr(error, "signal", 2)
+    return 2 if isinstance(error, InputError) else 1
+
+
+def world_size() -> int:
+    """Processes that torchrun started; 1 without it.
+
+    Raises:
+        InputError: the environment is not torchrun's.
+    """
+    text = os.environ.get("WORLD_SIZE", "").strip()
+    if text in ("", "0", "1"):
+        return 1
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing or not text.isdigit():
+        raise InputError(
+            f"WORLD_SIZE = {text}: not set by torchrun ({', '.join(missing) or 'no number'} missing); start several ranks by "
+            "torchrun --nproc-per-node N -m adagrpo train RECIPE, or unset WORLD_SIZE"
+        )
+    return int(text)
+
+
+def local_rank() -> int:
+    """This process's number on its machine."""
+    return int(os.environ["LOCAL_RANK"]) if world_size() > 1 else 0
+
+
+@contextlib.contextmanager
+def joined(device: torch.device, timeout: float = 600.0) -> Iterator[Ranks]:
+    """Within it this process works with all that torchrun started.
+
+    Args:
+        device: of tensors.
+        timeout: seconds that ranks wait for each other.
+
+    Raises:
+        RunError: they do not come together.
+    """
+    size = world_size()
+    if size == 1:
+        yield Ranks()
+        return
+    wait, backend = datetime.timedelta(seconds=timeout), "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    try:
+        dist.init_process_group(backend, timeout=wait, device_id=device if device.type == "cuda" else None)
+        side = dist.new_group(backend="gloo", timeout=wait)
+    except RuntimeError as error:
+        raise RunError(f"the {size} ranks did not come together within {timeout:g} s: {error}") from error
+    try:
+        yield Ranks(dist.get_rank(), size, side, timeout)
+    finally:
+        dist.destroy_process_group()

@@ -14,8 +14,8 @@ from ..algorithm.sde import Stream
 from ..models.base import Conditioning
 from .executor import Finished, RolloutExecutor
 from .plans import Plan, Window, branch_plan, device_integers, probe_plan, trajectory_plan, update_batches
-from .ranks import Ranks
 from .rollout import Rollout, Transitions
+from .share import Share
 
 Tails = Mapping[int, Sequence[Sequence[int]]]
 """``RolloutTable.tails``."""
@@ -72,13 +72,13 @@ class StepSchedule:
             return self.sde_steps
         return tuple(range(self.window.end))[-self.window.size :] if iteration is None else self.window.steps(iteration)
 
-    def own(self, iteration: int | None, slots: int, first: int) -> tuple[int, ...] | None:
-        """The step that each of ``slots`` slots, counted from ``first``, has to itself; None where all have the same steps."""
+    def own(self, iteration: int | None, share: Share) -> tuple[int, ...] | None:
+        """The step that each of this rank's slots has to itself; None where all have the same steps."""
         if not self.of_prompt:
             return None
         generator = host_generator(self.seed, iteration or 0, WINDOW)
-        drawn = torch.randint(len(self.sde_steps), (first + slots,), generator=generator)[first:]
-        return tuple(self.sde_steps[i] for i in drawn.tolist())
+        drawn = torch.randint(len(self.sde_steps), (share.total,), generator=generator).tolist()
+        return tuple(self.sde_steps[drawn[number]] for number in share.numbers)
 
     def learnt(self, iteration: int) -> tuple[int, ...]:
         """The trained ones among them."""
@@ -94,14 +94,12 @@ class GroupShape:
 
     Attributes:
         group_size: G. optimizer_steps: per iteration. slots_per_batch: slots that share a micro-batch.
-        ranks: who else draws groups; slots are numbered over all of them.
         dealt_by: what optimizer steps divide among them: steps, slots or samples.
     """
 
     group_size: int
     optimizer_steps: int = 1
     slots_per_batch: int = 1
-    ranks: Ranks = dataclasses.field(default_factory=Ranks)
     dealt_by: str = "steps"
 
     def group_index(self, samples: int, device: torch.device | str) -> Tensor:
@@ -127,9 +125,9 @@ class Sampler(Protocol):
         """Whether the update's micro-batches are run before the rollout, for the velocities that groups fork with."""
         ...
 
-    def plan(self, slots: int, tails: Tails | None = None, iteration: int | None = None) -> Plan:
-        """The rollout of an iteration; None is one that trains every stochastic step and runs as much as any. ``tails`` are
-        ``RolloutTable.tails``."""
+    def plan(self, share: Share, tails: Tails | None = None, iteration: int | None = None) -> Plan:
+        """The rollout of this rank's slots in an iteration; None is one that trains every stochastic step and runs as much as
+        any. ``tails`` are ``RolloutTable.tails``."""
         ...
 
     def anchor_plan(self, slots: int) -> Plan | None:
@@ -153,6 +151,7 @@ class Sampler(Protocol):
         iteration: int,
         draw: int,
         finished: Finished | None = None,
+        share: Share | None = None,
     ) -> Samples:
         """Groups of P slots.
 
@@ -162,6 +161,7 @@ class Sampler(Protocol):
             iteration: counted from 0; of the step schedule.
             draw: number of the draw, of the noise.
             finished: see ``RolloutExecutor.run``.
+            share: of the slots, which are this rank's; None is all there are.
         """
         ...
 
@@ -192,11 +192,10 @@ class ForkSampler:
         rows = [slot for slot in range(slots) for _ in range(self.seeds - 1)]
         return probe_plan(rows, self.schedule.steps, self.schedule.sde_steps) if rows else None
 
-    def plan(self, slots: int, tails: Tails | None = None, iteration: int | None = None) -> Plan:
+    def plan(self, share: Share, tails: Tails | None = None, iteration: int | None = None) -> Plan:
         """The tails of the groups."""
-        steps = self.schedule.sde_steps if iteration is None else self.schedule.learnt(iteration)
-        first = self.shape.ranks.first(slots)
-        return branch_plan(slots, steps, self.shape.group_size, self.schedule.steps, first, tails, self.seeds)
+        steps, size = self.schedule.sde_steps if iteration is None else self.schedule.learnt(iteration), self.shape.group_size
+        return branch_plan(share.each, steps, size, self.schedule.steps, share.numbers, tails, self.seeds)
 
     def batches(self, slots: int, max_rows: int, device: torch.device | str = "cpu") -> list[list[Tensor]]:
         """A fork is one transition, whatever its members; an anchor is a sample."""
@@ -211,13 +210,14 @@ class ForkSampler:
         iteration: int,
         draw: int,
         finished: Finished | None = None,
+        share: Share | None = None,
     ) -> Samples:
         """See ``Sampler``."""
         assert anchors is not None
         steps, group_size = self.schedule.learnt(iteration), self.shape.group_size
         slots, device = anchor_row.shape[0], anchor_row.device
-        groups = slots * self.seeds * len(steps)
-        latent = self._forked(executor, anchors, anchor_row, conditioning, draw, steps)
+        share, groups = share or Share.alone(slots), slots * self.seeds * len(steps)
+        latent = self._forked(executor, _at_forks(anchors.latents, steps, anchor_row), conditioning, draw, steps, share)
         index = (device_integers(steps, device) + executor.num_steps).repeat(slots * self.seeds)
         slot = torch.arange(slots, device=device).repeat_interleave(groups // slots)
         batches = self.batches(slots, executor.limit.max_rows, device)
@@ -225,9 +225,8 @@ class ForkSampler:
             v = _fresh_velocities(executor, latent, index, conditioning, slot, batches)
         else:
             v = _at_forks(anchors.velocities, steps, anchor_row)
-        plan = self.plan(slots, executor.rollout_table.tails, iteration)
-        first_row = self.shape.ranks.first(slots) * groups // slots * group_size
-        noise_row = torch.arange(first_row, first_row + groups * group_size, device=device).reshape(groups, group_size)
+        plan = self.plan(share, executor.rollout_table.tails, iteration)
+        noise_row = share.rows(groups // slots * group_size, device).reshape(groups, group_size)
         with executor.phase("rollout"):
             transitions = executor.fork(latent, v, index, slot, noise_row, draw)
         start = transitions.successors.unsqueeze(1).expand(-1, self.tails, -1, -1, -1).flatten(0, 2)
@@ -237,22 +236,20 @@ class ForkSampler:
     def _forked(
         self,
         executor: RolloutExecutor,
-        anchors: Rollout,
-        anchor_row: Tensor,
+        latent: Tensor,
         conditioning: Conditioning,
         draw: int,
         steps: Sequence[int],
+        share: Share,
     ) -> Tensor:
-        """Latents [P*seeds*K, L, C] at the fork steps of every anchor."""
-        latent = _at_forks(anchors.latents, steps, anchor_row)
-        plan = self.anchor_plan(anchor_row.shape[0])
+        """Latents [P*seeds*K, L, C] at the fork steps of every anchor, from those [P*K, L, C] of the picks' own."""
+        plan = self.anchor_plan(share.each)
         if plan is None:
             return latent
-        rows = torch.arange(plan.num_rows, device=anchor_row.device)
-        first = self.shape.ranks.first(anchor_row.shape[0]) * (self.seeds - 1)
-        x = executor.initial_noise(rows + first, draw, Stream.TRAJECTORY_INIT)
+        rows = torch.arange(plan.num_rows, device=latent.device)
+        x = executor.initial_noise(share.rows(self.seeds - 1, latent.device), draw, Stream.TRAJECTORY_INIT)
         others = executor.run(plan, x, conditioning, draw, "rollout").latents
-        by_anchor = (len(anchor_row), -1, len(steps))
+        by_anchor = (share.each, -1, len(steps))
         pair = (latent.unflatten(0, by_anchor), _at_forks(others, steps, rows).unflatten(0, by_anchor))
         return torch.cat(pair, 1).flatten(0, 2)
 
@@ -304,15 +301,15 @@ class TrajectorySampler:
         """Nothing forks."""
         return None
 
-    def plan(self, slots: int, tails: Tails | None = None, iteration: int | None = None) -> Plan:
+    def plan(self, share: Share, tails: Tails | None = None, iteration: int | None = None) -> Plan:
         """The trajectories; None is the longest."""
         stochastic = self.schedule.stochastic(iteration)
         learnt = stochastic if iteration is None else self.schedule.learnt(iteration)
-        first_slot = self.shape.ranks.first(slots)
-        tail, own = tails[stochastic[-1]][0] if tails else None, self.schedule.own(iteration, slots, first_slot)
+        tail, own = tails[stochastic[-1]][0] if tails else None, self.schedule.own(iteration, share)
         if own is not None:
             stochastic = learnt = tuple(sorted(set(own)))
-        return trajectory_plan(slots, self.shape.group_size, self.schedule.steps, stochastic, learnt, first_slot, tail, own)
+        sizes = (share.each, self.shape.group_size, self.schedule.steps)
+        return trajectory_plan(*sizes, stochastic, learnt, share.numbers, tail, own)
 
     def batches(self, slots: int, max_rows: int, device: torch.device | str = "cpu") -> list[list[Tensor]]:
         """Each trained step of a trajectory is a transition."""
@@ -327,11 +324,13 @@ class TrajectorySampler:
         iteration: int,
         draw: int,
         finished: Finished | None = None,
+        share: Share | None = None,
     ) -> Samples:
         """See ``Sampler``; anchors are not used."""
         slots, group_size = anchor_row.shape[0], self.shape.group_size
-        plan = self.plan(slots, executor.rollout_table.tails, iteration)
-        start_row = torch.arange(plan.num_rows, device=executor.model.device) + self.shape.ranks.first(slots) * group_size
+        share = share or Share.alone(slots)
+        plan = self.plan(share, executor.rollout_table.tails, iteration)
+        start_row = share.rows(group_size, executor.model.device)
         start_row = start_row // group_size if self.shared_noise else start_row
         x = executor.initial_noise(start_row, draw, Stream.TRAJECTORY_INIT)
         rollout = executor.run(plan, x, conditioning, draw, "rollout", finished=finished)
@@ -341,17 +340,16 @@ class TrajectorySampler:
 
 
 def merge_slots(samples: Samples, other: Samples, slots: Tensor, number: int) -> Samples:
-    """``samples`` of ``number`` slots with the slots ``slots`` (int64 vector) taken from ``other``, in order."""
+    """``samples`` of ``number`` slots with the slots ``slots`` (int64 vector) taken from the first of ``other``, in order."""
     per_slot = samples.transitions.latent.shape[0] // number
     rows_per_slot = samples.final.shape[0] // number
     moved = slots.repeat_interleave(per_slot)
     home = torch.arange(slots.shape[0], device=slots.device).repeat_interleave(per_slot)
-    fresh = dataclasses.replace(
-        other.transitions, slot=moved, sample=other.transitions.sample + ((moved - home) * rows_per_slot).unsqueeze(1)
-    )
+    fresh = other.transitions.rows(torch.arange(len(moved), device=slots.device))
+    fresh = dataclasses.replace(fresh, slot=moved, sample=fresh.sample + ((moved - home) * rows_per_slot).unsqueeze(1))
     target = (slots.unsqueeze(1) * per_slot + torch.arange(per_slot, device=slots.device)).flatten()
     rows = (slots.unsqueeze(1) * rows_per_slot + torch.arange(rows_per_slot, device=slots.device)).flatten()
     fields = (f.name for f in dataclasses.fields(Transitions))
     merged = {name: getattr(samples.transitions, name).index_copy(0, target, getattr(fresh, name)) for name in fields}
-    final = samples.final.index_copy(0, rows, other.final)
+    final = samples.final.index_copy(0, rows, other.final[: len(rows)])
     return dataclasses.replace(samples, final=final, transitions=Transitions(**merged), merged=True)

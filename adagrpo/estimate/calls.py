@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from ..curriculum.base import Leg
 from ..engine.plans import chunk_sizes
 from ..engine.sampling import Sampler, Tails
+from ..engine.share import Share
 from ..engine.update import Objective
 
 
@@ -32,7 +33,7 @@ def iteration_calls(
     update = [batch.numel() for step in sampler.batches(slots, max_rows) for batch in step]
     if sampler.fresh_velocity:
         calls["prefix"] = update
-    plan = sampler.plan(slots, tails, iteration)
+    plan = sampler.plan(Share.alone(slots), tails, iteration)
     anchors = sampler.anchor_plan(slots)
     calls["rollout"] = [*(anchors.calls(max_rows) if anchors else ()), *plan.calls(max_rows)]
     calls["decode"] = decoded([*(rows for leg in legs for rows in leg.scored), plan.num_rows], max_rows, decode_rows)

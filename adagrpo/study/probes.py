@@ -18,6 +18,7 @@ from ..bench.records import new_record
 from ..bench.statistics import Series
 from ..curriculum.base import Choice, Knowledge
 from ..engine.groups import Groups
+from ..engine.share import Share
 from ..errors import InputError
 from ..evaluate.held_out import evaluate
 from ..forecast import planned_calls
@@ -107,30 +108,34 @@ def probes_command(config: Config, names: Sequence[str], draws: int, noises: int
 def drawn(config: Config, model: FlowModel, draws: int) -> list[Drawn]:
     """What a probe picks in ``draws`` draws while the policy stays as it is."""
     one, found = bench_trainer(config, model), []
-    slots = one.course.slots
+    share = one.course.share
     for _ in range(draws):
-        numbers = one.stream.take_numbers(slots * one.course.candidates)
+        numbers = one.stream.take_numbers(share.total * one.course.candidates)
         for attempt in one.attempts():
             with attempt:
-                picked, knowledge = _picked(one, numbers, slots, groups=config.selection.judge == "memory")
+                picked, knowledge = _picked(one, numbers, share, groups=config.selection.judge == "memory")
         one.knowledge = knowledge
         one.draws += 1
         judged = None if picked.scores is None else picked.scores[0].cpu()
         level = one.capability
         found.append(
             Drawn(
-                torch.tensor(numbers).reshape(slots, -1), picked.picks.cpu(), judged, float(level.mean[0]), float(level.std[0])
+                torch.tensor(numbers).reshape(share.total, -1),
+                picked.picks.cpu(),
+                judged,
+                float(level.mean[0]),
+                float(level.std[0]),
             )
         )
         one.phase.read()
     return found
 
 
-def _picked(one: Trainer, numbers: Sequence[int], slots: int, groups: bool) -> tuple[Groups | Choice, Knowledge]:
+def _picked(one: Trainer, numbers: Sequence[int], share: Share, groups: bool) -> tuple[Groups | Choice, Knowledge]:
     """Picks of the prompts ``numbers``, and what is known then; with ``groups`` after these, which memory alone reads."""
     if groups:
-        return one.groups_of(numbers, slots)
-    choice = one.probe_and_select(one.candidates(numbers, slots))
+        return one.groups_of(numbers, share)
+    choice = one.probe_and_select(one.candidates(numbers, share))
     return choice, choice.knowledge
 
 

@@ -94,14 +94,14 @@ def test_the_ema_is_fed_by_the_images_of_the_uniform_candidates(probe: str) -> N
     """Their scores are those that the full probe gives the same candidates: full length, same noise, and not the picks'."""
     cheap, full = toy_trainer(recipe(probe), reward=half_bright), toy_trainer(recipe("full"), reward=half_bright)
     if probe == "pool":
-        cheap.draw(2), full.draw(2)
+        cheap.draw(), full.draw()
         torch.testing.assert_close(cheap.capability.mean, full.capability.mean)
         return
     prober, uniform, apart = cheap.curriculum.prober, [], 0
     chosen = cheap.probe_and_select
     cheap.probe_and_select = lambda c: uniform.append(prober.uniform(c.slots, c.per_slot, c.draw, step=1)) or chosen(c)
     for number in range(4):
-        picks, truth = cheap.draw(2).picks, full.draw(2).scores
+        picks, truth = cheap.draw().picks, full.draw().scores
         first = number % 3 * 2
         rows = uniform[-1]
         torch.testing.assert_close(
@@ -133,7 +133,7 @@ def test_a_memory_without_evidence_draws_its_picks_anew() -> None:
         trainer = toy_trainer(recipe("memory"))
         trainer.draws = draw
         first, second = (trainer.curriculum.prober.uniform(2, 3, draw, step) for step in (1, 2))
-        picks = trainer.draw(2).picks
+        picks = trainer.draw().picks
         assert torch.equal(picks, second)
         apart += int((picks != first).sum())
     assert apart >= 5  # of 16, two thirds expected
@@ -156,12 +156,12 @@ def test_forks_start_from_the_picks_own_trajectory(keys: dict) -> None:
     """Only the pick's latents may be forked: its noise and prompt are those the full probe would have used."""
     cheap, full = toy_trainer(recipe(**keys)), toy_trainer(recipe("full"))
     for _ in range(3):
-        a = cheap.draw(2)
+        a = cheap.draw()
         choice = full.probe_and_select
         full.probe_and_select = lambda c, picks=a.picks, choice=choice: dataclasses.replace(
             choice(c), picks=picks, anchor_row=picks
         )
-        b = full.draw(2)
+        b = full.draw()
         full.probe_and_select = choice
         torch.testing.assert_close(a.samples.transitions.latent, b.samples.transitions.latent)
         torch.testing.assert_close(a.samples.final, b.samples.final)
@@ -183,7 +183,7 @@ def toy_race(pooled: bool = False, slots: int = 2) -> tuple[Trainer, list[list[f
 def test_a_race_halves_the_field_by_distance_to_the_level_of_each_preview(pooled: bool) -> None:
     """First draw, by hand: the first level is the mean of all 16, the later ones that of the two uniform candidates."""
     trainer, seen = toy_race(pooled)
-    draw = trainer.draw(2)
+    draw = trainer.draw()
     everyone, level = seen[0], sum(seen[0]) / 16
     assert [len(batch) for batch in seen[:4]] == [16, 8 + 2, 4 + 2, 2]  # the last scores the uniform candidates' images
 
@@ -205,7 +205,7 @@ def test_later_levels_of_a_race_are_of_the_last_draws_uniform_candidates() -> No
     window, mean = [], None
     for _ in range(10):
         seen.clear()
-        trainer.draw(2)
+        trainer.draw()
         window.append(seen[1][-2:])
         recent = [n for pair in window[-8:] for n in pair]
         batch = sum(recent) / len(recent)
@@ -218,7 +218,7 @@ def test_a_races_previews_are_the_images_expected_from_the_full_trajectory() -> 
     trainer, full = toy_trainer(recipe("racing", race_steps=(3,))), toy_trainer(recipe("full"))
     images: list[Tensor] = []
     trainer.score.rewards[0].reward = lambda pictures, prompts: images.append(pictures) or pictures.mean((1, 2, 3))
-    trainer.draw(2)
+    trainer.draw()
     rows, model = torch.arange(6), full.model
     x = full.executor.initial_noise(rows, 0, Stream.PROBE_INIT)
     kept = full.executor.run(
@@ -237,7 +237,7 @@ def test_slots_whose_previews_all_fail_are_not_trained() -> None:
     trainer = toy_trainer(recipe("racing", race_steps=(1, 2)))
     fails = lambda images, prompts: torch.where(prompts.text_index < 3, torch.nan, images.mean((1, 2, 3)))  # noqa: E731
     trainer.score.rewards[0].reward = fails
-    draw = trainer.draw(2)
+    draw = trainer.draw()
     assert int(draw.picks[0]) == -1 and int(draw.picks[1]) >= 3
     assert draw.rewards[0, :2].isnan().all() and draw.rewards[0, 2:].isfinite().all()
 
@@ -245,7 +245,7 @@ def test_slots_whose_previews_all_fail_are_not_trained() -> None:
 def test_the_pool_takes_the_nearest_of_all_slots() -> None:
     trainer = toy_trainer(recipe("pool", slots=4, candidates=2), reward=own_number)
     for _ in range(3):
-        draw = trainer.draw(4)
+        draw = trainer.draw()
         level = float(trainer.capability.mean[0])
         numbers = torch.tensor([worth(p) for p in draw.prompts.texts], dtype=torch.float64)
         expected = sorted(range(8), key=lambda row: (abs(float(numbers[row]) - level), row))[:4]
@@ -260,10 +260,10 @@ def test_finalists_are_looked_at_and_remembered(probe: str) -> None:
     No prompt of the second draw was seen before: prior N(mu, .44 var), one look of noise .56 var.
     """
     trainer = toy_trainer(recipe(probe, finalists=2), reward=own_number)
-    trainer.draw(2)
+    trainer.draw()
     before, level = trainer.knowledge.evidence.posterior.count.clone(), trainer.capability
     seen = scored_prompts(trainer)
-    draw = trainer.draw(2)
+    draw = trainer.draw()
     (looked, finalists), (_, uniform) = seen[:2]
     assert looked == 4 and len(uniform) == 2
     number = lambda row: worth(draw.prompts.texts[int(row)])  # noqa: E731
@@ -294,7 +294,7 @@ def test_finalists_decide_in_several_draws() -> None:
     seen = scored_prompts(trainer)
     for _ in range(8):
         seen.clear()
-        draw = trainer.draw(2)
+        draw = trainer.draw()
         later += sum(pick != first for pick, first in zip(draw.picks.tolist(), seen[0][1].tolist()[::2], strict=True))
     assert 3 <= later <= 13
 
@@ -304,13 +304,13 @@ def test_pooled_judges_pick_the_nearest_of_all_slots() -> None:
     memory = toy_trainer(recipe("memory+pool", slots=4), reward=own_number)
     doubled = 0
     for _ in range(12):  # the posterior must come to tell prompts apart
-        draw = short.draw(4)
+        draw = short.draw()
         away = (draw.scores[0].flatten() - short.knowledge.evidence.levels[0].mean[0]).abs()
         assert draw.picks.tolist() == away.sort(stable=True).indices[:4].tolist()
         doubled += len({int(row) // 3 for row in draw.picks}) < 4
         before, level = memory.knowledge.evidence, memory.capability
         places = torch.tensor(next_numbers(memory, 12))
-        draw = memory.draw(4)
+        draw = memory.draw()
         if before.posterior.count.any():
             _, distance = before.judged(places.reshape(4, 3), level, memory.curriculum.prober.weights, memory.draws - 1)
             assert distance.flatten()[draw.picks].max() <= distance.flatten().sort().values[3] + 1e-8
@@ -340,7 +340,7 @@ def test_a_race_without_forks_trains_on_its_winner(race_steps: tuple[int, ...]) 
         recipe("racing", candidates=4, race_steps=race_steps), reward=own_number
     )  # fmt: skip
     for _ in range(4):
-        assert torch.equal(racing.draw(2).picks, forks.draw(2).picks)
+        assert torch.equal(racing.draw().picks, forks.draw().picks)
         assert torch.equal(racing.knowledge.evidence.levels[-1].mean, forks.knowledge.evidence.levels[-1].mean)
 
 
@@ -349,7 +349,7 @@ def test_the_logged_distance_leaves_failed_slots_out() -> None:
     trainer.score.rewards[0].reward = lambda images, prompts: own_number(images, prompts).masked_fill(
         prompts.text_index >= 3, torch.nan
     )
-    draw = trainer.draw(2)
+    draw = trainer.draw()
     assert int(draw.picks[1]) == -1
     away = abs(float(draw.scores[0, 0, int(draw.picks[0])]) - float(trainer.capability.mean[0]))
     metrics = selection_metrics(draw.scores, draw.picks, trainer.knowledge)

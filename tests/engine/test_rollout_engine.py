@@ -348,10 +348,10 @@ def test_a_failed_sample_leaves_nothing_in_the_buffers_of_the_next_iteration() -
     kept = weight.detach().clone()
     with torch.no_grad():
         weight.fill_(torch.nan)
-    trainer.draw(1)
+    trainer.draw()
     with torch.no_grad():
         weight.copy_(kept)
-    assert trainer.draw(1).rewards.isfinite().all()
+    assert trainer.draw().rewards.isfinite().all()
 
 
 def test_running_out_of_memory_drops_the_buffers_of_larger_batches() -> None:

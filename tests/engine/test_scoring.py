@@ -108,7 +108,7 @@ def test_a_groupwise_reward_ranks_whole_groups_of_the_rollout(max_rows: int) -> 
     config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, max_rows=max_rows))
     reward = Ranks()
     trainer = assemble(config, ToyModel(), [half_bright, reward], PROMPTS)
-    groups = trainer.draw(2)
+    groups = trainer.draw()
     ((images, prompts, index),) = reward.seen
     assert index.tolist() == [g for g in range(4) for _ in range(4)]
     assert prompts == [groups.prompts[slot] for slot in (0, 1) for _ in range(8)]

@@ -5,6 +5,7 @@ import pytest
 from adagrpo.curriculum.base import Leg
 from adagrpo.engine.plans import Window
 from adagrpo.engine.sampling import ForkSampler, GroupShape, Sampler, StepSchedule, TrajectorySampler
+from adagrpo.engine.share import Share
 from adagrpo.engine.update import Objective
 from adagrpo.estimate.calls import decoded, iteration_calls
 
@@ -60,5 +61,5 @@ def test_the_decoder_splits_what_the_transformer_finishes() -> None:
 def test_no_iteration_runs_more_than_its_plan(kind: type, iteration: int) -> None:
     """One of the two steps is trained in each iteration; the plan takes both."""
     sampler: Sampler = kind(schedule(trained=1), GroupShape(3))
-    assert sampler.plan(2, iteration=iteration).evaluations() <= sampler.plan(2).evaluations()
-    assert sampler.plan(2, iteration=iteration).num_rows == 2 * sampler.rows_per_slot(iteration)
+    assert sampler.plan(Share.alone(2), iteration=iteration).evaluations() <= sampler.plan(Share.alone(2)).evaluations()
+    assert sampler.plan(Share.alone(2), iteration=iteration).num_rows == 2 * sampler.rows_per_slot(iteration)

@@ -9,6 +9,7 @@ import torch
 
 from adagrpo.build import build_model, build_trainer, check_model, load_data, load_plugins
 from adagrpo.cli import main
+from adagrpo.engine.share import Share
 from adagrpo.errors import InputError, RunError
 from adagrpo.recipe.keys import DataConfig, RewardConfig
 from adagrpo.recipe.load import load_recipe
@@ -87,7 +88,7 @@ def test_every_part_acts() -> None:
     trainer, held_out = build_trainer(config)
     assert len(held_out) == 7 and trainer.stream.prompts[0] == "thing 0"
     assert trainer.model.row_noise == 1e-3
-    choice = trainer.probe_and_select(trainer.candidates([i % 7 for i in range(64)], 8))
+    choice = trainer.probe_and_select(trainer.candidates([i % 7 for i in range(64)], Share.alone(8)))
     assert choice.picks.tolist() == [8 * slot + 6 for slot in range(8)]
     assert trainer.advantage(torch.rand(1, 4, 8))[0].unique().tolist() == [1.0]
     assert trainer.score.rewards[0].reward(torch.zeros(1, 3, 4, 4), [""]).tolist() == [2.0]
