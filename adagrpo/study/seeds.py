@@ -55,7 +55,7 @@ class Arm:
     def entry(self) -> dict[str, Any]:
         """What the log says of it beside its result."""
         names = {key: getattr(self, key) for key in ("probe", "prompts", "seed", "prompts_sha256")}
-        return names | {"digest": digest(self.config)}
+        return names | {"digest": digest(self.config), "start": start_digest(self.config)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +133,9 @@ def trained(study: Study, arms: Sequence[Arm], machine: Mapping[str, Any]) -> li
         try:
             while running or (todo and not failed):
                 while todo and not failed and len(running) < study.jobs:
-                    running[pool.submit(train_arm, todo[0].config)] = todo[0]
+                    config = todo[0].config
+                    before = next((r["before"] for r in done.values() if r.get("start") == start_digest(config)), None)
+                    running[pool.submit(train_arm, config, before)] = todo[0]
                     todo = todo[1:]
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     arm = running.pop(future)
@@ -155,10 +157,11 @@ def trained(study: Study, arms: Sequence[Arm], machine: Mapping[str, Any]) -> li
     return [done[digest(arm.config)] for arm in arms]
 
 
-def train_arm(config: Config) -> dict[str, Any]:
+def train_arm(config: Config, before: float | None = None) -> dict[str, Any]:
     """Train without a run folder; the held-out reward before and after, on prompts and noises of the final comparison.
 
-    Of several rewards it is the first, as everywhere.
+    Of several rewards it is the first, as everywhere. ``before`` is given where another training began with it
+    (``start_digest``).
 
     Raises:
         RunError: the reward before or after training is not finite.
@@ -176,7 +179,7 @@ def train_arm(config: Config) -> dict[str, Any]:
         trainer.phase.read()
         return float(scores[0].nanmean())
 
-    before = reward()
+    before = reward() if before is None else before
     if not math.isfinite(before):
         raise RunError(f"the held-out reward before training is {before}")
     evaluations = 0
@@ -196,6 +199,23 @@ def digest(config: Config) -> str:
     something is left out."""
     keys = {key: value for key, (_, value) in sorted(changed_keys(Config(), config).items()) if key not in PERMITS}
     return hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:16]
+
+
+def start_digest(config: Config) -> str:
+    """Of the keys that the reward before training follows from."""
+    r, default = config.rollout, Config()
+    sampling = {key: getattr(r, key) for key in ("steps", "shift", "storage")}
+    start = dataclasses.replace(
+        default,
+        model=config.model,
+        rollout=dataclasses.replace(default.rollout, **sampling),
+        train=dataclasses.replace(default.train, seed=config.train.seed),
+        engine=config.engine,
+        data=dataclasses.replace(config.data, prompts=default.data.prompts),
+        evaluation=config.evaluation,
+        rewards=config.rewards,
+    )
+    return digest(start)
 
 
 def read_log(path: Path) -> dict[str, dict[str, Any]]:

@@ -21,7 +21,7 @@ from adagrpo.recipe.keys import EngineConfig, RewardConfig, SelectionConfig
 from adagrpo.recipe.load import load_recipe
 from adagrpo.study.hosts import race_steps, with_probe, without_adagrpo
 from adagrpo.study.probes import Drawn, Truth, cost, drawn, planned_work, quality
-from adagrpo.study.seeds import Study, digest, read_log, seeds_report, summary, trained
+from adagrpo.study.seeds import Study, digest, read_log, seeds_report, start_digest, summary, trained
 
 
 def test_truth_is_the_level_and_spread_of_single_images() -> None:
@@ -218,6 +218,22 @@ def test_digests_part_recipes_and_nothing_else() -> None:
     assert memory.selection.allow_unseen and digest(asking) == digest(memory), "logs of earlier trainings stay known"
 
 
+def test_what_the_start_follows_from_parts_its_digests() -> None:
+    """Another probe, plan or prompts do not move the reward before training; another seed, grid or number of noises does."""
+    own = load_recipe("tiny")
+    changed = lambda section, **keys: dataclasses.replace(own, **{section: dataclasses.replace(getattr(own, section), **keys)})  # noqa: E731
+    same = [
+        with_probe(own, "memory"),
+        without_adagrpo(own),
+        changed("rollout", plan="trajectory"),
+        changed("data", prompts="a.txt"),
+    ]
+    assert {start_digest(config) for config in same} == {start_digest(own)}
+    others = [changed("train", seed=9), changed("rollout", steps=9), changed("evaluation", final_noises=2),
+              changed("data", held_out="a.txt"), changed("model", dtype="bf16")]  # fmt: skip
+    assert len({start_digest(config) for config in (own, *others)}) == 6
+
+
 def test_seeds_trains_every_arm_once_and_goes_on_from_its_log(tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     keys = ["--train.slots", "1", "--train.iterations", "1", "--rollout.group_size", "2", "--evaluation.final_prompts", "2",
@@ -226,7 +242,8 @@ def test_seeds_trains_every_arm_once_and_goes_on_from_its_log(tmp_path, capsys, 
     files = ["--log", str(tmp_path / "log.jsonl"), "--out", str(tmp_path / "results")]
     command = ["bench", "seeds", "tiny", *keys, *files, "--mixes", "parts:prompts", "--probes", "full,memory"]
     assert main([*command, "--seeds", "1"]) == 0
-    assert len(read_log(tmp_path / "log.jsonl")) == 2
+    full, memory = read_log(tmp_path / "log.jsonl").values()
+    assert full["start"] == memory["start"] and full["before"] == memory["before"]
     assert main([*command, "--seeds", "1"]) == 0
     out = capsys.readouterr().out
     assert "2 trainings, 0 of them in" in out and "2 trainings, 2 of them in" in out
