@@ -188,14 +188,14 @@ def modules_of(owner: object) -> dict[str, nn.Module]:
 
 def _weights(model: FlowModel) -> list[Entry]:
     seen: set[int] = set()
-    entries = []
+    entries, device = [], model.device.type  # once: diffusers looks for it through all of its modules
     for name, module in {"transformer": model.transformer, **modules_of(model)}.items():
         tensors = [t for t in module_tensors(module) if id(t) not in seen]
         seen |= {id(t) for t in tensors}
         if tensors:
             billions = sum(t.numel() for t in tensors) / 1e9
             kinds = "/".join(sorted({str(t.dtype).removeprefix("torch.") for t in tensors}))
-            loaded = tensor_bytes(t for t in tensors if t.device.type == model.device.type != "meta")
+            loaded = tensor_bytes(t for t in tensors if t.device.type == device != "meta")
             entries.append(Entry(name, tensor_bytes(tensors), f"{billions:.3g} B weights, {kinds}", "", loaded))
     return entries
 

@@ -53,6 +53,31 @@ def test_micro_batches_keep_the_gradients_of_earlier_ones() -> None:
     assert found["update gradients"] == (2 + 4) * WEIGHTS
 
 
+def test_the_device_is_not_looked_up_for_every_weight() -> None:
+    """diffusers walks through all of its modules for it: of FLUX.1-dev that took half a minute."""
+
+    class Watched(ToyModel):
+        asked = 0
+
+        @property
+        def device(self) -> torch.device:
+            Watched.asked += 1
+            return torch.device("cpu")
+
+        @device.setter
+        def device(self, device: torch.device) -> None:
+            """It stays where it is."""
+
+    few, many = Watched(), Watched()
+    many.transformer.more = torch.nn.ModuleList(torch.nn.Linear(1, 1) for _ in range(50))
+    asked = []
+    for model in (few, many):
+        Watched.asked = 0
+        planned_memory(toy_config(), model, "not rehearsed", [half_bright], 40, 4)
+        asked.append(Watched.asked)
+    assert asked[0] == asked[1] > 0
+
+
 def test_stored_latents_of_forks() -> None:
     """2 slots, 3 candidates, forks at 2 steps, 4 members, all in fp32."""
     latent = 4 * LENGTH * CHANNELS
