@@ -188,7 +188,7 @@ def fidelity(config: Config, checkpoint: Path | None, slots: int, out: Path | No
     check_engine(config)
     levers, rounded = changed_levers(config), rounded_rewards(config)
     if not levers and not rounded:
-        keys = "engine.precision, engine.forward, engine.attention, rollout.tail_steps or rewards.N.dtype"
+        keys = "engine.precision, engine.forward, engine.attention, rollout.tail_steps, rollout.tail_share or rewards.N.dtype"
         raise InputError(f"{config.name}: its rollouts are the policy's own; set {keys}")
     prompts = load_source(config, config.data.prompts)
     rewards = [load_reward(config, i) for i in range(len(config.rewards))]

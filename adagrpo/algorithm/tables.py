@@ -19,7 +19,7 @@ class RolloutTable:
         steps: rows 0 … T-1 deterministic, T … 2T-1 stochastic, then those of the tails and of short probes.
         position: int64 [rows], the noise level's place in ``sigmas``.
         num_steps: T.
-        sigmas: noise levels at which velocities are evaluated: the grid's T, then those of short probes.
+        sigmas: noise levels at which velocities are evaluated: the grid's T, then those of tails off it and of short probes.
         history: [rows], weight of the preview of the step before (``sde_step``'s second-order term); None without tails.
         tails: for each last stochastic step with tails of its own, the table rows of each from the step after it to the image.
         probe: table rows of a short probe.
@@ -85,6 +85,7 @@ def rollout_table(
     probe_sigmas: Tensor | None = None,
     tail_past: bool = False,
     granularities: Sequence[Granularity] = (),
+    tail_share: float = 0.0,
 ) -> RolloutTable:
     """The table of a recipe.
 
@@ -97,6 +98,7 @@ def rollout_table(
         probe_sigmas: float64 [m + 1], falling: the grid of short probes.
         tail_past: tails go on from the clean prediction of step k itself, which trajectories have at hand.
         granularities: of several Euler tails of each fork, instead of a shortened one.
+        tail_share: of the steps that are left, instead of ``tail_steps``; see ``_even``.
 
     Returns:
         A float64 table on the CPU.
@@ -106,17 +108,20 @@ def rollout_table(
     positions = [torch.arange(num_steps).repeat(2)]
     weights, rows = [torch.zeros(2 * num_steps, dtype=torch.float64)], 2 * num_steps
     tails: dict[int, tuple[tuple[int, ...], ...]] = {}
+    levels = sigmas[:-1].double()
     order = 2 if tail_solver == "dpmpp2m" and not granularities else 1
-    for k in forks if tail_steps or granularities else ():
-        grids = [g.points(k, num_steps) for g in granularities] or [_shortened(k, num_steps, tail_steps)]
-        for points in grids:
-            steps, weight = multistep_table(sigmas[points], order, sigmas[k : k + 1] if tail_past else None)
+    for k in forks if tail_steps or tail_share or granularities else ():
+        for places in _tails_of(k, num_steps, tail_steps, tail_share, granularities):
+            points = levels_at(sigmas, places)
+            steps, weight = multistep_table(points, order, sigmas[k : k + 1] if tail_past else None)
             tails[k] = (*tails.get(k, ()), tuple(range(rows, rows + len(steps))))
             parts.append(steps)
-            positions.append(torch.tensor(points[:-1]))
             weights.append(weight)
             rows += len(steps)
-    levels = sigmas[:-1].double()
+            place = torch.tensor(places[:-1], dtype=torch.float64)
+            off = place != place.floor()
+            positions.append(torch.where(off, len(levels) - 1 + off.cumsum(0), place).long())
+            levels = torch.cat([levels, points[:-1][off]])
     probe: tuple[int, ...] = ()
     if probe_sigmas is not None:
         short = step_table("ode", probe_sigmas)
@@ -129,11 +134,42 @@ def rollout_table(
     return RolloutTable(StepTable.concat(parts), torch.cat(positions), num_steps, levels, history, tails, probe)
 
 
+def _tails_of(
+    k: int, num_steps: int, most: int, share: float, granularities: Sequence[Granularity]
+) -> Sequence[Sequence[float]]:
+    """Places of each tail after step k, as ``rollout_table`` is told of them."""
+    if granularities:
+        return [g.points(k, num_steps) for g in granularities]
+    return [_even(k, num_steps, share) if share else _shortened(k, num_steps, most)]
+
+
 def _shortened(k: int, num_steps: int, most: int) -> list[int]:
     """Places on the grid of a tail of at most ``most`` steps, as even as they come."""
     left = num_steps - k - 1
     count = min(left, most)
     return [k + 1 + round(i * left / count) for i in range(count + 1)]
+
+
+def _even(k: int, num_steps: int, share: float) -> list[float]:
+    """Places of a tail of as many levels as the whole part of ``share`` times T - k, and one step at least, at even distances
+    in unshifted time (MixGRPO-Flash, whose code ends in the noise where that leaves no step)."""
+    left = num_steps - k - 1
+    count = max(1, int((num_steps - k) * share) - 1)
+    return [k + 1 + left * i / count for i in range(count)] + [num_steps]
+
+
+def levels_at(sigmas: Tensor, places: Sequence[float]) -> Tensor:
+    """Noise levels, float64, at places of a grid [T + 1] that falls to 0; a place between its own is the level that the grid's
+    time shift makes of the time there. Where the shift varies over the grid, its logarithm is interpolated."""
+    num_steps, s = len(sigmas) - 1, sigmas.double()
+    place = torch.tensor(places, dtype=torch.float64)
+    low = place.floor().clamp(1, num_steps - 1).long()
+    high = (low + 1).clamp(max=num_steps - 1)
+    inner = torch.arange(1, num_steps, dtype=torch.float64)
+    shift = torch.logit(s[1:-1]) - torch.logit(1 - inner / num_steps)
+    between = torch.lerp(shift[low - 1], shift[high - 1], (place - low).clamp(0, 1))
+    shifted = torch.sigmoid(torch.logit(1 - place / num_steps) + between)
+    return torch.where(place == place.floor(), s[place.long()], shifted)
 
 
 def multistep_table(sigmas: Tensor, order: int, past: Tensor | None = None) -> tuple[StepTable, Tensor]:

@@ -70,6 +70,7 @@ class PublishedLoop:
         for key, value, needed in (
             ("rollout.plan", config.rollout.plan, "fork"),
             ("rollout.tail_steps", config.rollout.tail_steps, 0),
+            ("rollout.tail_share", config.rollout.tail_share, 0.0),
             ("rollout.granularities", config.rollout.granularities, (1,)),
             ("rollout.seeds", config.rollout.seeds, 1),
             ("rollout.trained_share", config.rollout.trained_share, 1.0),

@@ -141,8 +141,8 @@ def schedule_evaluations(config: Config) -> dict[str, int] | None:
     None where an iteration's work is not fixed: a drawn share of the steps, refilled slots, other tails.
     """
     r, p = config.rollout, Derived(config).slots
-    moving = (r.plan == "window" and r.tail_steps > 0) or r.granularities != (1,)
-    if r.trained_share < 1 or config.advantage.equal_groups == "refill" or moving:
+    other = (r.plan == "window" and r.tail_steps > 0) or r.tail_share > 0 or r.granularities != (1,)
+    if r.trained_share < 1 or config.advantage.equal_groups == "refill" or other:
         return None
     counts = {"probe": scheduled_probes(config)} if r.plan == "fork" or Derived(config).scores_needed else {}
     if r.plan == "fork":

@@ -31,7 +31,7 @@ from ..rewards import PromptRows, Reward
 
 LEVERS = {
     "engine": ("forward", "precision", "fp8_scaling", "attention"),
-    "rollout": ("tail_steps", "tail_solver"),
+    "rollout": ("tail_steps", "tail_share", "tail_solver"),
 }
 SPEARMAN, SAME_PICK = 0.98, 0.95
 
@@ -128,7 +128,7 @@ def compare(
         keys = [f"{section}.{key}" for section, names in LEVERS.items() for key in names]
         raise InputError(f"nothing to compare: set one of {', '.join(keys)}")
     e = dataclasses.replace(config.engine, forward="eager", precision="auto", attention="auto")
-    plain = dataclasses.replace(config, engine=e, rollout=dataclasses.replace(config.rollout, tail_steps=0))
+    plain = dataclasses.replace(config, engine=e, rollout=dataclasses.replace(config.rollout, tail_steps=0, tail_share=0.0))
     sides = [build_executor(c, model, rollouts=True) for c in (plain, config)]
     scorers = [Scorer(executor, place_rewards(config, rewards)) for executor in sides]
     stream, r, s = PromptStream(prompts, config.train.seed), config.rollout, config.selection

@@ -85,7 +85,7 @@ class Derived:
 
     @property
     def granularities(self) -> tuple[Granularity, ...]:
-        """Of the tails of every fork; empty where each has one tail, as ``tail_steps`` says."""
+        """Of the tails of every fork; empty where each has one tail, as ``tail_steps`` or ``tail_share`` says."""
         r = self.config.rollout
         if r.granularities == (1,):
             return ()
@@ -179,4 +179,5 @@ class Derived:
         s, r = self.config.selection, self.config.rollout
         short = levels(s.probe_steps) if s.judge == "short" else None
         tails = (self.tails_after, r.tail_steps, r.tail_solver)
-        return rollout_table(levels(r.steps), r.scheme, r.eta, *tails, short, r.plan != "fork", self.granularities)
+        past = r.plan != "fork"
+        return rollout_table(levels(r.steps), r.scheme, r.eta, *tails, short, past, self.granularities, r.tail_share)

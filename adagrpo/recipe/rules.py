@@ -153,15 +153,19 @@ def _check_groups(c: Config) -> Iterator[Problem]:
     if not steps or steps != sorted(set(steps)) or steps[0] < 1:
         yield Problem("rollout.granularities", steps, "must name at least one number of steps above 0, rising, without repeats")
     if Derived(c).granularities:
-        if r.tail_steps:
-            yield Problem("rollout.tail_steps", r.tail_steps, "rollout.granularities already says how long the tails are")
+        for key in ("rollout.tail_steps", "rollout.tail_share"):
+            if length := lookup(c, key):
+                yield Problem(key, length, "rollout.granularities already says how long the tails are")
         for key, value, needed in (
             ("selection.probe", c.selection.judge, "full"), ("advantage.equal_groups", c.advantage.equal_groups, "keep"),
         ):  # fmt: skip
             if value != needed:
                 yield Problem(key, value, f"tails of several granularities know {needed} only")
-    if r.step_per_prompt and r.tail_steps:
-        yield Problem("rollout.tail_steps", r.tail_steps, "must be 0 with rollout.step_per_prompt")
+    for key in ("rollout.tail_steps", "rollout.tail_share"):
+        if r.step_per_prompt and (length := lookup(c, key)):
+            yield Problem(key, length, "must be 0 with rollout.step_per_prompt")
+    if r.tail_steps and r.tail_share:
+        yield Problem("rollout.tail_share", r.tail_share, "rollout.tail_steps already says how long the tails are")
     if r.step_per_prompt and r.trained_share < 1:
         yield Problem("rollout.trained_share", r.trained_share, "must be 1 with rollout.step_per_prompt")
     if r.seeds > 1 and r.fork_velocity == "probe":

@@ -56,7 +56,7 @@ def _of_algorithm(c: Config) -> list[Rule]:
             "selection.probe = memory",
             [f"selection.{k}" for k in ("finalists", "allow_unseen", "half_life", "noise_share", "group_evidence")],
         ),
-        (r.tail_steps == 0, "rollout.tail_steps above 0", ["rollout.tail_solver"]),
+        (not (r.tail_steps or r.tail_share), "rollout.tail_steps or rollout.tail_share above 0", ["rollout.tail_solver"]),
         (
             r.plan != "window",
             "rollout.plan = window",

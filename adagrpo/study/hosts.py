@@ -121,7 +121,7 @@ def _on_plan(config: Config, keys: dict[str, Any]) -> Config:
     """The recipe on another plan, keys that plan does not read at their defaults."""
     default, plan = RolloutConfig(), keys["plan"]
     unread = ["window_size", "window_stride", "window_every"] if plan != "window" else []
-    unread += ["fork_velocity", "tail_steps", "tail_solver"] if plan != "fork" else ["shared_noise"]
+    unread += ["fork_velocity", "tail_steps", "tail_share", "tail_solver"] if plan != "fork" else ["shared_noise"]
     rollout = dataclasses.replace(config.rollout, **{**{key: getattr(default, key) for key in unread}, **keys})
     exact = plan == "fork" and rollout.fork_velocity == "fresh"
     old = "recompute" if config.loss.old_logp == "rollout" and not exact else config.loss.old_logp

@@ -9,9 +9,9 @@ from hosts import CLOSE, Released, distance
 from torch import Tensor
 
 from adagrpo.algorithm.advantages import Scale, reward_advantage
-from adagrpo.algorithm.sde import sde_step, step_table
+from adagrpo.algorithm.sde import sde_step, sigma_schedule, step_table
 from adagrpo.algorithm.selection import CapabilityState
-from adagrpo.algorithm.tables import Granularity, multistep_table
+from adagrpo.algorithm.tables import Granularity, levels_at, rollout_table
 
 GROUP, ALL, SUM = Scale("group", 0, 1e-4), Scale("global", 0, 1e-4), Scale(clip_sum=True)
 
@@ -63,28 +63,40 @@ def test_a_group_of_equal_rewards_counts_in_the_spread_of_all(key: str, scale: S
     assert distance(found, host.found(f"advantage_one_group_equal{key}")) < 1e-6
 
 
-@pytest.mark.parametrize(
-    ("name", "sde_steps", "order"),
-    [("post.midpoint.r06", (1, 2), 2), ("post.midpoint.r10", (0, 1), 2), ("post.order1.r06", (1, 2), 1)],
-)
-def test_a_tail_goes_on_from_the_last_stochastic_step(name: str, sde_steps: tuple[int, ...], order: int) -> None:
-    """MixGRPO: their grids, velocities and noise; after the window DPM-Solver++ 2M, second order from its first step on."""
+@pytest.mark.parametrize("name", ["post.midpoint.r06", "post.midpoint.r10", "post.order1.r06"])
+def test_a_tail_goes_on_from_the_last_stochastic_step(name: str) -> None:
+    """MixGRPO-Flash: their velocities and noise; after the window the levels that their share of what is left makes, by
+    DPM-Solver++ 2M, second order from its first step on."""
     host = Released("mixgrpo_dpm_tail")
-    latents, sigmas = host.found(f"{name}.latents"), host.found(f"{name}.sigmas")
-    last = sde_steps[-1]
-    grid, noisy = step_table("ode", sigmas), step_table("flow", sigmas, 0.7)
-    tail, weights = multistep_table(sigmas[last + 1 :], order, sigmas[last : last + 1])
-    none, index = torch.zeros(1, dtype=torch.float64), torch.zeros(4, dtype=torch.int64)
+    latents, sigmas, given = host.found(f"{name}.latents"), host.found(f"{name}.sigmas"), host.setting(name)
+    sde_steps, solver = given["sde_steps"], "dpmpp2m" if given["dpm_solver_order"] == 2 else "euler"
+    last, options = sde_steps[-1], {"tail_past": True, "tail_share": given["dpm_post_compress_ratio"]}
+    levels = sigma_schedule(10, 3.0)
+    levels[: last + 1] = sigmas[: last + 1]  # theirs before the tail are rounded to float32
+    table = rollout_table(levels, "flow", 0.7, (last,), 0, solver, **options)
+    head = [k + 10 if k in sde_steps else k for k in range(last + 1)]
+    rows = torch.tensor([*head, *table.tails[last][0]])
+    assert table.steps.rows(rows).sigma.tolist() == pytest.approx(sigmas[:-1].tolist(), abs=1e-12)
+    assert torch.equal(table.sigmas[table.position], table.steps.sigma)
     x = host.given("latent")
     clean = torch.zeros_like(x)
-    for i in range(len(sigmas) - 1):
-        at = torch.tensor([i if i <= last else i - last - 1])
-        table = (tail if i > last else noisy if i in sde_steps else grid).rows(at)
+    for i, row in enumerate(rows):
         noise = host.given("noise")[i] if i in sde_steps else None
-        history = History(clean, weights[at] if i > last else none)
-        step = sde_step(x, host.given("velocities")[i], table, index, noise, history=history, with_clean=True)
+        index, history = row.repeat(len(x)), History(clean, table.history)
+        step = sde_step(x, host.given("velocities")[i], table.steps, index, noise, history=history, with_clean=True)
         x, clean = step.next, step.clean
         assert distance(x, latents[:, i + 1]) < 1e-12
+    assert i + 2 == len(sigmas) and sigmas[-1] == 0
+
+
+def test_levels_between_those_of_a_grid() -> None:
+    """Of shift 3 they are the shifted times; where the shift goes from 2 to 8 between two levels, it is 4 halfway."""
+    shifted = lambda shift, time: shift * time / (1 + (shift - 1) * time)  # noqa: E731
+    places = [0, 0.5, 1, 2.25, 3.9, 4]
+    found = levels_at(sigma_schedule(4, 3.0), places).tolist()
+    assert found == pytest.approx([shifted(3, 1 - p / 4) for p in places], rel=1e-12)
+    uneven = torch.tensor([1.0, shifted(2, 2 / 3), shifted(8, 1 / 3), 0.0], dtype=torch.float64)
+    assert float(levels_at(uneven, [1.5])) == pytest.approx(shifted(4, 0.5), rel=1e-12)
 
 
 @pytest.mark.parametrize("step", [1, 2, 3])

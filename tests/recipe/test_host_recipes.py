@@ -17,7 +17,8 @@ from adagrpo.recipe.rules import check
 from adagrpo.run.metrics import read_metrics
 
 HOSTS = [
-    "flow-grpo", "flow-grpo-fast", "dance-grpo", "flow-cps", "mix-grpo", "grpo-guard", "g2rpo", "tempflow", "flash-grpo",
+    "flow-grpo", "flow-grpo-fast", "dance-grpo", "flow-cps", "mix-grpo", "mix-grpo-flash", "grpo-guard", "g2rpo", "tempflow",
+    "flash-grpo",
 ]  # fmt: skip
 SMALL = {
     "model": {"dtype": "bf16"},

@@ -61,6 +61,11 @@ def first_problem(*changes: dict[str, Any]) -> str:
         ({}, {"rollout": {"step_per_prompt": True}}, "needs rollout.plan = trajectory"),
         (TRAJECTORY, {"rollout": {"step_per_prompt": True, "trained_share": 0.5}}, "must be 1 with"),
         (TRAJECTORY, {"rollout": {"step_per_prompt": True, "tail_steps": 2}}, "must be 0 with"),
+        (TRAJECTORY, {"rollout": {"step_per_prompt": True, "tail_share": 0.5}}, "must be 0 with"),
+        ({}, {"rollout": {"granularities": (1, 2), "tail_share": 0.5}}, "already says how long"),
+        ({}, {"rollout": {"tail_steps": 2, "tail_share": 0.5}}, "already says how long"),
+        ({}, {"rollout": {"tail_share": 1.5}}, "must be at most 1"),
+        (WINDOW, {"rollout": {"tail_share": 0.5, "tail_solver": "euler"}}, ""),
         (TRAJECTORY, {"rollout": {"step_per_prompt": True}}, ""),
     ],
 )

@@ -111,6 +111,9 @@ class RolloutConfig:
     tail_steps: int = 0
     """Evaluations after a fork, or after a trajectory's last stochastic step (MixGRPO-Flash), at most (lossy): longer steps to
     the image; 0 takes every step of the grid."""
+    tail_share: float = 0.0
+    """Instead of `tail_steps`: after step k of T such tails have this share of T - k for levels, the image's included, at even
+    distances in unshifted time, which need not be levels of the grid (lossy; MixGRPO-Flash: 0.4); 0 is off."""
     granularities: tuple[int, ...] = (1,)
     """Each sample of a fork is finished once for each of these: by tails that take so many steps of the grid at once, from the
     second on. Its advantages under all of them are summed (G2RPO: 1 and 2; plan fork)."""
