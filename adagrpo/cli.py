@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .arguments import configured, require_one_rank, whole_number, written_path
+from .arguments import configured, require_least, require_one_rank, whole_number, written_path
 from .bench.command import add_bench
 from .disk.files import remedy_for
 from .errors import InputError, RunError, Stopped
@@ -174,14 +175,22 @@ def _add_plan(commands: argparse._SubParsersAction) -> None:
         "Print what a recipe will hold in memory and at least take in time. Nothing is downloaded, no GPU is needed.",
     )
     plan.add_argument("recipe", help=f"{', '.join(recipe_names())}, or a TOML file")
+    plan.add_argument("--ranks", type=whole_number, default=1, help="ranks on each node, one per GPU (default: 1)")
+    plan.add_argument("--nodes", type=whole_number, default=1, help="default: 1")
+    plan.add_argument("--network", type=whole_number, help="GB/s that a node sends to others (default: 50, an assumption)")
     plan.set_defaults(run=_plan)
 
 
 def _plan(args: argparse.Namespace, overrides: list[str]) -> int:
     recipe = configured(read_recipe(args.recipe), overrides, f"plan {args.recipe}")
+    require_least(args, ranks=1, nodes=1, **({} if args.network is None else {"network": 1}))
     from .commands import plan
+    from .estimate.nodes import Fabric, Figure
 
-    return plan(recipe.config)
+    fabric = Fabric(args.ranks, args.nodes)
+    if args.network is not None:
+        fabric = dataclasses.replace(fabric, between=Figure(args.network, "est", "--network"))
+    return plan(recipe.config, fabric)
 
 
 def _add_profile(commands: argparse._SubParsersAction) -> None:

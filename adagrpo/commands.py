@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,16 @@ from .disk.files import replacing, write_json
 from .disk.lock import OwnerLock, holding, holding_new
 from .disk.whole import written_whole
 from .errors import InputError
+from .estimate.counting import module_tensors, tensor_bytes
 from .estimate.memory import MemoryPlan, size_text
+from .estimate.nodes import Fabric, host_table
+from .estimate.planning import modules_of
 from .estimate.rehearsal import rehearse
 from .estimate.roofline import H100
 from .evaluate.fidelity import Fidelity, changed_levers, compare
 from .evaluate.held_out import sample_images
 from .evaluate.reward_fidelity import RewardFidelity, compare_rewards, rounded_rewards
-from .forecast import iteration_prediction, planned_evaluations, planned_memory
+from .forecast import dealt, iteration_prediction, planned_collectives, planned_evaluations, planned_memory
 from .forward.backends import resolve_forward
 from .models.base import FlowModel
 from .prompts.checks import prompt_problem
@@ -138,25 +141,65 @@ def report(folders: Sequence[Path], out: Path | None) -> int:
     return 0
 
 
-def plan(config: Config) -> int:
-    """Print the memory plan and the predicted seconds of an iteration; nothing is downloaded, nothing is trained."""
+def plan(config: Config, fabric: Fabric | None = None) -> int:
+    """Print the memory plan and the predicted seconds of an iteration; nothing is downloaded, nothing is trained.
+
+    Args:
+        fabric: the ranks that train, of each of which the plan then is; None is one process.
+    """
+    fabric = fabric or Fabric()
+    ranks = fabric.ranks
+    evaluations = planned_evaluations(config, ranks=ranks)  # refuses slots that cannot be dealt
     model = build_architecture(config.model)
     try_buckets(config.model, model)
     for sampled in sampled_sizes(config):
         build_table(config, model, sampled)  # refuses what training would
     rehearsal = rehearse(model, "a prompt")
-    memory = planned_memory(config, model, rehearsal)
-    print(f"{config.name}: memory plan for one GPU\n\n{memory.table()}\n")
+    memory = planned_memory(config, model, rehearsal, ranks=ranks)
+    slots = Derived(config).slots
+    whose = "for one GPU" if ranks == 1 else f"of each of {fabric}: {slots // ranks} of the {slots} slots of an iteration"
+    print(f"{config.name}: memory plan {whose}\n\n{memory.table()}\n")
     for name, size in GPU_BYTES.items():
         try:
             memory.check(size, device=name)
             print(f"{name}: fits, {size_text(size - memory.peak)} to spare")
         except InputError as error:
             print(f"{name}: does not fit: {error}")
+    if ranks > 1:
+        print(f"\n{_several(config, model, memory, fabric, evaluations)}")
     if not isinstance(rehearsal, str):
-        prediction = iteration_prediction(config, rehearsal, H100)
+        prediction = iteration_prediction(config, rehearsal, H100, ranks)
         print(f"\n{prediction.table()}")
+        if ranks > 1:
+            print(f"\n{fabric.table(planned_collectives(config, model), prediction)}")
     return 0
+
+
+def _several(config: Config, model: FlowModel, memory: MemoryPlan, fabric: Fabric, evaluations: Mapping[str, int]) -> str:
+    """What several ranks share, and what they do not."""
+    e, each, ranks = config.evaluation, sum(evaluations.values()), fabric.ranks
+    lines = []
+    if config.model.tuning == "full":
+        lines.append(
+            "every rank holds all weights, masters, moments and gradients: full fine-tuning is not sharded, so that more ranks "
+            "make none of it smaller\n"
+        )
+    if config.selection.pooled:
+        lines.append(
+            f"selection.probe = {config.selection.probe}: a pick may be another rank's; its latents and embeddings move too, "
+            "which is not counted below\n"
+        )
+    trained = {id(p) for _, p in model.trainable()} if config.model.tuning == "lora" else set()
+    modules = {"transformer": model.transformer, **modules_of(model)}.values()
+    read = {id(t): t for module in modules for t in module_tensors(module) if id(t) not in trained}
+    rewards = {entry.name: entry for entry in memory.entries if entry.name.startswith("reward ")}.values()
+    offloaded = sum(entry.bytes for entry in rewards if "offloaded" in entry.why)
+    lines.append(host_table(tensor_bytes(read.values()) + sum(r.bytes for r in rewards), offloaded, fabric.per_node))
+    phases = ", ".join(f"{phase} {n}" for phase, n in evaluations.items())
+    lines.append(f"\nevaluations of an iteration: {phases} on each rank, {ranks} x {each} = {ranks * each} in all")
+    if e.every:
+        lines.append(f"held-out evaluations: {dealt(config, ranks).evaluation.prompts} of {e.prompts} prompts on each rank")
+    return "\n".join(lines)
 
 
 def sample(source: str, prompts: Sequence[str], count: int, seed: int | None, out: Path) -> int:

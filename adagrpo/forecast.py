@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+
+import torch
 
 from .assembly import build_judge, build_objective, build_sampler, sampled_sizes
 from .engine.plans import chunk_sizes
 from .engine.ranks import Ranks
 from .engine.scoring import labels
+from .errors import InputError
 from .estimate.calls import decoded, iteration_calls
-from .estimate.memory import MemoryPlan
+from .estimate.memory import MemoryPlan, wide_bytes
+from .estimate.nodes import Collective
 from .estimate.planning import Demand, Latents, copy_bytes, plan_memory
 from .estimate.rehearsal import Rehearsal
 from .estimate.roofline import Device, Prediction, predict
@@ -22,16 +27,55 @@ from .recipe.keys import Config
 from .rewards import BUILT_IN
 
 
-def planned_calls(config: Config, iteration: int | None = None) -> dict[str, list[int]]:
-    """Rows of each batched call of an iteration by phase, see ``iteration_calls``."""
-    e, d, ranks = config.engine, Derived(config), Ranks()
-    parts = (build_judge(config).legs(d.slots), build_sampler(config, ranks), build_objective(config))
+def dealt(config: Config, ranks: int) -> Config:
+    """The recipe of one process that does as much as each of ``ranks`` ranks does of this one: slots and pictures are dealt.
+
+    Raises:
+        InputError: the slots cannot be dealt.
+    """
+    if ranks == 1:
+        return config
+    train, e, o = config.train, config.evaluation, config.output
+    if rest := train.slots % ranks:
+        wanted = train.slots + ranks - rest
+        raise InputError(
+            f"train.slots = {train.slots}: cannot be dealt to {ranks} ranks, equally many to each; set --train.slots {wanted}"
+        )
+    share = lambda pictures: -(-pictures // ranks)  # noqa: E731
+    return dataclasses.replace(
+        config,
+        train=dataclasses.replace(train, slots=train.slots // ranks),
+        evaluation=dataclasses.replace(e, prompts=share(e.prompts), final_prompts=share(e.final_prompts)),
+        output=dataclasses.replace(o, grid_prompts=share(o.grid_prompts)),
+    )
+
+
+def planned_calls(config: Config, iteration: int | None = None, ranks: int = 1) -> dict[str, list[int]]:
+    """Rows of each batched call of an iteration by phase, see ``iteration_calls``; of ``ranks`` ranks those of each."""
+    config = dealt(config, ranks)
+    e, d = config.engine, Derived(config)
+    parts = (build_judge(config).legs(d.slots), build_sampler(config, Ranks()), build_objective(config))
     return iteration_calls(*parts, d.slots, d.table.tails, e.max_rows, e.decode_rows, iteration)
 
 
-def planned_evaluations(config: Config, iteration: int | None = None) -> dict[str, int]:
-    """Transformer image-forwards of one iteration by phase."""
-    return {phase: sum(rows) for phase, rows in planned_calls(config, iteration).items() if phase != "decode"}
+def planned_evaluations(config: Config, iteration: int | None = None, ranks: int = 1) -> dict[str, int]:
+    """Transformer image-forwards of one iteration by phase; of ``ranks`` ranks those of each."""
+    return {phase: sum(rows) for phase, rows in planned_calls(config, iteration, ranks).items() if phase != "decode"}
+
+
+def planned_collectives(config: Config, model: FlowModel) -> list[Collective]:
+    """What several ranks tell each other in an iteration that is drawn once, however many they are.
+
+    Scores of candidates by each batch that is scored, rewards of all groups, and the gradients of each optimizer step, in the
+    dtype that it steps; not what pooled picks, which other ranks may have sampled, were sampled from.
+    """
+    d, number = Derived(config), torch.float64.itemsize
+    scored = [rows for leg in build_judge(config).legs(d.slots) for rows in leg.scored]
+    scores = [Collective("scores", "all-gather", len(config.rewards) * rows * number) for rows in scored]
+    rewards = len(config.rewards) * d.groups * config.rollout.group_size * d.tails_per_sample * number
+    gradients = sum(wide_bytes(p) for _, p in model.trainable())
+    steps = config.train.steps_per_iteration
+    return [*scores, Collective("rewards", "all-gather", rewards), Collective("gradients", "all-reduce", gradients, steps)]
 
 
 def planned_memory(
@@ -41,13 +85,16 @@ def planned_memory(
     rewards: Sequence[object] | None = None,
     prompts: int | None = None,
     held_out: int | None = None,
+    ranks: int = 1,
 ) -> MemoryPlan:
     """The memory plan of a recipe.
 
     Args:
         rewards: one per entry of ``config.rewards``; None takes what is published of them.
         prompts, held_out: how many there are, if it is known.
+        ranks: that train; the plan is of each.
     """
+    config = dealt(config, ranks)
     e, o, d, limit = config.evaluation, config.output, Derived(config), config.engine.max_rows
     known = held_out if held_out is not None else max(e.prompts, e.final_prompts, o.grid_prompts)
     each, final, grid = (min(count, known) for count in (e.prompts, e.final_prompts, o.grid_prompts))
@@ -77,6 +124,7 @@ def planned_memory(
         and config.engine.overlap
         and model.device.type != "cpu",
         checkpoints=d.checkpoints_kept + 1,
+        summed=ranks > 1,
     )
     size = max(sampled_sizes(config), key=math.prod)
     chunk = demand.largest("decode")
@@ -111,11 +159,11 @@ def stored_latents(config: Config, model: FlowModel) -> Latents:
     )
 
 
-def iteration_prediction(config: Config, rehearsal: Rehearsal, device: Device) -> Prediction:
-    """Predicted seconds of one iteration of a recipe; with forks, FP8 would serve probes and tails."""
+def iteration_prediction(config: Config, rehearsal: Rehearsal, device: Device, ranks: int = 1) -> Prediction:
+    """Predicted seconds that each of ``ranks`` ranks computes in an iteration; with forks, FP8 would serve probes and tails."""
     fp8 = ("probe", "rollout") if config.rollout.plan == "fork" else ("probe",)
     steps, averages = config.train.steps_per_iteration, config.optimizer.ema_decay > 0
-    return predict(rehearsal, planned_calls(config), device, steps, fp8, averages)
+    return predict(rehearsal, planned_calls(config, ranks=ranks), device, steps, fp8, averages)
 
 
 _OTHER_WEIGHTS = {"path", "tower", "clip", "variant"}  # arguments of rewards that name another checkpoint

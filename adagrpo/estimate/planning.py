@@ -37,6 +37,7 @@ class Demand:
         evaluation_guidance: of evaluation; 0 is the model's.
         overlapped: pictures of a chunk are decoded while the next one is sampled.
         checkpoints: kept on disk at most, the one being written included.
+        summed: other ranks train too, and gradients are laid end to end to be summed over them.
     """
 
     calls: Mapping[str, Sequence[int]]
@@ -53,6 +54,7 @@ class Demand:
     evaluation_guidance: float = 0.0
     overlapped: bool = False
     checkpoints: int = 1
+    summed: bool = False
 
     def largest(self, *phases: str) -> int:
         """Rows of the largest call of ``phases``; 0 without any."""
@@ -101,12 +103,13 @@ def plan_memory(model: FlowModel, rehearsal: Rehearsal | str, demand: Demand, sc
     of = "of the weights as they multiply"
     backward = Entry("gradients", trained.narrow + twice, of, "update", 0, trained.remedy)
     step = Entry("gradients", trained.wide, "in fp32" if trained.masters else "", "optimizer", 0, trained.remedy)
+    steps = [step, *[Entry("gradients end to end", trained.wide, "summed over ranks in one call", "optimizer")] * demand.summed]
     size = checkpoint_bytes(parameters, demand.averages, demand.kl and demand.adapters_begin)
     if isinstance(rehearsal, str):
         unknown = f"activations: not known for this model ({rehearsal})"
-        return MemoryPlan((*kept, backward, step), size, demand.checkpoints, unknown)
+        return MemoryPlan((*kept, backward, *steps), size, demand.checkpoints, unknown)
     kept += [*_prompts(rehearsal, demand), *_sampling(rehearsal, demand)]
-    update = [backward, _update(model, rehearsal, demand, trained), step]
+    update = [backward, _update(model, rehearsal, demand, trained), *steps]
     temporaries = max(0, rehearsal.step_peak(demand.averages) - trained.wide)
     last = Entry("temporaries", temporaries, "of AdamW, one parameter at a time", "optimizer", 0, trained.remedy)
     return MemoryPlan((*kept, *update, last), size, demand.checkpoints)
