@@ -252,8 +252,8 @@ def build_executor(
     return RolloutExecutor(model, table, config.train.seed, d.storage, limit, phase, backends, tables)
 
 
-def build_optimizer(config: Config, model: FlowModel) -> PolicyOptimizer:
-    """The optimizer of a recipe over the model's trainable parameters."""
+def build_optimizer(config: Config, model: FlowModel, ranks: Ranks | None = None) -> PolicyOptimizer:
+    """The optimizer of a recipe over the model's trainable parameters; ``ranks``: who else steps them."""
     o = config.optimizer
     settings = OptimizerSettings(
         lr=o.lr,
@@ -269,4 +269,4 @@ def build_optimizer(config: Config, model: FlowModel) -> PolicyOptimizer:
         ema_every=o.ema_every,
         ema_warmup=o.ema_warmup,
     )
-    return PolicyOptimizer((p for _, p in model.trainable()), settings)
+    return PolicyOptimizer((p for _, p in model.trainable()), settings, ranks)

@@ -281,7 +281,7 @@ def assemble(
         build_sampler(config, ranks),
         build_fusion(config, weights, executor.impl, own.fuse),
         build_objective(config),
-        build_optimizer(config, model),
+        build_optimizer(config, model, ranks),
         PromptStream(prompts, config.train.seed),
         notices,
     )

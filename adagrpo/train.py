@@ -107,7 +107,7 @@ class Trainer:
             policy = self.update(groups, advantage)
         self.iterations_done += 1
         self._begun = None
-        metrics = statistics | policy | {"selection/picked": groups.prompts} | self.score.failures()
+        metrics = statistics | policy | {"selection/picked": groups.prompts} | self.score.failures(self.ranks)
         return metrics | selection_metrics(groups.scores, groups.picks, self.knowledge)
 
     def draw(self, share: Share | None = None) -> Groups:
@@ -207,7 +207,7 @@ class Trainer:
 
     def attempts(self) -> Iterator[Attempt]:
         """Tries of sampling, see ``engine.retry``."""
-        return attempts(self.executor, self.notices)
+        return attempts(self.executor, self.notices, self.ranks)
 
     def rewind(self) -> bool:
         """Give up an iteration that raised: the state is again that after the last finished one.

@@ -40,20 +40,27 @@ class BatchLimit:
         """A batch of so many rows is about to run."""
         self._largest = max(self._largest, rows)
 
-    def halve(self, error: Exception, graphs: bool = False) -> None:
+    @property
+    def largest(self) -> int:
+        """Rows of the largest batch so far."""
+        return self._largest
+
+    def halve(self, error: Exception | None, largest: int, graphs: bool = False) -> None:
         """After an out-of-memory error: half the largest batch that ran, once.
 
         Args:
+            error: of this rank; None of another one.
+            largest: batch of any rank.
             graphs: CUDA graphs hold memory too, which the message then says.
 
         Raises:
             RunError: it was halved before, or is one row already.
         """
-        if self._halved or self._largest < 2:
+        if self._halved or largest < 2:
             off = ", turn engine.cuda_graphs off," if graphs else ""
             raise RunError(
-                f"out of memory while sampling, also in batches of {self._largest}: lower engine.max_rows or "
+                f"out of memory while sampling, also in batches of {largest}: lower engine.max_rows or "
                 f"model.prompt_cache{off} and go on with --resume auto; in a new run lower the resolution or take "
                 "model.tuning = lora"
             ) from error
-        self._halved, self.max_rows, self._largest = True, self._largest // 2, 0
+        self._halved, self.max_rows, self._largest = True, largest // 2, 0

@@ -111,13 +111,16 @@ class RolloutExecutor:
         """Forget all counts."""
         self.counts.clear()
 
-    def halve_rows(self, error: Exception) -> None:
-        """After an out-of-memory error: halve the largest batch, once per executor.
+    def halve_rows(self, error: Exception | None, largest: int | None = None) -> None:
+        """After an out-of-memory error, of this rank or (None) another one: halve the largest batch, once per executor.
+
+        Args:
+            largest: batch of any rank; None is of this one.
 
         Raises:
             RunError: it was halved before, or is one row already.
         """
-        self.limit.halve(error, graphs=self.graphs is not None)
+        self.limit.halve(error, self.limit.largest if largest is None else largest, graphs=self.graphs is not None)
         self.lanes.forget()
 
     def initial_noise(self, noise_row: Tensor, draw: int, stream: Stream) -> Tensor:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .ranks import Ranks
+
 
 def lr_share(step: int, total: int, schedule: str, warmup: int, final_share: float) -> float:
     """Share of the peak learning rate at optimizer step ``step`` (from 0) of ``total``.
@@ -64,13 +66,17 @@ class PolicyOptimizer:
     Parameters narrower than fp32 get fp32 master weights: at the learning rates of this field nearly every update of a
     bf16 weight would be lost to rounding.
 
+    Several ranks begin with the first one's weights and step by the sum of their gradients, so all keep the same weights.
+
     Args:
         parameters: trainable parameters.
         settings: how they are stepped.
+        ranks: who else trains; None is nobody.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], settings: OptimizerSettings) -> None:
-        self.parameters = list(parameters)
+    def __init__(self, parameters: Iterable[nn.Parameter], settings: OptimizerSettings, ranks: Ranks | None = None) -> None:
+        self.parameters, self.ranks = list(parameters), ranks or Ranks()
+        self.ranks.same(self.parameters)
         wide = (torch.float32, torch.float64)
         self.masters = [p if p.dtype in wide else p.detach().float().requires_grad_() for p in self.parameters]
         self.settings, self.steps = settings, 0
@@ -87,8 +93,10 @@ class PolicyOptimizer:
         return self.settings.lr_at(self.steps)
 
     def step(self) -> Tensor:
-        """Clip, step, write back, average, clear the gradients; returns the gradient norm before clipping (0-dim)."""
+        """Sum over ranks, clip, step, write back, average, clear the gradients; returns the gradient norm before clipping
+        (0-dim)."""
         self.collect()
+        self.ranks.add_up([m.grad for m in self.masters], self.masters)
         norm = nn.utils.clip_grad_norm_(self.masters, self.settings.max_grad_norm)
         for group in self.adamw.param_groups:
             group["lr"] = self.lr

@@ -12,6 +12,7 @@ import dataclasses
 import datetime
 import os
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -19,8 +20,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import InputError, RunError
+from .collectives import log_into
 
 T = TypeVar("T")
+LOG = "ADAGRPO_COLLECTIVES"
+"""Environment variable: a folder for the collectives of each rank, ``rank-N.jsonl``."""
 
 
 class MemoryElsewhere(RuntimeError):
@@ -223,7 +227,12 @@ def joined(device: torch.device, timeout: float = 600.0) -> Iterator[Ranks]:
         side = dist.new_group(backend="gloo", timeout=wait)
     except RuntimeError as error:
         raise RunError(f"the {size} ranks did not come together within {timeout:g} s: {error}") from error
+    ranks = Ranks(dist.get_rank(), size, side, timeout)
     try:
-        yield Ranks(dist.get_rank(), size, side, timeout)
+        with contextlib.ExitStack() as logging:
+            if folder := os.environ.get(LOG, ""):
+                Path(folder).mkdir(parents=True, exist_ok=True)
+                logging.enter_context(log_into(Path(folder) / f"rank-{ranks.rank}.jsonl"))
+            yield ranks
     finally:
         dist.destroy_process_group()

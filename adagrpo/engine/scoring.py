@@ -14,6 +14,7 @@ from ..rewards.placed import Pending, PlacedReward
 from ..rewards.transfer import HostImages
 from .executor import RolloutExecutor
 from .overlap import Overlap
+from .ranks import Ranks
 from .timing import PhaseTimer
 
 MOST_WAITING = 2**30
@@ -91,12 +92,16 @@ class Scorer:
         self._known = [(reward.seconds, Counter(reward.failures)) for reward in self.rewards]
         self._scores: list[list[Tensor]] = [[] for _ in self.rewards]
 
-    def failures(self) -> dict[str, Tensor | float]:
-        """Share of the images without a finite score by reward, 0-dim, and their number by the reasons that a reward tells."""
+    def failures(self, ranks: Ranks) -> dict[str, Tensor | float]:
+        """Share of the images of all ranks without a finite score by reward, 0-dim, and how many there are on this one by the
+        reasons that a reward tells."""
         found: dict[str, Tensor | float] = {}
-        for label, reward, scores, (_, before) in zip(self.labels, self.rewards, self._scores, self._known, strict=True):
-            if scores:
-                found[f"reward/{label}/failed"] = (~torch.cat(scores).isfinite()).double().mean()
+        scored = [(label, torch.cat(scores)) for label, scores in zip(self.labels, self._scores, strict=True) if scores]
+        if scored:
+            failed = ranks.sum(torch.stack([(~scores.isfinite()).sum() for _, scores in scored])).double()
+            shares = zip(scored, failed.unbind(), strict=True)
+            found = {f"reward/{label}/failed": count / (scores.numel() * ranks.size) for (label, scores), count in shares}
+        for label, reward, (_, before) in zip(self.labels, self.rewards, self._known, strict=True):
             new = Counter(reward.failures) - before
             found |= {f"reward/{label}/failed_{reason}": float(count) for reason, count in sorted(new.items())}
         return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from ..algorithm.sde import affine_mean, group_log_prob
 from ..models.base import Conditioning, FlowModel
 from .executor import RolloutExecutor
 from .optimizer import PolicyOptimizer
+from .ranks import Ranks
 from .rollout import Transitions
 from .sampling import Samples
 
@@ -67,26 +69,28 @@ def update_policy(
 ) -> dict[str, Tensor]:
     """One pass over the transitions: one optimizer step per entry of ``samples.batches``.
 
-    Whatever the micro-batches, the loss is summed over the transitions of an optimizer step and divided by their number, or by
-    that of the iteration.
+    Whatever the micro-batches and ranks, the loss is summed over the transitions of an optimizer step and divided by their
+    number, or by that of the iteration.
 
     Args:
         advantage, valid: [R], per final latent.
 
     Returns:
         0-dim tensors ``loss, ratio_deviation`` (max |ratio - 1| of the first optimizer step), ``ratio_mean, clip_share,
-        kl, grad_norm``.
+        kl, grad_norm``; over all ranks.
     """
-    o, transitions, batches = objective, samples.transitions, samples.batches
+    o, transitions, batches, ranks = objective, samples.transitions, samples.batches, optimizer.ranks
     # Slots of a second draw have log-probabilities of another batch geometry.
     old_logp = "recompute" if samples.merged and o.old_logp == "rollout" else o.old_logp
     if old_logp == "recompute":
         transitions = executor.recompute(transitions, conditioning, [b for step in batches for b in step])
     weight, kl_share = _weights(executor, transitions.index, o)
     tally = _Tally(advantage.device)
-    everything = torch.cat([rows for step in batches for rows in step])
+    of_steps = [torch.cat(step) for step in batches]
+    averages = [torch.cat(of_steps)] if o.average == "iteration" else of_steps
+    shares = _shares(valid, transitions, averages, o.skip_empty, ranks)
     for number, step in enumerate(batches):
-        share = _share(valid, transitions, everything if o.average == "iteration" else torch.cat(step), o.skip_empty)
+        share = shares[number % len(shares)]
         for batch in step:
             part = transitions.rows(batch)
             v = executor.update_velocity(part, conditioning, "update")
@@ -103,14 +107,17 @@ def update_policy(
             optimizer.collect()
             tally.add(loss, kl, surrogate.ratio, surrogate.clipped, mask, first=number == 0)
         tally.grad_norm(optimizer.step())
-    return tally.read(everything.numel(), 1 if o.average == "iteration" else len(batches))
+    return tally.read(sum(map(len, of_steps)), len(averages), ranks)
 
 
-def _share(valid: Tensor, transitions: Transitions, rows: Tensor, skip_empty: bool) -> Tensor | float:
-    """Weight of one transition in the average over ``rows``."""
+def _shares(
+    valid: Tensor, transitions: Transitions, averages: Sequence[Tensor], skip_empty: bool, ranks: Ranks
+) -> list[float] | list[Tensor]:
+    """Weight of one transition in each of the averages, which are over these rows and as many of every other rank."""
     if not skip_empty:
-        return 1 / rows.numel()
-    return 1 / valid[transitions.sample[rows]].any(1).sum().clamp_min(1)
+        return [1 / (rows.numel() * ranks.size) for rows in averages]
+    counts = ranks.sum(torch.stack([valid[transitions.sample[rows]].any(1).sum() for rows in averages]))
+    return [1 / count.clamp_min(1) for count in counts]
 
 
 def _weights(executor: RolloutExecutor, index: Tensor, objective: Objective) -> tuple[Tensor, Tensor | None]:
@@ -172,15 +179,17 @@ class _Tally:
     def grad_norm(self, norm: Tensor) -> None:
         self.sums["norm"] = torch.maximum(self.sums["norm"], norm.detach().double())
 
-    def read(self, transitions: int, averages: int) -> dict[str, Tensor]:
-        """The metrics, over ``transitions``; the loss was summed over as many ``averages``."""
-        s = self.sums
+    def read(self, transitions: int, averages: int, ranks: Ranks) -> dict[str, Tensor]:
+        """The metrics, over ``transitions`` of every rank; the loss was summed over as many ``averages``."""
+        of_ranks = ranks.gather(torch.stack([*self.sums.values()]).unsqueeze(0), 0)
+        largest = ("deviation", "norm")
+        s = {name: t.amax() if name in largest else t.sum() for name, t in zip(self.sums, of_ranks.unbind(1), strict=True)}
         valid = s["valid"].clamp_min(1)
         return {
             "loss": s["loss"] / averages,
             "ratio_deviation": s["deviation"],
             "ratio_mean": s["ratio"] / valid,
             "clip_share": s["clipped"] / valid,
-            "kl": s["kl"] / transitions,
+            "kl": s["kl"] / (transitions * ranks.size),
             "grad_norm": s["norm"],
         }
