@@ -27,6 +27,7 @@ from ..run.machine import PACKAGES, describe_machine
 from ..text.refusals import FP8_ATTENTION, TENSORWISE_FUSED
 from ..text.strict_json import from_json
 from ..text.user_text import read_text
+from .links import links
 
 FIDELITY = Path("runs/fidelity")
 MAKE_FIDELITY = "adagrpo fidelity RECIPE --engine.precision fp8"
@@ -71,7 +72,7 @@ def doctor_recipe(config: Config) -> int:
 
 
 def report(device: torch.device) -> str:
-    """A readable page: versions, device, memory and disk, backends, FP8, advice."""
+    """A readable page: versions, device, memory and disk, backends, links between GPUs, FP8, advice."""
     machine = describe_machine(device)
     lines = [f"Python {machine['python']} at {sys.prefix}"]
     lines += [f"  {name:13} {machine['versions'][name] or 'not installed'}" for name in PACKAGES]
@@ -90,6 +91,7 @@ def report(device: torch.device) -> str:
         f"  engine.{key:13} = {value:8} {f'no: {problem}' if problem else 'yes'}" for key, value, problem in backends(device)
     ]
     lines += ["", "`auto` here:", *[f"  engine.{key:13} {value}" for key, value in automatic(device)]]
+    lines += ["", "Several GPUs:", *[f"  {line}" for line in links(device)]]
     lines += ["", "Fidelity of lossy levers:", *[f"  {line}" for line in fidelity(FIDELITY, device)]]
     return "\n".join([*lines, "", "Advice:", *[f"  - {advice}" for advice in _advice(device)]])
 
