@@ -101,6 +101,8 @@ def record(i: int, total: int, level: float, rng: np.random.Generator) -> dict[s
         "policy/ratio_deviation": 1.2e-7 * (0.6 + noise[5]),
         "policy/ratio_mean": 1 + 4e-8 * rng.normal(),
         "policy/clip_share": 0.0,
+        "policy/clip_share_high": 0.0,
+        "policy/clip_share_low": 0.0,
         "policy/kl": 2.5e-5 * i**1.2 * (1 + 0.1 * rng.normal()),
         "policy/grad_norm": 0.32 * math.exp(0.3 * rng.normal()),
         "policy/lr": 1e-4 * (1 - 0.9 * at),

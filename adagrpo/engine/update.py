@@ -76,8 +76,9 @@ def update_policy(
         advantage, valid: [R], per final latent.
 
     Returns:
-        0-dim tensors ``loss, ratio_deviation`` (max |ratio - 1| of the first optimizer step), ``ratio_mean, clip_share,
-        kl, grad_norm``; over all ranks.
+        0-dim tensors ``loss, ratio_deviation`` (max |ratio - 1| of the first optimizer step), ``ratio_mean, clip_share`` (of
+        samples whose gradient the clip takes away; ``_high`` with a ratio above 1, ``_low`` below), ``kl, grad_norm``; over all
+        ranks.
     """
     o, transitions, batches, ranks = objective, samples.transitions, samples.batches, optimizer.ranks
     # Slots of a second draw have log-probabilities of another batch geometry.
@@ -162,7 +163,7 @@ class _Tally:
     def __init__(self, device: torch.device) -> None:
         self.sums = {
             name: torch.zeros((), dtype=torch.float64, device=device)
-            for name in ("loss", "kl", "ratio", "clipped", "valid", "deviation", "norm")
+            for name in ("loss", "kl", "ratio", "high", "low", "valid", "deviation", "norm")
         }
 
     def add(self, loss: Tensor, kl: Tensor, ratio: Tensor, clipped: Tensor, mask: Tensor, first: bool) -> None:
@@ -170,7 +171,8 @@ class _Tally:
         self.sums["loss"] += loss.detach()
         self.sums["kl"] += kl.detach().sum()
         self.sums["ratio"] += ratio.masked_fill(~mask, 0).sum()
-        self.sums["clipped"] += clipped.sum()
+        self.sums["high"] += (clipped & (ratio > 1)).sum()
+        self.sums["low"] += (clipped & (ratio < 1)).sum()
         self.sums["valid"] += mask.sum()
         if first:
             deviation = (ratio - 1).abs().masked_fill(~mask, 0).amax().double()
@@ -189,7 +191,9 @@ class _Tally:
             "loss": s["loss"] / averages,
             "ratio_deviation": s["deviation"],
             "ratio_mean": s["ratio"] / valid,
-            "clip_share": s["clipped"] / valid,
+            "clip_share": (s["high"] + s["low"]) / valid,
+            "clip_share_high": s["high"] / valid,
+            "clip_share_low": s["low"] / valid,
             "kl": s["kl"] / (transitions * ranks.size),
             "grad_norm": s["norm"],
         }

@@ -122,7 +122,17 @@ POLICY = (
         (Metric("policy/ratio_deviation", "deviation"),),
         scale="log",
     ),
-    Panel("Clip share", "Share of transitions outside the trust region.", (Metric("policy/clip_share", "clipped"),), zero=True),
+    Panel(
+        "Clip share",
+        "Share of samples whose gradient the clip takes away: the ratio has left its range in the direction of the advantage. "
+        "High: above 1. Low: below.",
+        (
+            Metric("policy/clip_share", "clipped", title="Clip share"),
+            Metric("policy/clip_share_high", "clipped high", note=None),
+            Metric("policy/clip_share_low", "clipped low", note=None),
+        ),
+        zero=True,
+    ),
     Panel(
         "KL divergence",
         "From the initial model, in mean space.",

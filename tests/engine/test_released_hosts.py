@@ -121,6 +121,10 @@ def test_trajectories(name: str, scheme: str, eta: float, options: dict, dtype: 
     assert abs(float(metrics["loss"]) - float(losses.mean())) < CLOSE[dtype] * 10
     ratio = replay.ratio(guard=options.get("ratio") == "guard").double()
     assert float((ratio.flatten() - host.found("ratio").flatten()).abs().max()) < CLOSE[dtype]
+    clip, ratio = host.setting("clip_range"), host.found("ratio").reshape(advantage.shape)
+    for name, outside in (("high", (ratio > 1 + clip) & (advantage > 0)), ("low", (ratio < 1 - clip) & (advantage < 0))):
+        assert float(metrics[f"clip_share_{name}"]) == pytest.approx(float(outside.double().mean()), abs=1e-12)
+    assert float(metrics["clip_share"]) == pytest.approx(float(metrics["clip_share_high"] + metrics["clip_share_low"]))
     if "kl_weight" in options:
         assert float(metrics["kl"]) == pytest.approx(float(host.found("kl_loss").mean()), rel=1e-3, abs=1e-12)
 

@@ -57,5 +57,6 @@ def test_two_iterations(host: str, ending: str) -> None:
         assert counted == planned_evaluations(config, iteration)
         assert numbers["policy/ratio_deviation"] == 0
         assert math.isfinite(numbers["policy/loss"]) and numbers["policy/grad_norm"] > 0
-        assert 0 <= numbers["policy/clip_share"] <= 1
+        shares = [numbers[f"policy/clip_share{side}"] for side in ("", "_high", "_low")]
+        assert 0 <= shares[0] <= 1 and shares[0] == pytest.approx(shares[1] + shares[2])
     assert any(not torch.equal(now, then) for now, then in zip(trainer.optimizer.masters, before, strict=True))

@@ -117,7 +117,10 @@ def test_numbers_read_well() -> None:
 def test_headline_and_health(run: Path, page: str) -> None:
     text = Tree(page).visible
     assert "+0.250 (95 % interval +0.216 … +0.286): a gain, over 150 prompts × 3 noises." in text
-    assert "finished, 100 of 100 iterations" in text and "Constant throughout: clip share 0; mean ratio 1.00." in text
+    assert (
+        "finished, 100 of 100 iterations" in text
+        and "Constant throughout: clipped, clipped high, clipped low 0; mean ratio 1.00." in text
+    )
     (read,) = read_runs([run])
     assert [f.title for f in findings(read) if f.level == "warn"] == ["Events: 1 × memory, 1 × warning"]
 
