@@ -175,10 +175,10 @@ def test_an_iteration_calls_these_collectives_and_none_while_it_samples(pool: Po
         ("allgather_", (1, 4, 4), "float64", "train.py"),  # [M, groups, G]
         ("allreduce_", (), "int64", "engine/retry.py"),
         ("allreduce_", (weights,), "float32", "engine/optimizer.py"),
-        ("allgather_", (1, 7), "float64", "engine/update.py"),
+        ("allgather_", (1, 8), "float64", "engine/update.py"),
         ("allreduce_", (1,), "int64", "engine/scoring.py"),
     ]
-    assert sum(call.bytes for call in one[0]) == 4 * weights + 8 * (6 + 16 + 7 + 4)
+    assert sum(call.bytes for call in one[0]) == 4 * weights + 8 * (6 + 16 + 8 + 4)
 
 
 def same(one: Any, other: Any) -> bool:
