@@ -84,6 +84,7 @@ def build_judge(config: Config, select: Strategy | None = None) -> Judge:
         "forks": d.forks,
         "probe_rows": d.table.probe,
         "scored": d.scores_needed,
+        "level_read": d.level_read,
         "strategy": d.built_in_strategy,
         "pick": pick,
         "nearest": nearest_of_all if s.pooled else nearest_in_slots,

@@ -11,7 +11,7 @@ import torch
 from ..models.base import FlowModel
 from ..prompts.digest import prompts_digest
 from ..recipe.derived import Derived
-from ..recipe.keys import Config
+from ..recipe.keys import RIVALS, Config
 from ..study.hosts import hosts, with_probe, without_adagrpo
 from .measure import PHASES, HostRead, Iteration, bench_trainer, host_read, interleaved, measure, phase_series, rows_seen
 from .options import Options
@@ -166,8 +166,8 @@ def scheduled_probes(config: Config) -> int:
     """Image-forwards of an iteration's probes: P·B·T for the full one.
 
     A short one of m steps: P·B·m; a race of previews after e1 < e2 … steps: P·B·e1 + P·(ceil(B/2) + 1)·(e2 - e1) + …; memory
-    samples nobody, or K finalists. All of these then finish the pick, if there are forks, and the uniform candidate: 2P·T, a
-    race from its last preview on.
+    and rivals sample nobody, or memory K finalists. All of these then finish the pick, if there are forks, and the uniform
+    candidate: 2P·T, a race from its last preview on; rivals the latter only where the capability EMA is read.
     """
     s, r, p = config.selection, config.rollout, Derived(config).slots
     if s.judge == "full":
@@ -175,6 +175,9 @@ def scheduled_probes(config: Config) -> int:
     picked = 1 if r.plan == "fork" else 0
     if s.judge == "short":
         return p * (s.candidates * s.probe_steps + (picked + 1) * r.steps)
+    if s.judge in RIVALS:
+        a = config.advantage
+        return p * (picked + (a.weight > 0 or a.std == "floored")) * r.steps
     if s.judge == "memory":
         return p * ((s.finalists if s.finalists > 1 else picked) + 1) * r.steps
     per_slot, running, before = 0, s.candidates, 0

@@ -141,7 +141,7 @@ class Choice:
 def selection_metrics(scores: Tensor | None, picks: Tensor, knowledge: Knowledge) -> dict[str, Any]:
     """The EMA, and how far from it the picked prompts were judged to be; first reward."""
     level, evidence = knowledge.level, knowledge.evidence
-    if evidence is None and scores is None:
+    if scores is None and (evidence is None or not len(evidence.recent)):
         return {}
     metrics = {"selection/ema_mean": level.mean[0], "selection/ema_std": level.std[0]}
     if evidence is not None:

@@ -1,4 +1,4 @@
-"""What judges that do not sample every candidate to the end remember (short, racing and memory)."""
+"""What judges that do not sample every candidate to the end remember."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..algorithm.posterior import PromptPosterior, expected_distance
+from ..algorithm.rivals import Record, Visits, success
 from ..algorithm.selection import CapabilityState
 
 
@@ -19,10 +20,12 @@ class Evidence:
     Attributes:
         candidates: B.
         half_life, noise_share, group_evidence: as the recipe's ``selection`` keys.
-        levels: EMA of the judging scores, one per stage: of short probes, of each preview of a race; none for memory.
+        levels: EMA of the judging scores, one per stage: of short probes, of each preview of a race; of others none.
         posterior: of every prompt's mean reward; None without memory.
         recent: [n, M, P*B], scores of the last B draws' uniform candidates, at a race's previews from the second on, then in
-            full length; NaN before there are any.
+            full length; NaN before there are any; n is 0 where nothing reads them.
+        record: of every prompt's success; None but for rivals.
+        success_range: rewards of an image that failed and of one that succeeded, for them.
     """
 
     candidates: int
@@ -32,6 +35,8 @@ class Evidence:
     levels: tuple[CapabilityState, ...]
     posterior: PromptPosterior | None
     recent: Tensor
+    record: Record | None = None
+    success_range: tuple[float, float] = (0.0, 1.0)
 
     @classmethod
     def empty(
@@ -79,7 +84,10 @@ class Evidence:
         return dataclasses.replace(self, posterior=self._observed(numbers, scores, 1.0, draw))
 
     def with_groups(self, numbers: Tensor, rewards: Tensor, draw: int) -> Evidence:
-        """With the rewards [M, groups, G] of the picked prompts ``numbers`` [P]."""
+        """With the rewards [M, groups, G] of the picked prompts ``numbers`` [P]; rivals go by the first reward."""
+        if self.record is not None:
+            succeeded = success(rewards[0], *self.success_range).unflatten(0, (len(numbers), -1))
+            return dataclasses.replace(self, record=self.record.after(Visits.of(numbers, succeeded, self.record.prompts)))
         per_slot = rewards.reshape(rewards.shape[0], numbers.shape[0], -1).double().nanmean(-1)
         return dataclasses.replace(self, posterior=self._observed(numbers, per_slot, self.group_evidence, draw))
 
@@ -92,11 +100,14 @@ class Evidence:
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides the next pick."""
         posterior = None if self.posterior is None else self.posterior.state_dict()
-        return {"levels": [level.state_dict() for level in self.levels], "posterior": posterior, "recent": self.recent}
+        record = {} if self.record is None else {"record": self.record.state_dict()}
+        return {"levels": [each.state_dict() for each in self.levels], "posterior": posterior, "recent": self.recent} | record
 
     def loaded(self, state: dict[str, Any]) -> Evidence:
         """Inverse of ``state_dict``."""
         device = self.recent.device
         posterior = None if self.posterior is None else PromptPosterior.from_state_dict(state["posterior"], device)
         levels = tuple(CapabilityState.from_state_dict(level).to(device) for level in state["levels"])
-        return dataclasses.replace(self, levels=levels, posterior=posterior, recent=state["recent"].to(device))
+        record = self.record and self.record.loaded(state["record"])
+        recent = state["recent"].to(device)
+        return dataclasses.replace(self, levels=levels, posterior=posterior, recent=recent, record=record)

@@ -104,13 +104,17 @@ class Prober:
         word = self.word(slots, draw, step)
         return word.rows * per_slot + self.drawn(word, per_slot)
 
+    def each(self, slots: int, per_slot: int, draw: int, step: int) -> Tensor:
+        """A uniform number in [0, 1) for each candidate of the ``slots`` of all ranks, float32 [P, B]."""
+        return philox_uniform(*self.word(slots * per_slot, draw, step)).reshape(slots, per_slot)
+
     def folded(self, level: CapabilityState, scores: Tensor, strategy: str = "closest", draw: Draw | None = None) -> Selection:
         """Scores [M, P, B] of all ranks folded into an EMA, and the picks by it."""
         weights = self.weights if len(self.weights) > 1 else None
         return capability_step(level, scores, self.alpha, strategy, weights, draw, self.executor.impl)
 
     def choice(
-        self, field: Field, picks: Tensor, judged: Tensor, uniform: Tensor, candidates: Candidates, knowledge: Knowledge
+        self, field: Field, picks: Tensor, judged: Tensor | None, uniform: Tensor, candidates: Candidates, knowledge: Knowledge
     ) -> Choice:
         """Score the uniform candidates, the last rows of ``field``, and fold those of the last B draws into the EMA.
 
@@ -119,7 +123,7 @@ class Prober:
 
         Args:
             field: whole, of this rank; its first rows are its slots' picks, where forks need them.
-            picks: int64 [P]. judged: [M, P, B], what they were picked by.
+            picks: int64 [P]. judged: [M, P, B], the scores that they were picked by; None where there are none.
             uniform: int64 [P].
         """
         evidence, slots, draw = knowledge.evidence, candidates.slots, candidates.draw

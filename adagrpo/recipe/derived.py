@@ -17,7 +17,7 @@ from ..algorithm.sde import sigma_schedule
 from ..algorithm.selection import STRATEGIES
 from ..algorithm.tables import Granularity, RolloutTable, rollout_table
 from ..models.registry import FAMILIES
-from .keys import Config
+from .keys import RIVALS, Config
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 Levels = Callable[[int], Tensor]
@@ -105,8 +105,12 @@ class Derived:
     def scores_needed(self) -> bool:
         """Whether anything reads what candidates score."""
         s = self.config.selection
-        a = self.config.advantage
-        return (s.candidates > 1 and s.strategy != "random") or a.weight > 0 or a.std == "floored"
+        return self.level_read or (s.candidates > 1 and s.strategy != "random" and s.judge not in RIVALS)
+
+    @property
+    def level_read(self) -> bool:
+        """Whether advantages read the capability EMA."""
+        return self.config.advantage.weight > 0 or self.config.advantage.std == "floored"
 
     @property
     def scale(self) -> Scale:
@@ -127,8 +131,9 @@ class Derived:
 
     @property
     def observed(self) -> int:
-        """Rewards of single prompts that a run's probe that remembers is told of, the groups' included."""
-        return self.config.train.iterations * self.slots * (self.config.selection.finalists + 1)
+        """Rewards of single prompts that a run's probe is told of to remember; a rival only those of groups."""
+        s = self.config.selection
+        return self.config.train.iterations * self.slots * (1 if s.judge in RIVALS else s.finalists + 1)
 
     @property
     def rows_per_image(self) -> int:

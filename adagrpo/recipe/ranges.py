@@ -29,6 +29,7 @@ def check_ranges(c: Config) -> Iterator[Problem]:
         "output.grid_prompts": 1, "output.checkpoint_every": 0, "output.keep_last": 1, "output.keep_every": 0,
         "output.trace_at": 0, "rollout.tail_steps": 0, "rollout.tail_share": 0, "guards.max_rollbacks": 0,
         "selection.probe_steps": 1, "selection.finalists": 1, "selection.group_evidence": 0,
+        "selection.target_success": 0, "selection.sharpness": 0,
         "budget.evaluations": 0, "budget.time": 0, "budget.cheap_evaluations": 0, "budget.cheap_time": 0,
     }  # fmt: skip
     at_most = {
@@ -37,6 +38,7 @@ def check_ranges(c: Config) -> Iterator[Problem]:
         "train.iterations": 2**31, "model.height": 2**14, "model.width": 2**14, "model.max_text_tokens": 4096,
         "model.lora_rank": 4096, "selection.probe_steps": 4096, "rollout.tail_steps": 4096, "output.grid_prompts": 1024,
         "train.part_timeout": LONGEST_TIMEOUT, "advantage.ddof": 1, "rollout.seeds": 4096, "rollout.tail_share": 1,
+        "selection.target_success": 1,
     }  # fmt: skip
     above_zero = (
         "selection.half_life", "selection.noise_share", "advantage.clip", "advantage.std_floor", "optimizer.max_grad_norm",

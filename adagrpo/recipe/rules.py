@@ -17,7 +17,7 @@ from ..text.refusals import FP8_ATTENTION, TENSORWISE_FUSED
 from ..text.user_text import cut, nearest, shown
 from .derived import Derived
 from .dotted import lookup
-from .keys import BUILT_IN_MODELS, Config
+from .keys import BUILT_IN_MODELS, RIVALS, Config
 from .ranges import LONGEST_TIMEOUT, check_ranges
 from .unread import check_unread
 from .values import Problem, check_values
@@ -59,7 +59,7 @@ def problems(config: Config) -> Iterator[Problem]:
 def repeats_notice(config: Config, prompts: int) -> str | None:
     """What to tell a run whose probe remembers but will hardly see a prompt twice."""
     s, observed = config.selection, Derived(config).observed
-    if s.judge != "memory" or observed >= 2 * prompts:
+    if s.judge not in ("memory", *RIVALS) or observed >= 2 * prompts:
         return None
     return (
         f"selection.probe = {s.probe} will observe {observed} rewards of {prompts} prompts, fewer than 2 of each, and so pick "
@@ -68,13 +68,14 @@ def repeats_notice(config: Config, prompts: int) -> str | None:
 
 
 def require_repeats(config: Config, prompts: int) -> None:
-    """Refuse a probe that remembers for prompts that hardly repeat, unless it looks at finalists or the recipe accepts it:
-    where such prompts cannot be learnt it does as much harm as blind picks.
+    """Refuse a memory for prompts that hardly repeat, unless it looks at finalists or the recipe accepts it: where such prompts
+    cannot be learnt it does as much harm as blind picks. Rivals are there to be compared, as they are.
 
     Raises:
         InputError: with the remedies.
     """
-    if config.selection.finalists >= 2 or config.selection.allow_unseen:
+    s = config.selection
+    if s.judge != "memory" or s.finalists >= 2 or s.allow_unseen:
         return
     if notice := repeats_notice(config, prompts):
         raise InputError(f"{notice}, selection.finalists = 2 (a look at two of them), or selection.allow_unseen = true")
@@ -249,6 +250,8 @@ def _check_probe(c: Config) -> Iterator[Problem]:
         yield Problem("selection.race_steps", list(s.race_steps), f"must rise within 1 … {steps - 1} (rollout.steps = {steps})")
     if s.judge == "racing" and len(s.race_steps) > (halvings := (s.candidates - 1).bit_length()):
         yield Problem("selection.race_steps", list(s.race_steps), f"{s.candidates} candidates can be halved {halvings} times")
+    if s.success_range[0] > s.success_range[1]:
+        yield Problem("selection.success_range", list(s.success_range), "must not fall")
     if s.finalists > s.candidates:
         yield Problem("selection.finalists", s.finalists, f"must be at most selection.candidates = {s.candidates}")
     if s.judge != "full" and c.rollout.fork_velocity == "probe":

@@ -8,7 +8,7 @@ from ..models.registry import FAMILIES
 from ..parts.plugins import is_import_path
 from ..text.redaction import redacted
 from .dotted import lookup
-from .keys import BUILT_IN_MODELS, Config
+from .keys import BUILT_IN_MODELS, RIVALS, Config
 from .values import Problem
 
 Rule = tuple[bool, str, list[str]]
@@ -54,8 +54,16 @@ def _of_algorithm(c: Config) -> list[Rule]:
         (
             c.selection.judge != "memory",
             "selection.probe = memory",
-            [f"selection.{k}" for k in ("finalists", "allow_unseen", "half_life", "noise_share", "group_evidence")],
+            [f"selection.{k}" for k in ("finalists", "allow_unseen", "noise_share", "group_evidence")],
         ),
+        (
+            c.selection.judge not in (remember := ("memory", "bots", "procurl", "dps")),
+            f"selection.probe = {', '.join(remember)}",
+            ["selection.half_life"],
+        ),
+        (c.selection.judge not in RIVALS, f"selection.probe = {', '.join(RIVALS)}", ["selection.success_range"]),
+        (c.selection.judge != "bots", "selection.probe = bots", ["selection.target_success"]),
+        (c.selection.judge != "procurl", "selection.probe = procurl", ["selection.sharpness"]),
         (not (r.tail_steps or r.tail_share), "rollout.tail_steps or rollout.tail_share above 0", ["rollout.tail_solver"]),
         (
             r.plan != "window",

@@ -9,7 +9,10 @@ from ..arguments import named_recipe, require_least, whole_number, written_path
 from ..bench.options import Options, measuring
 from ..errors import InputError
 
-KNOWN = "known: full, short-4, short-2, racing, pool-3, pool-2, memory, memory-2, memory+pool, random"
+KNOWN = (
+    "known: full, short-4, short-2, racing, pool-3, pool-2, memory, memory-2, memory+pool, "
+    "bots, greso, procurl, dps, dapo, random"
+)
 
 
 def add_studies(bench: argparse._SubParsersAction) -> None:
@@ -37,7 +40,7 @@ def add_studies(bench: argparse._SubParsersAction) -> None:
         "Let every probe pick with the policy held still, and compare the picks with the paper's and the truth.",
         _probes,
     )
-    probes.add_argument("--probes", help=f"names, separated by commas (default: all); {KNOWN}")
+    probes.add_argument("--probes", help=f"names, separated by commas (default: all but dapo); {KNOWN}")
     probes.add_argument(
         "--draws", type=whole_number, default=60, help="of each probe; the first third is left out (default: 60)"
     )
@@ -64,5 +67,5 @@ def _probes(args: argparse.Namespace, rest: list[str]) -> int:
 
     require_least(args, draws=3, noises=2, rounds=1)
     config = named_recipe("tiny", rest, "bench probes")
-    names = args.probes.split(",") if args.probes else list(PROBES)
+    names = args.probes.split(",") if args.probes else [name for name in PROBES if name != "dapo"]
     return probes_command(config, names, args.draws, args.noises, Options(args.rounds, args.out, args.note, args.argv))

@@ -21,14 +21,24 @@ PROBES: dict[str, dict[str, Any]] = {
     "memory": {"probe": "memory"},
     "memory-2": {"probe": "memory", "finalists": 2},
     "memory+pool": {"probe": "memory+pool"},
+    "bots": {"probe": "bots"},
+    "greso": {"probe": "greso"},
+    "procurl": {"probe": "procurl"},
+    "dps": {"probe": "dps"},
+    "dapo": {"candidates": 1, "strategy": "closest"},
     "random": {"strategy": "random"},
 }
-"""Changes of ``selection`` by name; ``random`` draws prompts blindly, the control."""
+"""Changes of ``selection`` by name; ``random`` draws prompts blindly, the control. ``dapo`` too, and again where groups lack
+spread (``advantage.equal_groups = refill``)."""
 READ = {
     "full": ("strategy", "kwargs"),
     "short": (),
     "racing": ("race_steps",),
     "memory": ("half_life", "noise_share", "group_evidence"),
+    "bots": ("half_life", "success_range", "target_success"),
+    "greso": ("success_range",),
+    "procurl": ("half_life", "success_range", "sharpness"),
+    "dps": ("half_life", "success_range"),
 }
 """Keys of ``selection`` that a judge reads beside those of ``PROBES``."""
 
@@ -99,7 +109,8 @@ def with_probe(config: Config, name: str) -> Config:
     selection = dataclasses.replace(SelectionConfig(), **keys)
     if judge != "full" and rollout.fork_velocity == "probe":
         rollout = dataclasses.replace(rollout, fork_velocity="fresh")
-    changed = dataclasses.replace(config, selection=selection, rollout=rollout)
+    advantage = dataclasses.replace(config.advantage, equal_groups="refill") if name == "dapo" else config.advantage
+    changed = dataclasses.replace(config, selection=selection, rollout=rollout, advantage=advantage)
     check(changed)
     return changed
 

@@ -24,7 +24,7 @@ from ..evaluate.held_out import evaluate
 from ..forecast import planned_calls
 from ..models.base import FlowModel
 from ..prompts.digest import prompts_digest
-from ..recipe.keys import Config
+from ..recipe.keys import RIVALS, Config
 from ..train import Trainer
 from .hosts import with_probe, without_adagrpo
 
@@ -69,8 +69,10 @@ def probes_command(config: Config, names: Sequence[str], draws: int, noises: int
     """Measure every probe, print, record.
 
     Raises:
-        InputError: an unknown probe, or a recipe with several rewards, whose picks have no single truth.
+        InputError: an unknown probe, ``dapo``, or a recipe with several rewards, whose picks have no single truth.
     """
+    if "dapo" in names:
+        raise InputError("--probes: dapo judges groups after they were paid for, not candidates: bench seeds trains it")
     if len(config.rewards) > 1:
         raise InputError("bench probes: the truth of a prompt is its mean reward: name a recipe with one reward")
     recipes = {name: with_probe(config, name) for name in dict.fromkeys(["full", *names])}
@@ -113,7 +115,7 @@ def drawn(config: Config, model: FlowModel, draws: int) -> list[Drawn]:
         numbers = one.stream.take_numbers(share.total * one.course.candidates)
         for attempt in one.attempts():
             with attempt:
-                picked, knowledge = _picked(one, numbers, share, groups=config.selection.judge == "memory")
+                picked, knowledge = _picked(one, numbers, share, groups=config.selection.judge in ("memory", *RIVALS))
         one.knowledge = knowledge
         one.draws += 1
         judged = None if picked.scores is None else picked.scores[0].cpu()
@@ -132,7 +134,7 @@ def drawn(config: Config, model: FlowModel, draws: int) -> list[Drawn]:
 
 
 def _picked(one: Trainer, numbers: Sequence[int], share: Share, groups: bool) -> tuple[Groups | Choice, Knowledge]:
-    """Picks of the prompts ``numbers``, and what is known then; with ``groups`` after these, which memory alone reads."""
+    """Picks of the prompts ``numbers``, and what is known then; with ``groups`` after these, which memory and rivals read."""
     if groups:
         return one.groups_of(numbers, share)
     choice = one.probe_and_select(one.candidates(numbers, share))

@@ -115,6 +115,7 @@ def test_each_probe_has_its_own_limits() -> None:
 @pytest.mark.parametrize(("name", "probes"), [
     ("full", 160), ("short-4", 40 + 32), ("short-2", 20 + 32), ("racing", 100 + 12 + 8 + 4), ("pool-3", 48), ("pool-2", 32),
     ("memory", 32), ("memory-2", 48), ("memory+pool", 32), ("random", 160),
+    ("bots", 32), ("greso", 32), ("procurl", 32), ("dps", 32),
 ])  # fmt: skip
 def test_scheduled_probes_by_hand_and_as_planned(name: str, probes: int) -> None:
     config = with_probe(toy(), name)

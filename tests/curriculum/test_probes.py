@@ -18,7 +18,7 @@ from adagrpo.errors import InputError
 from adagrpo.estimate.counting import OpCounter
 from adagrpo.forecast import planned_calls, planned_evaluations
 from adagrpo.prompts.stream import PromptStream
-from adagrpo.recipe.keys import Config, EngineConfig
+from adagrpo.recipe.keys import RIVALS, Config, EngineConfig
 from adagrpo.recipe.rules import check, repeats_notice, require_repeats
 from adagrpo.run.metrics import read_metrics
 from adagrpo.train import Trainer
@@ -49,6 +49,8 @@ def official(probe: str, **selection) -> Config:
     # 10 candidates to step 10, 5 and the uniform one to 12, 3 and it to 14, the pick and it to 16: 120 + 4 - 16 more
     ("racing", {}, [10] * 10 + [6] * 2 + [4] * 2 + [2] * 2, 108 / 600),
     ("racing+pool", {"race_steps": (12,)}, [10] * 12 + [2] * 4, 112 / 600),
+    ("bots", {}, [2] * 16, 16 / 600), ("greso", {}, [2] * 16, 16 / 600), ("procurl", {}, [2] * 16, 16 / 600),
+    ("dps", {}, [2] * 16, 16 / 600),
 ])  # fmt: skip
 def test_overhead_of_the_official_schedule(probe: str, selection: dict, probing: list[int], overhead: float) -> None:
     config, model = official(probe, **selection), ToyModel()
@@ -75,7 +77,7 @@ def scored_prompts(trainer: Trainer) -> list[tuple[int, Tensor]]:
     return seen
 
 
-@pytest.mark.parametrize("probe", ["short", "memory"])
+@pytest.mark.parametrize("probe", ["short", "memory", *RIVALS])
 def test_one_uniform_candidate_of_each_slot_is_scored_and_feeds_the_ema(probe: str) -> None:
     trainer = toy_trainer(recipe(probe))
     seen, finals = scored_prompts(trainer), []
@@ -89,7 +91,7 @@ def test_one_uniform_candidate_of_each_slot_is_scored_and_feeds_the_ema(probe: s
     assert torch.equal(trainer.knowledge.evidence.recent[-1, 0].sort().values, recent.sort().values)
 
 
-@pytest.mark.parametrize("probe", ["short", "memory", "racing", "pool", "memory+pool", "racing+pool"])
+@pytest.mark.parametrize("probe", ["short", "memory", "racing", "pool", "memory+pool", "racing+pool", *RIVALS])
 def test_the_ema_is_fed_by_the_images_of_the_uniform_candidates(probe: str) -> None:
     """Their scores are those that the full probe gives the same candidates: full length, same noise, and not the picks'."""
     cheap, full = toy_trainer(recipe(probe), reward=half_bright), toy_trainer(recipe("full"), reward=half_bright)
@@ -111,7 +113,7 @@ def test_the_ema_is_fed_by_the_images_of_the_uniform_candidates(probe: str) -> N
     assert apart >= 2
 
 
-@pytest.mark.parametrize("probe", ["short", "memory", "racing", "memory+pool"])
+@pytest.mark.parametrize("probe", ["short", "memory", "racing", "memory+pool", *RIVALS])
 def test_the_ema_is_that_of_full_length_uniform_scores(probe: str) -> None:
     """alpha .8 over the mean of the last three draws' scores, worked out from what the reward returned."""
     trainer = toy_trainer(recipe(probe))
@@ -150,7 +152,7 @@ def test_uniform_candidates_are_uniform() -> None:
 @pytest.mark.parametrize("keys", [
     {"probe": "memory"}, {"probe": "memory", "finalists": 2}, {"probe": "memory+pool"}, {"probe": "short", "probe_steps": 1},
     {"probe": "racing", "race_steps": (1, 3)}, {"probe": "racing", "race_steps": (2,)},
-    {"probe": "racing+pool", "race_steps": (1, 2)},
+    {"probe": "racing+pool", "race_steps": (1, 2)}, {"probe": "bots"}, {"probe": "greso"},
 ])  # fmt: skip
 def test_forks_start_from_the_picks_own_trajectory(keys: dict) -> None:
     """Only the pick's latents may be forked: its noise and prompt are those the full probe would have used."""
@@ -399,7 +401,7 @@ def own_number(images: Tensor, prompts) -> Tensor:
     return torch.tensor([worth(p) for p in prompts], dtype=torch.float64) + 0 * images.mean((1, 2, 3))
 
 
-@pytest.mark.parametrize("probe", ["short", "memory", "racing", "pool", "racing+pool", "short+pool", "memory+pool"])
+@pytest.mark.parametrize("probe", ["short", "memory", "racing", "pool", "racing+pool", "short+pool", "memory+pool", *RIVALS])
 def test_a_resumed_run_picks_what_the_uninterrupted_one_does(probe: str) -> None:
     whole, first = toy_trainer(recipe(probe)), toy_trainer(recipe(probe))
     _, rewards = recorded(whole)
@@ -439,7 +441,7 @@ def test_a_draw_that_ran_out_of_memory_is_repeated_from_the_same_state() -> None
     assert torch.equal(trainer.capability.mean, calm.capability.mean)
 
 
-@pytest.mark.parametrize("probe", ["short", "memory", "racing", "pool", "racing+pool", "short+pool", "memory+pool"])
+@pytest.mark.parametrize("probe", ["short", "memory", "racing", "pool", "racing+pool", "short+pool", "memory+pool", *RIVALS])
 def test_nothing_is_read_on_the_host(probe: str) -> None:
     """On meta tensors every read raises; what is sent to the device are the toy's embeddings and, where remembered, numbers."""
     trainer = toy_trainer(recipe(probe), ToyModel(device="meta"), lambda images, prompts: images.mean((1, 2, 3)))
@@ -478,7 +480,7 @@ def test_trajectories_take_cheap_probes_too() -> None:
 
 
 def test_phases_that_nest_are_refused_and_no_probe_nests_them() -> None:
-    for probe in ("full", "short", "racing", "memory"):
+    for probe in ("full", "short", "racing", "memory", *RIVALS):
         trainer = toy_trainer(recipe(probe))
         trainer.iteration()
         with (

@@ -81,6 +81,7 @@ def test_one_iteration_syncs_nothing_and_costs_what_arithmetic_says() -> None:
 PROBES = {
     "full": (160, 16), "short-4": (40 + 32, 4 + 16), "racing": (100 + 12 + 8 + 4, 10 + 2 + 2 + 2), "pool-2": (32, 16),
     "memory": (32, 16), "memory-2": (48, 16), "memory+pool": (32, 16),
+    "bots": (32, 16), "greso": (32, 16), "procurl": (32, 16), "dps": (32, 16),
 }  # fmt: skip
 
 

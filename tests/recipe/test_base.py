@@ -62,6 +62,7 @@ def refusal(recipe: str, *options: str, capsys) -> str:
             },
         ),
         ("tiny-grpo", {"selection.candidates": 1, "advantage.weight": 0.0, "rollout.eta": 1.0, "train.slots": 12}),
+        ("tiny-dapo", {"selection.candidates": 1, "advantage.weight": 0.0, "advantage.equal_groups": "refill"}),
     ],
 )  # fmt: skip
 def test_shipped_recipes_over_bases_hold_what_they_held_alone(name: str, keys: dict) -> None:

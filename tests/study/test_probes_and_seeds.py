@@ -70,7 +70,7 @@ class HungryOnce(ToyModel):
         return super().velocity(x, sigma, conditioning)
 
 
-@pytest.mark.parametrize("probe", ["full", "memory"])
+@pytest.mark.parametrize("probe", ["full", "memory", "bots"])
 def test_a_probe_that_runs_out_of_memory_is_drawn_again_in_smaller_batches(probe: str, capsys) -> None:
     keys = {"allow_unseen": True} if probe == "memory" else {}
     config = toy_config(
@@ -81,7 +81,7 @@ def test_a_probe_that_runs_out_of_memory_is_drawn_again_in_smaller_batches(probe
         rewards=(RewardConfig("brightness"),),
     )
     found = drawn(config, HungryOnce(), 2)
-    rows = {"full": 6, "memory": 4}[probe] // 2  # of 2 slots: 3 candidates, or the pick and the uniform one
+    rows = {"full": 6, "memory": 4, "bots": 4}[probe] // 2  # of 2 slots: 3 candidates, or the pick and the uniform one
     assert f"out of memory while sampling: continuing with engine.max_rows = {rows}" in capsys.readouterr().out
     calm = drawn(dataclasses.replace(config, engine=EngineConfig(max_rows=rows)), ToyModel(), 2)
     assert [d.numbers.tolist() for d in found] == [d.numbers.tolist() for d in calm]
@@ -122,6 +122,36 @@ def test_another_probe_keeps_the_keys_it_reads() -> None:
     assert racing == SelectionConfig(candidates=6, alpha=0.5, probe="racing", race_steps=(5, 6, 7))
     hardest = dataclasses.replace(own, selection=dataclasses.replace(own.selection, strategy="hardest"))
     assert with_probe(hardest, "full").selection.strategy == "hardest"
+
+
+def test_rivals_are_arms_that_keep_what_they_read() -> None:
+    own = load_recipe("tiny")
+    keys = {"probe": "bots", "half_life": 6.58, "success_range": (0.2, 0.9), "target_success": 0.4, "candidates": 6}
+    config = dataclasses.replace(own, selection=dataclasses.replace(own.selection, **keys))
+    bots, greso, procurl, dps = (with_probe(config, name) for name in ("bots", "greso", "procurl", "dps"))
+    assert bots == config
+    assert greso.selection == SelectionConfig(candidates=6, probe="greso", success_range=(0.2, 0.9))
+    assert procurl.selection == SelectionConfig(candidates=6, probe="procurl", success_range=(0.2, 0.9), half_life=6.58)
+    assert dps.selection == dataclasses.replace(procurl.selection, probe="dps")
+    dapo = with_probe(config, "dapo")
+    assert dapo.selection == SelectionConfig(candidates=1) and dapo.advantage.equal_groups == "refill"
+    assert with_probe(dapo, "full").advantage.equal_groups == "refill"  # the recipe's own
+
+
+def test_picks_of_dapo_are_no_probes(capsys) -> None:
+    assert main(["bench", "probes", "tiny", "--probes", "memory,dapo"]) == 2
+    assert "dapo judges groups after they were paid for, not candidates" in capsys.readouterr().err
+
+
+def test_rivals_picks_are_measured_after_their_groups() -> None:
+    """With the policy held still: what a chain of outcomes knows comes of groups, so later picks differ from blind ones."""
+    config = toy_config(
+        model={"family": "parts:model"}, data={"prompts": "parts:prompts", "held_out": "parts:held_out"},
+        selection={"probe": "dps", "candidates": 3}, train={"slots": 2}, rewards=(RewardConfig("brightness"),),
+    )  # fmt: skip
+    found = drawn(config, ToyModel(), 12)
+    assert all(each.scores is None for each in found)
+    assert found[0].picks.tolist() == [0, 3] and any(each.picks.tolist() != [0, 3] for each in found)
 
 
 def test_previews_are_late_distinct_and_as_many_as_halve_the_field() -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from .data import DataConfig, EvaluationConfig, RewardConfig, listed
 from .keeping import BudgetConfig, GuardConfig, GuardsConfig, OutputConfig
 from .kwargs import KwargValue
-from .learning import JUDGES, POOLED, AdvantageConfig, LossConfig, Probe, SelectionConfig
+from .learning import JUDGES, POOLED, RIVALS, AdvantageConfig, LossConfig, Probe, SelectionConfig
 from .policy import BUILT_IN_MODEL, BUILT_IN_MODELS, RANDOM_MODELS, ModelConfig, RolloutConfig
 from .training import EngineConfig, OptimizerConfig, TrainConfig
 
@@ -17,6 +17,7 @@ __all__ = [
     "JUDGES",
     "POOLED",
     "RANDOM_MODELS",
+    "RIVALS",
     "AdvantageConfig",
     "BudgetConfig",
     "Config",

@@ -7,10 +7,14 @@ from typing import Literal
 
 from .kwargs import KwargValue
 
-Probe = Literal["full", "short", "racing", "pool", "memory", "short+pool", "racing+pool", "memory+pool"]
-JUDGES = {"full": "full:Full", "short": "short:Short", "racing": "racing:Racing", "memory": "memory:Memory"}
+Probe = Literal[
+    "full", "short", "racing", "pool", "memory", "short+pool", "racing+pool", "memory+pool", "bots", "greso", "procurl", "dps"
+]
+RIVALS = {"bots": "rivals:Bots", "greso": "rivals:Greso", "procurl": "rivals:Procurl", "dps": "rivals:Dps"}
+"""Judges that were published by others: by how earlier groups of a prompt succeeded."""
+JUDGES = {"full": "full:Full", "short": "short:Short", "racing": "racing:Racing", "memory": "memory:Memory"} | RIVALS
 """Class of each judge, in ``curriculum/``."""
-POOLED = {"pool": "full"} | {f"{judge}+pool": judge for judge in JUDGES if judge != "full"}
+POOLED = {"pool": "full"} | {f"{judge}+pool": judge for judge in ("short", "racing", "memory")}
 """Probes whose candidates compete over all slots, and how these are judged."""
 
 
@@ -31,9 +35,10 @@ class SelectionConfig:
     """How candidates are judged. full: each is sampled to the end and scored (the paper). short: each by an ODE of
     `probe_steps`, against an EMA of such scores. racing: previews of the image at `race_steps` halve the field, and who is left
     goes on. memory: by a posterior of what earlier rewards said of each prompt, without sampling. pool, and +pool behind
-    another: candidates of all slots compete for all slots (full: needs fewer candidates). With short, racing and memory the
-    pick and one uniformly drawn candidate are finished; the latter, in full length, feeds the capability EMA that advantages
-    are measured against."""
+    another: candidates of all slots compete for all slots (full: needs fewer candidates). bots, greso, procurl, dps: without
+    sampling, by how earlier groups of each prompt succeeded (rivals: docs/probes.md). With all but full the pick and one
+    uniformly drawn candidate are finished; the latter, in full length, feeds the capability EMA that advantages are measured
+    against. Of a rival the pick is sampled only to fork from, and the other only where that EMA is read."""
     probe_steps: int = 4
     """Steps of a short probe."""
     race_steps: tuple[int, ...] = (10, 12, 14)
@@ -43,11 +48,19 @@ class SelectionConfig:
     allow_unseen: bool = False
     """Accept a memory that will observe each prompt fewer than twice, and with one finalist: it then picks blindly (memory)."""
     half_life: float = 100.0
-    """Draws after which evidence on a prompt counts half (memory)."""
+    """Draws after which evidence on a prompt counts half (memory, bots, procurl, dps). BOTS was published with 6.58 (a tenth is
+    lost each), DPS with 1 or 1.94."""
     noise_share: float = 0.56
     """Share of an image's reward variance that is the noise draw, not the prompt (memory)."""
     group_evidence: float = 2.0
     """How many independent images a slot's groups are worth as evidence; they share an anchor (memory)."""
+    success_range: tuple[float, float] = (0.0, 1.0)
+    """First reward, scaled and shifted, of an image that failed and of one that succeeded; success is linear between them.
+    Twice the same number: whoever reaches it succeeded, all others failed (bots, greso, procurl, dps)."""
+    target_success: float = 0.5
+    """Success that prompts should have (bots)."""
+    sharpness: float = 20.0
+    """How much middling success p is preferred: a prompt's chance is in proportion to exp(sharpness*p*(1 - p)) (procurl)."""
 
     @property
     def judge(self) -> str:
