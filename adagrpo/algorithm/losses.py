@@ -48,7 +48,7 @@ def clipped_surrogate(
 
 
 def guarded(
-    logp: Tensor, old_logp: Tensor, mean: Tensor, old_mean: Tensor, table: StepTable, index: Tensor
+    logp: Tensor, old_logp: Tensor, mean: Tensor, old_mean: Tensor, table: StepTable, index: Tensor, pooled: bool = False
 ) -> tuple[Tensor, Tensor]:
     """What takes the place of the log-probabilities in GRPO-Guard's ratio, both [N, G]: their difference is
     ``w*(logp - old_logp) + mean_D((mean - old_mean)^2)/(2w)``, which has the same spread at every step and no bias.
@@ -57,9 +57,13 @@ def guarded(
         logp, old_logp: [N, G] of Gaussian steps (``logp_scale`` 1/(2w^2)).
         mean, old_mean: [N, L, C]; the old one belongs to ``old_logp``.
         table, index: the step table and int64 [N].
+        pooled: the square is the mean over all that take the same step, as in the released code.
     """
     w = table.rows(index).w.to(logp.dtype).unsqueeze(1)
     square = (mean - old_mean.detach()).square().flatten(1).mean(1, keepdim=True)
+    if pooled:
+        alike = (index.unsqueeze(0) == index.unsqueeze(1)).to(square.dtype)
+        square = alike @ square / alike.sum(1, keepdim=True)
     bias = torch.where(w > 0, square / torch.where(w > 0, 2 * w, torch.ones_like(w)), 0)
     return w * logp + bias, w * old_logp.detach()
 

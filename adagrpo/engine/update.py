@@ -32,7 +32,8 @@ class Objective:
 
     Attributes:
         old_logp: the ratio's denominator: ``rollout`` (stored while sampling), ``recompute`` or ``detached``.
-        ratio: ``plain``, or ``guard`` (``guarded``), whose loss is divided by the step's |dt|.
+        ratio: ``plain``, or ``guard`` (``guarded``), whose loss is divided by the step's |dt|; ``guard_batch`` pools its bias
+            over the micro-batch.
         clip_range: half width of the trust region; None is no clipping.
         kl_weight, kl_space, kl_variance: of the divergence: from the initial model in the space of means (``mean_space_kl``) or
             of velocities (``velocity_distance``), or from the sampling policy, ``logp`` (``log_prob_divergence``).
@@ -98,7 +99,7 @@ def update_policy(
             logp = group_log_prob(part.latent, v, part.successors, executor.table, part.index, executor.impl)
             part = part.with_logp(logp.detach()) if old_logp == "detached" else part
             mask, of_rows = valid[part.sample], advantage[part.sample].to(logp.dtype)
-            pair = _guarded(executor, part, v, logp, old_logp) if o.ratio == "guard" else (logp, part.logp)
+            pair = (logp, part.logp) if o.ratio == "plain" else _guarded(executor, part, v, logp, old_logp, o.ratio)
             surrogate = clipped_surrogate(*pair, of_rows, o.clip_range, mask)
             loss = surrogate.loss
             kl = _kl(executor, part, v, logp, mask, conditioning, o) if o.kl_weight else torch.zeros_like(loss)
@@ -125,16 +126,18 @@ def _weights(executor: RolloutExecutor, index: Tensor, objective: Objective) -> 
     """Weight of each transition, and what undoes it for the divergence; None where the divergence is weighted too."""
     weight = step_weights(executor.table, index, objective.step_weighting)
     undone = torch.where(weight > 0, 1 / weight, 0) if objective.step_weighting == "noise" else None
-    if objective.ratio == "guard":
+    if objective.ratio != "plain":
         rows = executor.table.rows(index)
         weight = weight / (rows.sigma - rows.sigma_next)
     return weight, undone
 
 
-def _guarded(executor: RolloutExecutor, part: Transitions, v: Tensor, logp: Tensor, old_logp: str) -> tuple[Tensor, Tensor]:
+def _guarded(
+    executor: RolloutExecutor, part: Transitions, v: Tensor, logp: Tensor, old_logp: str, ratio: str
+) -> tuple[Tensor, Tensor]:
     mean = affine_mean(part.latent, v, executor.table, part.index)
     old_mean = mean if old_logp == "detached" else part.mean
-    return guarded(logp, part.logp, mean, old_mean, executor.table, part.index)
+    return guarded(logp, part.logp, mean, old_mean, executor.table, part.index, ratio == "guard_batch")
 
 
 def _kl(

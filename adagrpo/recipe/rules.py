@@ -207,9 +207,9 @@ def _check_training(c: Config) -> Iterator[Problem]:
             "log-probabilities stored by this plan come from another batch geometry than the update's, so the ratio would "
             "not start at 1: use recompute (or rollout.plan = fork with fork_velocity = fresh)",
         )
-    if c.loss.ratio == "guard" and c.rollout.scheme == "cps":
+    if c.loss.ratio != "plain" and c.rollout.scheme == "cps":
         yield Problem(
-            "loss.ratio", "guard", "needs a Gaussian's log-probability, which rollout.scheme = cps has not: use plain"
+            "loss.ratio", c.loss.ratio, "needs a Gaussian's log-probability, which rollout.scheme = cps has not: use plain"
         )
     if c.guards.kl.limit and not c.loss.kl_weight:
         yield Problem(

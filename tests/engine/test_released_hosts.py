@@ -81,13 +81,13 @@ class Replay:
         metrics = update_policy(self.executor, optimizer, samples, advantage.flatten(), valid, TEXT, objective)
         return kept[0], metrics
 
-    def ratio(self, guard: bool = False) -> Tensor:
+    def ratio(self, kind: str = "plain") -> Tensor:
         """[N, G]"""
         t, v = self.transitions, self.model.transformer[0].detach()
         now, before = group_log_prob(t.latent, v, t.successors, self.executor.table, t.index), t.logp
-        if guard:
+        if kind != "plain":
             mean = affine_mean(t.latent, v, self.executor.table, t.index)
-            now, before = guarded(now, before, mean, t.mean, self.executor.table, t.index)
+            now, before = guarded(now, before, mean, t.mean, self.executor.table, t.index, kind == "guard_batch")
         return (now - before).exp()
 
 
@@ -103,6 +103,7 @@ DIFFUSION, STEP = {"kl_weight": 0.04, "kl_variance": "diffusion"}, {"kl_weight":
         ("flow_grpo_fast_cps", "cps", 0.8, STEP),
         ("flow_cps", "cps", 0.8, {"kl_weight": 0.04, "kl_variance": "none"}),
         ("grpo_guard_rows", "flow", 0.7, {"ratio": "guard"}),
+        ("grpo_guard", "flow", 0.7, {"ratio": "guard_batch"}),
         ("dance_grpo", "dance", 0.3, {}),
         ("mixgrpo", "flow", 0.7, {"kl_weight": 0.01, "kl_space": "logp"}),
     ],
@@ -119,7 +120,7 @@ def test_trajectories(name: str, scheme: str, eta: float, options: dict, dtype: 
     losses = host.found("loss")
     assert distance(gradient * losses.numel(), host.found("dloss_dvelocity").flatten(0, 1)) < CLOSE[dtype]
     assert abs(float(metrics["loss"]) - float(losses.mean())) < CLOSE[dtype] * 10
-    ratio = replay.ratio(guard=options.get("ratio") == "guard").double()
+    ratio = replay.ratio(options.get("ratio", "plain")).double()
     assert float((ratio.flatten() - host.found("ratio").flatten()).abs().max()) < CLOSE[dtype]
     clip, ratio = host.setting("clip_range"), host.found("ratio").reshape(advantage.shape)
     for name, outside in (("high", (ratio > 1 + clip) & (advantage > 0)), ("low", (ratio < 1 - clip) & (advantage < 0))):

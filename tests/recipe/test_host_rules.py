@@ -35,6 +35,7 @@ def first_problem(*changes: dict[str, Any]) -> str:
         ({}, {"train": {"steps_per_iteration": 2, "update_by": "slots"}}, ""),
         ({}, {"train": {"update_by": "slots"}}, "needs train.steps_per_iteration above 1"),
         ({}, {"loss": {"ratio": "guard"}, "rollout": {"scheme": "cps"}}, "needs a Gaussian"),
+        ({}, {"loss": {"ratio": "guard_batch"}, "rollout": {"scheme": "cps"}}, "needs a Gaussian"),
         ({}, {"loss": {"kl_space": "velocity"}}, "needs loss.kl_weight above 0"),
         ({}, {"loss": {"kl_weight": 0.1, "kl_space": "logp", "kl_variance": "none"}}, "needs loss.kl_space = mean"),
         ({}, {"advantage": {"std_floor": 0.2}}, "needs advantage.std = floored"),
