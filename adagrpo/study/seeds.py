@@ -8,6 +8,7 @@ import json
 import math
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -129,7 +130,7 @@ def trained(study: Study, arms: Sequence[Arm], machine: Mapping[str, Any]) -> li
     print(f"{len(arms)} trainings, {len(arms) - len(todo)} of them in {study.log}", flush=True)
     context, failed = multiprocessing.get_context("spawn"), ""
     running: dict[Future[dict[str, Any]], Arm] = {}
-    with ProcessPoolExecutor(study.jobs, context, torch.set_num_threads, (machine["threads"],)) as pool:
+    with ProcessPoolExecutor(study.jobs, context, begin_worker, (machine["threads"],)) as pool:
         try:
             while running or (todo and not failed):
                 while todo and not failed and len(running) < study.jobs:
@@ -155,6 +156,19 @@ def trained(study: Study, arms: Sequence[Arm], machine: Mapping[str, Any]) -> li
     if failed:
         raise RunError(f"{failed}; finished trainings are in {study.log}: the same command goes on from there")
     return [done[digest(arm.config)] for arm in arms]
+
+
+def begin_worker(threads: int) -> None:
+    """Set the threads of a training, which ends when the process that asked for it does, however that ends."""
+    torch.set_num_threads(threads)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def train_arm(config: Config, before: float | None = None) -> dict[str, Any]:

@@ -4,6 +4,10 @@ import dataclasses
 import json
 import math
 import os
+import signal
+import subprocess
+import sys
+import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -283,6 +287,41 @@ def test_seeds_trains_every_arm_once_and_goes_on_from_its_log(tmp_path, capsys, 
     (tmp_path / "log.jsonl").write_text("{", "utf-8")
     assert main([*command, "--seeds", "1"]) == 2
     assert "line 1 is broken" in capsys.readouterr().err
+
+
+WORKERS = """
+import multiprocessing, os, sys, time
+from concurrent.futures import ProcessPoolExecutor
+from adagrpo.study.seeds import begin_worker
+
+if __name__ == "__main__":
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), begin_worker, (1,)) as pool:
+        print(pool.submit(os.getpid).result(), flush=True)
+        pool.submit(time.sleep, 300).result()
+"""
+
+
+def test_trainings_end_with_the_command_that_was_killed(tmp_path) -> None:
+    (tmp_path / "workers.py").write_text(WORKERS, "utf-8")
+    command = subprocess.Popen([sys.executable, str(tmp_path / "workers.py")], stdout=subprocess.PIPE, text=True)
+    assert command.stdout is not None
+    worker = int(command.stdout.readline())
+    command.kill()
+    command.wait()
+    for _ in range(600):
+        if not is_alive(worker):
+            return
+        time.sleep(0.1)
+    os.kill(worker, signal.SIGKILL)
+    raise AssertionError("the training went on without its command")
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; one that nobody has waited for yet does not."""
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
 
 
 def test_probes_command_on_tiny(tmp_path, capsys) -> None:
