@@ -171,7 +171,7 @@ def plan(config: Config, fabric: Fabric | None = None) -> int:
         prediction = iteration_prediction(config, rehearsal, H100, ranks)
         print(f"\n{prediction.table()}")
         if ranks > 1:
-            print(f"\n{fabric.table(planned_collectives(config, model), prediction)}")
+            print(f"\n{fabric.table(planned_collectives(config, model, ranks), prediction)}")
     return 0
 
 

@@ -8,14 +8,13 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from .assembly import build_judge, build_objective, build_sampler, sampled_sizes
+from .assembly import build_judge, build_objective, build_sampler, dealt_slots, sampled_sizes
 from .engine.plans import chunk_sizes
 from .engine.ranks import Ranks
 from .engine.scoring import labels
-from .errors import InputError
 from .estimate.calls import decoded, iteration_calls
 from .estimate.memory import MemoryPlan, wide_bytes
-from .estimate.nodes import Collective
+from .estimate.nodes import TALLIED, Collective
 from .estimate.planning import Demand, Latents, copy_bytes, plan_memory
 from .estimate.rehearsal import Rehearsal
 from .estimate.roofline import Device, Prediction, predict
@@ -36,11 +35,7 @@ def dealt(config: Config, ranks: int) -> Config:
     if ranks == 1:
         return config
     train, e, o = config.train, config.evaluation, config.output
-    if rest := train.slots % ranks:
-        wanted = train.slots + ranks - rest
-        raise InputError(
-            f"train.slots = {train.slots}: cannot be dealt to {ranks} ranks, equally many to each; set --train.slots {wanted}"
-        )
+    dealt_slots(config, Ranks(size=ranks))
     share = lambda pictures: -(-pictures // ranks)  # noqa: E731
     return dataclasses.replace(
         config,
@@ -63,19 +58,31 @@ def planned_evaluations(config: Config, iteration: int | None = None, ranks: int
     return {phase: sum(rows) for phase, rows in planned_calls(config, iteration, ranks).items() if phase != "decode"}
 
 
-def planned_collectives(config: Config, model: FlowModel) -> list[Collective]:
-    """What several ranks tell each other in an iteration that is drawn once, however many they are.
+def planned_collectives(config: Config, model: FlowModel, ranks: int) -> list[Collective]:
+    """What ``ranks`` ranks tell each other in an iteration that draws once, groups of equal rewards are not drawn again.
 
-    Scores of candidates by each batch that is scored, rewards of all groups, and the gradients of each optimizer step, in the
-    dtype that it steps; not what pooled picks, which other ranks may have sampled, were sampled from.
+    Scores of candidates by each batch that is scored, rewards of all groups, gradients of each optimizer step in the dtype that
+    it steps, and metrics; not what pooled picks, which other ranks may have sampled, were sampled from.
     """
-    d, number = Derived(config), torch.float64.itemsize
-    scored = [rows for leg in build_judge(config).legs(d.slots) for rows in leg.scored]
-    scores = [Collective("scores", "all-gather", len(config.rewards) * rows * number) for rows in scored]
-    rewards = len(config.rewards) * d.groups * config.rollout.group_size * d.tails_per_sample * number
+    d, number, rewards = Derived(config), torch.float64.itemsize, len(config.rewards)
+    legs = build_judge(config).legs(d.slots)
+    scored = [rows for leg in legs[:1] + legs[1:][-1:] for rows in leg.scored]
+    for leg in legs[1:-1]:  # later heats of a race: racers, and the uniformly drawn beside them
+        scored += [leg.scored[0] - d.slots, d.slots]
+    counted = (1 if config.loss.average == "iteration" else config.train.steps_per_iteration) * number
+    gathered = [Collective("scores", "all-gather", rewards * rows * number) for rows in scored]
+    gathered.append(
+        Collective("rewards", "all-gather", rewards * d.groups * config.rollout.group_size * d.tails_per_sample * number)
+    )
     gradients = sum(wide_bytes(p) for _, p in model.trainable())
-    steps = config.train.steps_per_iteration
-    return [*scores, Collective("rewards", "all-gather", rewards), Collective("gradients", "all-reduce", gradients, steps)]
+    return [
+        *gathered,
+        *[Collective("groups", "all-reduce", counted)] * (config.advantage.equal_groups != "keep"),
+        Collective("gradients", "all-reduce", gradients, config.train.steps_per_iteration),
+        Collective("metrics", "all-gather", ranks * TALLIED * number),
+        Collective("failures", "all-reduce", rewards * number),
+        Collective("agreements", "all-reduce", number, len(gathered) + 1, host=True),
+    ]
 
 
 def planned_memory(

@@ -14,6 +14,8 @@ from .roofline import Figure, Prediction
 
 NVLINK = Figure(450, "pub", "NVLink 4 of H100 and H200 SXM: 900 GB/s, half of it in each direction")
 NETWORK = Figure(50, "est", "one adapter of 400 Gb/s a node")
+TALLIED = 7  # numbers that each rank adds to the metrics of an update
+HOP_HOST = Figure(50, "est", "a step between hosts' processes, by gloo")
 HOP_INSIDE = Figure(5, "est", "a step between GPUs of a node")
 HOP_BETWEEN = Figure(15, "est", "a step between nodes")
 
@@ -26,12 +28,14 @@ class Collective:
         what: travels.
         bytes: of the whole result of one call: of an all-reduce on every rank, of an all-gather over all ranks' parts.
         calls: in an iteration.
+        host: between the processes, not their devices.
     """
 
     what: str
     op: Literal["all-reduce", "all-gather"]
     bytes: int
     calls: int = 1
+    host: bool = False
 
     @property
     def rounds(self) -> int:
@@ -69,14 +73,14 @@ class Fabric:
         return min(links, default=self.inside.value)
 
     @property
-    def hop(self) -> float:
-        """Seconds that one step of a ring takes at least."""
-        return (HOP_BETWEEN if self.nodes > 1 else HOP_INSIDE).value / 1e6
+    def hop(self) -> Figure:
+        """Microseconds that one step of a ring of devices takes at least."""
+        return HOP_BETWEEN if self.nodes > 1 else HOP_INSIDE
 
     def seconds(self, collective: Collective) -> float:
         """Of all its calls."""
-        steps = collective.rounds * (self.ranks - 1)
-        return collective.calls * (steps * self.hop + collective.sent(self.ranks) / self.narrowest / 1e9)
+        steps, hop = collective.rounds * (self.ranks - 1), HOP_HOST if collective.host else self.hop
+        return collective.calls * (steps * hop.value / 1e6 + collective.sent(self.ranks) / self.narrowest / 1e9)
 
     def __str__(self) -> str:
         nodes = "1 node" if self.nodes == 1 else f"{self.nodes} nodes"
@@ -101,13 +105,14 @@ class Fabric:
     def _assumptions(self) -> list[str]:
         links = [("inside a node, GB/s a GPU sends", self.inside)] * (self.per_node > 1)
         links += [("between nodes, GB/s a node sends", self.between)] * (self.nodes > 1)
-        links.append(("a step of a ring, µs", HOP_BETWEEN if self.nodes > 1 else HOP_INSIDE))
+        links.append(("a step of a ring, µs", self.hop))
+        links.append(("a step of an agreement, µs", HOP_HOST))
         return [
             "assumptions:",
             *(f"  {name}: {f.value:g} [{f.label}: {f.source}]" for name, f in links),
             "  one ring through all ranks, whose slowest link decides: an all-reduce sends 2(n-1)/n of its result in 2(n-1)",
             "  steps, an all-gather (n-1)/n in n-1 steps; nothing is computed meanwhile [calc]",
-            "not in it: waiting for the slowest rank, what hosts agree on, evaluations, checkpoints, NCCL's start and buffers",
+            "not in it: waiting for the slowest rank, groups drawn again, evaluations, checkpoints, NCCL's start and buffers",
         ]
 
 

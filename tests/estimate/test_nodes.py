@@ -1,19 +1,23 @@
-"""Several ranks on paper: collectives, dealt work and memory against numbers worked out by hand."""
+"""Several ranks on paper: collectives, dealt work and memory against numbers worked out by hand, and against real ranks."""
 
 import dataclasses
+from collections.abc import Iterator
 
 import pytest
 import torch
-from toy import CHANNELS, LENGTH, ToyModel, half_bright, toy_config
+from ranks_pool import Pool
+from toy import CHANNELS, LENGTH, PROMPTS, ToyModel, half_bright, toy_config
 
-from adagrpo.build import build_architecture
+from adagrpo.build import assemble, build_architecture
 from adagrpo.cli import main
+from adagrpo.engine.collectives import CollectiveLog
+from adagrpo.engine.ranks import Ranks
 from adagrpo.errors import InputError
 from adagrpo.estimate.memory import MemoryPlan
 from adagrpo.estimate.nodes import Collective, Fabric, Figure, host_table
 from adagrpo.estimate.rehearsal import rehearse
 from adagrpo.forecast import planned_collectives, planned_evaluations, planned_memory
-from adagrpo.recipe.keys import Config
+from adagrpo.recipe.keys import Config, RewardConfig
 from adagrpo.recipe.load import load_recipe, recipe_names
 
 WEIGHTS = CHANNELS * 16 + 16 * CHANNELS + 16
@@ -48,29 +52,62 @@ def test_seconds_are_steps_and_bytes_over_the_slowest_link() -> None:
     one_each = Fabric(1, 8, Figure(1, "est", "a test"), Figure(10, "est", "a test"))  # no link inside a node is used
     assert one_each.seconds(moved) == pytest.approx(3 * (14 * 15e-6 + 14 / 10))
     assert Fabric().seconds(moved) == 0
+    agreed = Collective("x", "all-reduce", 0, host=True)
+    assert inside.seconds(agreed) == pytest.approx(14 * 50e-6) and between.seconds(agreed) == pytest.approx(14 * 50e-6)
 
 
 def test_collectives_of_flux_on_eight_gpus() -> None:
     """8 slots of 10 candidates; groups of 12 at 4 forks; rank 64 at 8 layers of 19 blocks and 3 of 38, all 3072 x 3072."""
     config = with_slots(load_recipe("flux1-dev-lora"), 8)
-    scores, rewards, gradients = planned_collectives(config, build_architecture(config.model))
+    scores, rewards, gradients, *few = planned_collectives(config, build_architecture(config.model), 8)
     assert scores == Collective("scores", "all-gather", 8 * 10 * 8)
     assert rewards == Collective("rewards", "all-gather", 8 * 4 * 12 * 8)
     adapters = (19 * 8 + 38 * 3) * 64 * (3072 + 3072)
     assert gradients == Collective("gradients", "all-reduce", 4 * adapters) and gradients.bytes == 418_381_824
+    assert [(c.what, c.bytes, c.calls) for c in few] == [("metrics", 8 * 7 * 8, 1), ("failures", 8, 1), ("agreements", 8, 3)]
     assert Fabric(8).seconds(gradients) == pytest.approx(14 * 5e-6 + 14 / 8 * 418_381_824 / 450e9)
     assert planned_evaluations(config, ranks=8) == {"probe": 160, "prefix": 4, "rollout": 576, "update": 4}
 
 
-def test_collectives_of_a_race_and_of_several_optimizer_steps() -> None:
-    """4 slots of 4 candidates: previews of all, then of half of them and the uniform ones, then the images of these."""
-    selection = {"candidates": 4, "probe": "racing", "race_steps": (1, 2)}
-    config = toy_config(train={"slots": 4, "steps_per_iteration": 2}, selection=selection)
-    found = planned_collectives(config, ToyModel())
-    assert [c.bytes // 8 for c in found if c.what == "scores"] == [4 * 4, 4 * (2 + 1), 4]
-    assert found[-1] == Collective("gradients", "all-reduce", 4 * WEIGHTS, calls=2)
-    unscored = toy_config(selection={"candidates": 1}, advantage={"weight": 0.0})
-    assert [c.what for c in planned_collectives(unscored, ToyModel())] == ["rewards", "gradients"]
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Pool]:
+    made = Pool(2)
+    yield made
+    made.close()
+
+
+def called(ranks: Ranks, config: Config) -> list[tuple[str, int, bool]]:
+    """Operation, bytes of the result and whether it was an agreement of every collective of a second iteration."""
+    rewards = [half_bright, half_bright][: len(config.rewards)]
+    one, log = assemble(config, ToyModel(), rewards, PROMPTS, ranks=ranks), CollectiveLog()
+    one.iteration()
+    with log:
+        one.iteration()
+    result = lambda call: call.bytes * (ranks.size if call.op == "allgather_" else 1)  # noqa: E731
+    return [(call.op, result(call), call.op == "allreduce_" and call.shape == ()) for call in log.calls]
+
+
+FOUR = {"slots": 4}
+RACING = {"candidates": 4, "probe": "racing", "race_steps": (2, 4)}
+TAILS = {"seeds": 2, "granularities": (1, 2)}
+CASES = {
+    "fork": toy_config(train=FOUR),
+    "racing": toy_config(train={**FOUR, "steps_per_iteration": 2}, selection=RACING),
+    "finalists": toy_config(selection={"probe": "memory", "finalists": 2}, advantage={"equal_groups": "skip"}),
+    "short": toy_config(train=FOUR, selection={"probe": "short", "probe_steps": 2}, rollout=TAILS),
+    "one candidate": toy_config(
+        selection={"candidates": 1}, advantage={"weight": 0.0}, rollout={"plan": "trajectory"}, loss={"old_logp": "recompute"}
+    ),
+    "rewards": dataclasses.replace(toy_config(), rewards=(RewardConfig("a"), RewardConfig("b"))),
+}
+
+
+@pytest.mark.parametrize("config", CASES.values(), ids=CASES)
+def test_two_ranks_call_the_planned_collectives(config: Config, pool: Pool) -> None:
+    ops = {"all-reduce": "allreduce_", "all-gather": "allgather_"}
+    planned = [(ops[c.op], c.bytes, c.host) for c in planned_collectives(config, ToyModel(), 2) for _ in range(c.calls)]
+    for found in pool(called, config):
+        assert sorted(found) == sorted(planned)
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -84,9 +121,9 @@ def test_ranks_do_together_what_one_process_does(name: str) -> None:
 
 def test_slots_that_cannot_be_dealt_are_refused_with_the_number_to_set() -> None:
     config = load_recipe("flux1-dev-lora")
-    with pytest.raises(InputError, match=r"train\.slots = 1:.* 8 ranks.*--train\.slots 8"):
+    with pytest.raises(InputError, match=r"train\.slots = 1:.* 8 ranks.*--train\.slots 8,"):
         planned_evaluations(config, ranks=8)
-    with pytest.raises(InputError, match=r"train\.slots = 10:.* 8 ranks.*--train\.slots 16"):
+    with pytest.raises(InputError, match=r"train\.slots = 10:.* 8 ranks.*--train\.slots 16,"):
         planned_evaluations(with_slots(config, 10), ranks=8)
 
 
@@ -127,7 +164,7 @@ def test_plan_command_of_several_ranks(capsys) -> None:
 
 
 @pytest.mark.parametrize(("words", "told"), [
-    (["--ranks", "3"], "train.slots = 8: cannot"), (["--ranks", "0"], "--ranks"), (["--nodes", "x"], "whole number"),
+    (["--ranks", "3"], "train.slots = 8: the 8 prompts"), (["--ranks", "0"], "--ranks"), (["--nodes", "x"], "whole number"),
     (["--ranks", "2", "--network", "0"], "--network"),
 ])  # fmt: skip
 def test_plan_command_refuses(words: list[str], told: str, capsys) -> None:
