@@ -101,7 +101,8 @@ def build_sampler(config: Config, ranks: Ranks) -> Sampler:
     first, end = Derived(config).window_range
     drawn = train.seed if r.window_order == "random" else None
     window = Window(r.window_size, first, end, r.window_every, r.window_stride, drawn) if r.plan == "window" else None
-    schedule = StepSchedule(r.steps, r.sde_steps, window, Derived(config).trained_steps, train.seed, r.step_per_prompt)
+    drawn_by = (r.step_per_prompt, r.trained_of == "sample")
+    schedule = StepSchedule(r.steps, r.sde_steps, window, Derived(config).trained_steps, train.seed, *drawn_by)
     shape = GroupShape(r.group_size, train.steps_per_iteration, max(1, train.slots // ranks.size), train.update_by)
     if r.plan == "fork":
         return ForkSampler(schedule, shape, r.fork_velocity == "fresh", r.seeds, Derived(config).tails_per_sample)

@@ -300,9 +300,9 @@ class RolloutExecutor:
         index = chunk.index.index_select(1, device_integers(plan.record, device))
         by_row = [torch.stack(parts, 1) for parts in zip(*stored, strict=True)]
         if plan.own is not None:
-            which = device_integers(tuple(plan.own.tolist()), device).index_select(0, chunk.rows)
-            row = torch.arange(len(which), device=device)
-            index, by_row = index[row, which].unsqueeze(1), [parts[row, which].unsqueeze(1) for parts in by_row]
+            which = device_integers(tuple(plan.own.flatten().tolist()), device).reshape(plan.own.shape)
+            which, row = which.index_select(0, chunk.rows), torch.arange(len(chunk.rows), device=device).unsqueeze(1)
+            index, by_row = index[row, which], [parts[row, which] for parts in by_row]
         latent, successor, mean, logp = (parts.flatten(0, 1) for parts in by_row)
         return Transitions(
             latent=latent,

@@ -37,7 +37,7 @@ class Plan:
         history: steps are second order: each row carries the preview of its step before.
         keep: steps at which the executor keeps the latents (and velocities) of all rows, before the step.
         record: steps whose transitions are stored for the update.
-        own: int64 [R], which of ``record`` each row stores; None is all of them.
+        own: int64 [R, K], which of ``record`` each row stores; None is all of them.
     """
 
     start: Tensor
@@ -54,7 +54,7 @@ class Plan:
     @property
     def stored(self) -> int:
         """Transitions that each row stores."""
-        return len(self.record) if self.own is None else 1
+        return len(self.record) if self.own is None else self.own.shape[1]
 
     @property
     def num_rows(self) -> int:
@@ -173,6 +173,7 @@ def trajectory_plan(
     numbers: Sequence[int] | None = None,
     tail: Sequence[int] | None = None,
     own: Sequence[int] | None = None,
+    of_rows: Sequence[Sequence[int]] | None = None,
 ) -> Plan:
     """Whole trajectories, rows ordered (slot, member): stochastic at some steps, deterministic at the others.
 
@@ -180,11 +181,12 @@ def trajectory_plan(
         numbers: of the slots, counted over all ranks; None is from 0.
         own: the step of each slot that alone is stochastic, and trained, in it; ``stochastic``, ``trained`` hold them all.
         tail: table rows that lead from the last stochastic step to the image; None takes every step of the grid.
+        of_rows: the steps that each row trains, equally many of ``trained``; None is all of them.
     """
     rows, of_slots = (None if given is None else tuple(given) for given in (tail, own))
-    return _trajectory_plan(
-        slots, group_size, num_steps, tuple(stochastic), tuple(trained), _numbered(slots, numbers), rows, of_slots
-    )
+    steps = (tuple(stochastic), tuple(trained))
+    kept = None if of_rows is None else tuple(map(tuple, of_rows))
+    return _trajectory_plan(slots, group_size, num_steps, *steps, _numbered(slots, numbers), rows, of_slots, kept)
 
 
 @functools.lru_cache(KEPT_PLANS)
@@ -197,15 +199,16 @@ def _trajectory_plan(
     numbers: tuple[int, ...],
     tail: tuple[int, ...] | None,
     own: tuple[int, ...] | None,
+    of_rows: tuple[tuple[int, ...], ...] | None,
 ) -> Plan:
     row = torch.arange(num_steps)
     row[list(stochastic)] += num_steps
     if tail is not None:
         row = torch.cat([row[: stochastic[-1] + 1], torch.tensor(tail, dtype=row.dtype)])
-    rows, index, stored = slots * group_size, row.repeat(slots, 1), None
+    rows, index = slots * group_size, row.repeat(slots, 1)
     if own is not None:
         index = torch.arange(num_steps) + num_steps * (torch.arange(num_steps) == torch.tensor(own).unsqueeze(1))
-        stored = torch.tensor([trained.index(k) for k in own]).repeat_interleave(group_size)
+        of_rows = tuple((k,) for k in own for _ in range(group_size))
     return Plan(
         start=torch.zeros(rows, dtype=torch.int64),
         index=index.repeat_interleave(group_size, 0),
@@ -214,7 +217,7 @@ def _trajectory_plan(
         stochastic=stochastic,
         history=tail is not None,
         record=trained,
-        own=stored,
+        own=None if of_rows is None else torch.tensor([[trained.index(k) for k in steps] for steps in of_rows]),
     )
 
 

@@ -57,6 +57,7 @@ class StepSchedule:
         trained: how many of the stochastic steps are trained, drawn anew in each iteration (DanceGRPO).
         seed: of that draw.
         of_prompt: each slot has one of the stochastic steps to itself, drawn anew in each iteration (Flash-GRPO).
+        of_sample: each sample draws its trained steps (DanceGRPO); else they are those of the iteration.
     """
 
     steps: int
@@ -65,6 +66,7 @@ class StepSchedule:
     trained: int
     seed: int
     of_prompt: bool = False
+    of_sample: bool = False
 
     def stochastic(self, iteration: int | None) -> tuple[int, ...]:
         """The stochastic steps of an iteration, counted from 0; of None those that end last."""
@@ -80,9 +82,20 @@ class StepSchedule:
         drawn = torch.randint(len(self.sde_steps), (share.total,), generator=generator).tolist()
         return tuple(self.sde_steps[drawn[number]] for number in share.numbers)
 
+    def of_rows(self, iteration: int | None, share: Share, group_size: int) -> tuple[tuple[int, ...], ...] | None:
+        """The trained steps of each of this rank's samples; None where all train the same."""
+        if not self.of_sample:
+            return None
+        stochastic, generator = self.stochastic(iteration), host_generator(self.seed, iteration or 0)
+        drawn = torch.rand(share.total, group_size, len(stochastic), generator=generator)[list(share.numbers)]
+        steps = drawn.argsort(2)[..., : self.trained].sort(2).values.flatten(0, 1)
+        return tuple(tuple(stochastic[i] for i in row) for row in steps.tolist())
+
     def learnt(self, iteration: int) -> tuple[int, ...]:
-        """The trained ones among them."""
+        """The trained ones among the stochastic steps, of all samples together."""
         stochastic = self.stochastic(iteration)
+        if self.of_sample:
+            return stochastic
         generator = host_generator(self.seed, iteration)
         order = torch.randperm(len(stochastic), generator=generator)[: self.trained].sort().values
         return tuple(stochastic[i] for i in order.tolist())
@@ -309,7 +322,8 @@ class TrajectorySampler:
         if own is not None:
             stochastic = learnt = tuple(sorted(set(own)))
         sizes = (share.each, self.shape.group_size, self.schedule.steps)
-        return trajectory_plan(*sizes, stochastic, learnt, share.numbers, tail, own)
+        of_rows = self.schedule.of_rows(iteration, share, self.shape.group_size)
+        return trajectory_plan(*sizes, stochastic, learnt, share.numbers, tail, own, of_rows)
 
     def batches(self, slots: int, max_rows: int, device: torch.device | str = "cpu") -> list[list[Tensor]]:
         """Each trained step of a trajectory is a transition."""

@@ -79,7 +79,7 @@ def _open(name: str, folder: Path | None, asked: str) -> _File:
         return _File(name, None, _parsed(text, f"recipe {name}"))
     if folder is None or not os.path.exists(folder / name):
         where = f" relative to {folder}" if asked else ""
-        known = f"name one of {', '.join(names)}, or a TOML file{where}"
+        known = f"name one of those that `adagrpo train --help` lists, or a TOML file{where}"
         raise InputError(f"{asked}no recipe {shown(name)}{nearest(name, names)}: {known}")
     path = folder / name
     return _File(str(path), path.parent, _parsed(read_text(path, f"{asked}{path}", MAX_BYTES), str(path)))

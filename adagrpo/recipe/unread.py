@@ -47,6 +47,7 @@ def _of_algorithm(c: Config) -> list[Rule]:
     return [
         (r.plan != "fork", "rollout.plan = fork", ["rollout.granularities", "rollout.seeds"]),
         (r.plan != "trajectory", "rollout.plan = trajectory", ["rollout.step_per_prompt"]),
+        (r.trained_share == 1 or r.plan == "fork", "rollout.trained_share below 1 without forks", ["rollout.trained_of"]),
         (r.seeds == 1, "rollout.seeds above 1", ["advantage.groups"]),
         (max(r.granularities, default=1) == 1, "a step of rollout.granularities above 1", ["rollout.granular_end"]),
         (c.selection.judge != "short", "selection.probe = short", ["selection.probe_steps"]),

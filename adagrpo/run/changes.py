@@ -173,7 +173,7 @@ _KEYS: dict[str, list[tuple[Rule, str]]] = {
     "rollout": [
         (FIXED, "plan scheme eta steps shift sde_steps window_size window_stride window_every group_size"),
         (FIXED, "trained_share window_order window_range shared_noise fork_velocity storage tail_steps tail_solver"),
-        (FIXED, "granularities granular_end seeds step_per_prompt tail_share"),
+        (FIXED, "granularities granular_end seeds step_per_prompt tail_share trained_of"),
     ],
     "selection": [
         (FREE, "allow_unseen"),

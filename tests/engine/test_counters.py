@@ -7,6 +7,9 @@ import torch
 from toy import ToyModel, toy_config, toy_trainer
 
 from adagrpo.engine.plans import Window, update_batches
+from adagrpo.engine.ranks import Ranks
+from adagrpo.engine.sampling import StepSchedule
+from adagrpo.engine.share import Share
 from adagrpo.forecast import planned_evaluations
 from adagrpo.recipe.keys import Config, EngineConfig
 
@@ -129,6 +132,35 @@ def test_each_prompt_trains_a_step_of_its_own() -> None:
         assert ((noise > 0.6) & (noise < 1.5)).all()  # 48 standard normals each
     assert len({tuple(t.index.tolist()) for t in found[0]}) == 3
     torch.testing.assert_close(found[0][0].latent, found[1][0].latent, rtol=1e-5, atol=1e-5)
+
+
+def test_each_sample_trains_steps_that_it_draws() -> None:
+    """2 slots x 4 members x 6 steps in batches of 3: 2 of the 4 stochastic steps of each row, rising, in the order of the rows;
+    what the update replays is what was sampled there. A rank's samples have the steps that they have in a run of one."""
+    config = toy_config(
+        rollout={"plan": "trajectory", "sde_steps": (0, 1, 2, 4), "trained_share": 0.5, "trained_of": "sample"},
+        loss={"old_logp": "rollout"},
+        selection={"candidates": 1},
+        advantage={"weight": 0.0},
+    )
+    found = []
+    for recipe in (config, dataclasses.replace(config, engine=EngineConfig(max_rows=3))):
+        trainer = toy_trainer(recipe)
+        kept, rollout = [], trainer.rollout
+        trainer.rollout = lambda *given, rollout=rollout, kept=kept: kept.append(rollout(*given)) or kept[-1]
+        assert max(float(trainer.iteration()["policy/ratio_deviation"]) for _ in range(2)) <= 1e-5
+        assert planned_evaluations(recipe, 1) == {p: count.evaluations for p, count in trainer.executor.counts.items()}
+        found.append([samples.transitions for samples, _ in kept])
+    for whole, parts in zip(*found, strict=True):
+        steps = (whole.index - 6).reshape(8, 2)
+        assert (steps[:, 0] < steps[:, 1]).all() and set(steps.flatten().tolist()) == {0, 1, 2, 4}
+        assert len({tuple(row) for row in steps.tolist()}) > 1
+        assert whole.sample.flatten().tolist() == [i // 2 for i in range(16)]
+        assert torch.equal(whole.index, parts.index) and torch.equal(whole.sample, parts.sample)
+    assert not torch.equal(found[0][0].index, found[0][1].index)
+    schedule = StepSchedule(6, (0, 1, 2, 4), None, 2, 3, of_sample=True)
+    second = schedule.of_rows(5, Share.dealt(Ranks(1, 2), 4), 3)
+    assert second == schedule.of_rows(5, Share.alone(4), 3)[6:] and len(second) == 6
 
 
 def test_update_batches_deal_steps_to_optimizer_steps_and_slots_to_micro_batches() -> None:

@@ -68,6 +68,9 @@ def first_problem(*changes: dict[str, Any]) -> str:
         ({}, {"rollout": {"tail_share": 1.5}}, "must be at most 1"),
         (WINDOW, {"rollout": {"tail_share": 0.5, "tail_solver": "euler"}}, ""),
         (TRAJECTORY, {"rollout": {"step_per_prompt": True}}, ""),
+        (TRAJECTORY, {"rollout": {"trained_of": "sample"}}, "rollout.trained_share below 1"),
+        ({}, {"rollout": {"trained_of": "sample", "trained_share": 0.5}}, "without forks"),
+        (TRAJECTORY, {"rollout": {"trained_of": "sample", "trained_share": 0.5}}, ""),
     ],
 )
 def test_problems(base: dict, changes: dict, message: str) -> None:

@@ -98,6 +98,8 @@ class RolloutConfig:
     """Samples per group, at least 2."""
     trained_share: float = 1.0
     """Share of the stochastic steps trained in each iteration, drawn anew each time (DanceGRPO: 0.6)."""
+    trained_of: Literal["iteration", "sample"] = "iteration"
+    """Who draws them: the iteration, for all that it samples, or each sample for itself (DanceGRPO; not of forks)."""
     step_per_prompt: bool = False
     """Each prompt draws one of the stochastic steps in each iteration; it alone is stochastic, and trained, in that prompt's
     trajectories (Flash-GRPO; plan trajectory)."""
