@@ -153,6 +153,8 @@ def stored_latents(config: Config, model: FlowModel) -> Latents:
     on_grid = [leg.rows for leg in build_judge(config).legs(d.slots) if leg.steps[-1] < config.rollout.steps]
     length, channels = model.latent_shape
     samples = d.groups * config.rollout.group_size
+    picked = config.rollout.step_per_prompt or config.rollout.trained_of == "sample"  # a sample's own, once all are stored
+    transitions = samples * d.stochastic_steps if picked else d.transitions
     return Latents(
         elements=length * channels,
         storage=d.storage,
@@ -160,8 +162,8 @@ def stored_latents(config: Config, model: FlowModel) -> Latents:
         velocity=model.dtype,
         anchors=max(on_grid) + d.slots * (config.rollout.seeds - 1) if d.forks else 0,
         forks=len(d.forks),
-        transitions=d.transitions,
-        successors=samples if d.forks else d.transitions,
+        transitions=transitions,
+        successors=samples if d.forks else transitions,
         samples=samples * d.tails_per_sample,
     )
 

@@ -88,7 +88,12 @@ def test_stored_latents_of_forks() -> None:
 
 def test_stored_latents_of_trajectories() -> None:
     plan = toy_plan(rollout={"plan": "trajectory"}, loss={"old_logp": "recompute"})
-    assert sizes(plan)["stored latents"] == 4 * LENGTH * CHANNELS * (2 * 4 * 2 * (1 + 1 + 1) + 2 * 4)
+    whole = 4 * LENGTH * CHANNELS * (2 * 4 * 2 * (1 + 1 + 1) + 2 * 4)
+    assert sizes(plan)["stored latents"] == whole
+    of_sample = {"plan": "trajectory", "trained_share": 0.5, "trained_of": "sample"}
+    of_prompt = {"plan": "trajectory", "step_per_prompt": True}
+    for rollout in (of_sample, of_prompt):  # every stochastic step is stored before each sample's own are picked
+        assert sizes(toy_plan(rollout=rollout, loss={"old_logp": "recompute"}))["stored latents"] == whole
 
 
 def test_prompts() -> None:
