@@ -12,9 +12,10 @@ from .assembly import build_judge, build_objective, build_sampler, dealt_slots, 
 from .engine.plans import chunk_sizes
 from .engine.ranks import Ranks
 from .engine.scoring import labels
+from .engine.update import SUMS
 from .estimate.calls import decoded, iteration_calls
 from .estimate.memory import MemoryPlan, wide_bytes
-from .estimate.nodes import TALLIED, Collective
+from .estimate.nodes import Collective
 from .estimate.planning import Demand, Latents, copy_bytes, plan_memory
 from .estimate.rehearsal import Rehearsal
 from .estimate.roofline import Device, Prediction, predict
@@ -79,7 +80,7 @@ def planned_collectives(config: Config, model: FlowModel, ranks: int) -> list[Co
         *gathered,
         *[Collective("groups", "all-reduce", counted)] * (config.advantage.equal_groups != "keep"),
         Collective("gradients", "all-reduce", gradients, config.train.steps_per_iteration),
-        Collective("metrics", "all-gather", ranks * TALLIED * number),
+        Collective("metrics", "all-gather", ranks * len(SUMS) * number),
         Collective("failures", "all-reduce", rewards * number),
         Collective("agreements", "all-reduce", number, len(gathered) + 1, host=True),
     ]

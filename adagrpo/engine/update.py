@@ -24,6 +24,9 @@ from .ranks import Ranks
 from .rollout import Transitions
 from .sampling import Samples
 
+SUMS = ("loss", "kl", "ratio", "high", "low", "valid", "deviation", "norm")
+"""What each rank adds to the metrics of an update."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
@@ -164,10 +167,7 @@ class _Tally:
     """Sums on the device; nothing is read until the metrics are."""
 
     def __init__(self, device: torch.device) -> None:
-        self.sums = {
-            name: torch.zeros((), dtype=torch.float64, device=device)
-            for name in ("loss", "kl", "ratio", "high", "low", "valid", "deviation", "norm")
-        }
+        self.sums = {name: torch.zeros((), dtype=torch.float64, device=device) for name in SUMS}
 
     def add(self, loss: Tensor, kl: Tensor, ratio: Tensor, clipped: Tensor, mask: Tensor, first: bool) -> None:
         ratio = ratio.detach()

@@ -14,7 +14,6 @@ from .roofline import Figure, Prediction
 
 NVLINK = Figure(450, "pub", "NVLink 4 of H100 and H200 SXM: 900 GB/s, half of it in each direction")
 NETWORK = Figure(50, "est", "one adapter of 400 Gb/s a node")
-TALLIED = 7  # numbers that each rank adds to the metrics of an update
 HOP_HOST = Figure(50, "est", "a step between hosts' processes, by gloo")
 HOP_INSIDE = Figure(5, "est", "a step between GPUs of a node")
 HOP_BETWEEN = Figure(15, "est", "a step between nodes")

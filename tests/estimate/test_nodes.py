@@ -64,7 +64,7 @@ def test_collectives_of_flux_on_eight_gpus() -> None:
     assert rewards == Collective("rewards", "all-gather", 8 * 4 * 12 * 8)
     adapters = (19 * 8 + 38 * 3) * 64 * (3072 + 3072)
     assert gradients == Collective("gradients", "all-reduce", 4 * adapters) and gradients.bytes == 418_381_824
-    assert [(c.what, c.bytes, c.calls) for c in few] == [("metrics", 8 * 7 * 8, 1), ("failures", 8, 1), ("agreements", 8, 3)]
+    assert [(c.what, c.bytes, c.calls) for c in few] == [("metrics", 8 * 8 * 8, 1), ("failures", 8, 1), ("agreements", 8, 3)]
     assert Fabric(8).seconds(gradients) == pytest.approx(14 * 5e-6 + 14 / 8 * 418_381_824 / 450e9)
     assert planned_evaluations(config, ranks=8) == {"probe": 160, "prefix": 4, "rollout": 576, "update": 4}
 
