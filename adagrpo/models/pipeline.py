@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..disk.turns import hub_folder, once
 from ..errors import InputError
 from .loading import check_component, check_finite, first_line, load_component, quiet, read_json_object
 from .registry import Component, Family
@@ -195,7 +196,8 @@ def _download(family: Family, source: Source) -> Path:
     try:
         with quiet():
             options = {"variant": source.variant or None, "revision": source.revision or None}
-            folder = Path(family.pipeline_class.download(source.path, **options))
+            work = f"pipeline {source.path} {options}"
+            folder = Path(once(hub_folder(), work, lambda: str(family.pipeline_class.download(source.path, **options))))
     except Exception as error:  # the Hub raises types of its own
         revision = f" of revision {source.revision}" if source.revision else ""
         variant = f" in variant {source.variant}" if source.variant else ""

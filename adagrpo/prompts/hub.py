@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..disk.turns import hub_folder, in_turn
 from ..errors import InputError
 from ..text.user_text import cut, shown
 from .checks import cleaned
@@ -74,7 +75,8 @@ def _load(name: str, named: str) -> Any:
     title, _, configuration = configuration.partition("/")
     where = (path, None) if Path(path).is_dir() else (f"{owner}/{title}" if title else owner, configuration or None)
     try:
-        found = datasets.load_dataset(*where)
+        with in_turn(hub_folder(), f"data set {where}"):
+            found = datasets.load_dataset(*where)
     except Exception as error:  # of many packages, the network's included
         raise InputError(f"{named}: cannot be loaded: {type(error).__name__}: {cut(str(error), 400)}") from error
     splits = ", ".join(found)

@@ -6,6 +6,7 @@ found, compared with a module by its header before a value is read, and loaded w
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..disk.turns import hub_folder, in_turn, once
 from ..errors import InputError
 from ..models.loading import check_finite, first_line, quiet, read_pickled, reading, refuse_differences
 from ..models.registry import Component
@@ -65,7 +67,7 @@ def find_file(path: str, name: str, where: str) -> Path:
     from huggingface_hub import hf_hub_download
 
     try:
-        return Path(hf_hub_download(path, name))
+        return Path(once(hub_folder(), f"file {path} {name}", lambda: str(hf_hub_download(path, name))))
     except Exception as error:  # the Hub raises types of its own
         raise InputError(
             f"{where}: {name} cannot be downloaded from here ({first_line(error)}); fetch it where the network is, with "
@@ -114,8 +116,9 @@ def load_tokenizer(source: str, where: str) -> Any:
         )
     from transformers import AutoTokenizer
 
+    turn = contextlib.nullcontext() if Path(source).is_dir() else in_turn(hub_folder(), f"tokenizer {source}")
     try:
-        with quiet(bars=False):
+        with quiet(bars=False), turn:
             return AutoTokenizer.from_pretrained(source)
     except Exception as error:  # the tokenizers library raises what derives from nothing narrower
         raise InputError(
