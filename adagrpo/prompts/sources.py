@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..parts.plugins import is_import_path, make_part
-from ..text.user_text import shown
+from ..text.user_text import cut, shown
 from .checks import prompt_problem
 from .fields import category_of
 from .hub import HubRows
@@ -20,6 +21,8 @@ from .rows import FileRows, PromptList, Rows, keys_of, shared_rows
 # Of sources in code, whose prompts are held.
 MAX_PROMPTS = 2_000_000
 MAX_TEXT = 256 * 2**20
+LONGEST_NAME = 300
+"""Characters of a source's name in messages."""
 HPD_STYLES = ("anime", "concept-art", "paintings", "photo")
 """The files of HPDv2's benchmark, a folder."""
 _LOOKED_AT = 20
@@ -111,15 +114,15 @@ def _tiny(source: str, key: str) -> list[str]:
         return training_prompts(mix)
     except ValueError as error:
         known = "tiny:even, tiny:wide, tiny:dusty(0.6) or tiny:held_out"
-        raise InputError(f"{key} = {source}: unknown prompt source: {known}") from error
+        raise InputError(f"{key} = {cut(source, LONGEST_NAME)}: unknown prompt source: {known}") from error
 
 
 def _stored(source: str, key: str, reading: Reading, several: bool) -> Iterable[tuple[Rows, str]]:
     """The rows of a file, folder or data set, and the category of those that have none, by the file's name."""
-    named = f"{key} = {source}"
-    cut = re.fullmatch(r"(.*)#(train|held_out)", source, re.DOTALL)
-    part = Part(cut[2] == "held_out", reading.held_out_share) if cut else None
-    name = cut[1] if cut else source
+    named = f"{key} = {cut(source, LONGEST_NAME)}"
+    divided = re.fullmatch(r"(.*)#(train|held_out)", source, re.DOTALL)
+    part = Part(divided[2] == "held_out", reading.held_out_share) if divided else None
+    name = divided[1] if divided else source
     if name.startswith("hub:"):
         yield HubRows(name.removeprefix("hub:"), named, reading, part), ""
         return
@@ -127,7 +130,7 @@ def _stored(source: str, key: str, reading: Reading, several: bool) -> Iterable[
         raise InputError(f"{named}: only files and data sets can be several; name this source alone")
     path = Path(name)
     styles = [path / f"{style}.json" for style in HPD_STYLES]
-    if "\0" not in name and all(style.is_file() for style in styles):
+    if all(map(os.path.isfile, styles)):  # of a name that no file can have it says no
         for style in styles:
             yield FileRows(style, f"{key} = {style}", reading, part), style.stem
     else:

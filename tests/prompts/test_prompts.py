@@ -181,6 +181,13 @@ def test_what_is_no_regular_file_is_refused_without_waiting(tmp_path: Path) -> N
         load_prompts("a\0b")
 
 
+@pytest.mark.parametrize(("before", "word"), [("", "cannot be read: File name too long"), ("tiny:", "unknown prompt source")])
+def test_a_name_that_no_file_can_have_is_refused_in_bearable_length(before: str, word: str) -> None:
+    with pytest.raises(InputError, match=word) as refused:
+        load_prompts(before + "[" * 5000)
+    assert len(str(refused.value)) < 500
+
+
 def test_too_large_is_refused_before_it_is_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sparse = tmp_path / "sparse.txt"
     with sparse.open("wb") as file:
