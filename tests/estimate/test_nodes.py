@@ -98,6 +98,8 @@ CASES = {
     "one candidate": toy_config(
         selection={"candidates": 1}, advantage={"weight": 0.0}, rollout={"plan": "trajectory"}, loss={"old_logp": "recompute"}
     ),
+    "bots": toy_config(selection={"probe": "bots"}),
+    "anchors": toy_config(selection={"probe": "greso"}, advantage={"weight": 0.0}),
     "rewards": dataclasses.replace(toy_config(), rewards=(RewardConfig("a"), RewardConfig("b"))),
 }
 
