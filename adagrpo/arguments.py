@@ -64,8 +64,7 @@ def require_one_rank(command: str) -> None:
     size = os.environ.get("WORLD_SIZE", "1").strip()
     if size not in ("", "0", "1"):
         raise InputError(
-            f"WORLD_SIZE = {size}: adagrpo {command} runs on one GPU, several ranks are not supported yet; start it as one "
-            "process, without torchrun, or unset WORLD_SIZE"
+            f"WORLD_SIZE = {size}: adagrpo {command} is one process; start it without torchrun, or unset WORLD_SIZE"
         )
 
 

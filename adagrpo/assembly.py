@@ -64,10 +64,10 @@ def dealt_slots(config: Config, ranks: Ranks) -> Share:
     if fits(train.slots):
         return Share.dealt(ranks, total, parts)
     wanted = next(slots for slots in itertools.count(train.slots) if fits(slots))
-    by = f" in each of its {parts} optimizer steps" if parts > 1 else ""
+    by = f" in each of the {parts} optimizer steps" if parts > 1 else ""
     raise InputError(
-        f"train.slots = {train.slots}: the {total} prompts of an iteration cannot be dealt to {ranks.size} ranks{by}; "
-        f"start it as torchrun … -m adagrpo train {config.name} --train.slots {wanted}, or on another number of ranks"
+        f"train.slots = {train.slots}: cannot be dealt to {ranks.size} ranks, equally many to each{by}; start it as "
+        f"torchrun … -m adagrpo train {config.name} --train.slots {wanted}, or on another number of ranks"
     )
 
 

@@ -30,7 +30,7 @@ from .curriculum.picks import Strategy
 from .curriculum.prober import Prober
 from .engine.fusion import Fuse
 from .engine.notices import Notices
-from .engine.ranks import Ranks
+from .engine.ranks import Ranks, local_rank, world_size
 from .engine.scoring import Scorer
 from .errors import InputError, RunError
 from .estimate.memory import MemoryPlan, free_bytes
@@ -59,14 +59,21 @@ from .train import Trainer
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of ``model.device``; ``auto`` is CUDA where there is one.
+    """The device of ``model.device``; ``auto`` is CUDA where there is one. Of several CUDA devices a rank has the one of its
+    number on its machine.
 
     Raises:
-        InputError: not a device, or CUDA asked for where there is none.
+        InputError: not a device, or CUDA asked for where there is none, or not one for every rank.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        if world_size() == 1:
+            return torch.device(name)
     device = _device("model.device", name)
+    if device.type == "cuda" and world_size() > 1:
+        if device.index is not None:
+            raise InputError(f"model.device = {name}: every rank would take it; use auto, or cuda")
+        device = _device("LOCAL_RANK", f"cuda:{local_rank()}")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
@@ -209,6 +216,7 @@ def build_trainer(
     planned: Callable[[MemoryPlan], object] | None = None,
     model: FlowModel | None = None,
     restored: bool = False,
+    ranks: Ranks | None = None,
 ) -> tuple[Trainer, Sequence[str]]:
     """A trainer at its initial weights, and the held-out prompts.
 
@@ -216,6 +224,7 @@ def build_trainer(
         planned: receives the memory plan, once it is known to fit and before anything is allocated for training.
         model: trained instead of a newly loaded one.
         restored: see ``build_model``.
+        ranks: who else trains; None is nobody.
 
     Raises:
         InputError: anything wrong with the recipe or what it names, or a training state that cannot fit.
@@ -232,12 +241,14 @@ def build_trainer(
         model = build_model(config.model, restored)
     try_buckets(config.model, model)
     if planned is not None or model.device.type == "cuda":
-        plan = planned_memory(config, model, rehearse(model, prompts[0]), rewards, len(prompts), len(held_out))
+        plan = planned_memory(
+            config, model, rehearse(model, prompts[0]), rewards, len(prompts), len(held_out), ranks.size if ranks else 1
+        )
         plan.check(free_bytes(model.device), device=str(model.device))
         plan.check_elsewhere(free_bytes)
         if planned is not None:
             planned(plan)
-    trainer = assemble(config, model, rewards, prompts, own)
+    trainer = assemble(config, model, rewards, prompts, own, ranks)
     for note in prompt_notes(prompts, held_out):
         trainer.notices(note)
     return trainer, held_out
@@ -262,7 +273,8 @@ def assemble(
     Raises:
         InputError: this machine cannot run what the recipe's ``engine`` keys ask for, or the model says no noise levels.
     """
-    own, ranks, notices = own or Own(), ranks or Ranks(), Notices()
+    own, ranks = own or Own(), ranks or Ranks()
+    notices = Notices(print if ranks.writes else lambda message: None)
     if (start := getattr(model, "start", None)) and start.notice:
         notices(start.notice)
     executor = build_executor(config, model, rollouts=True, say=notices)

@@ -79,7 +79,9 @@ def _run(args: list[str]) -> int:
 def _complain(line: str) -> None:
     """A line on standard error; where that takes no more, the exit code has to say it."""
     with contextlib.suppress(OSError, ValueError):
-        print(f"adagrpo: {scrubbed(line)}", file=sys.stderr, flush=True)
+        several = os.environ.get("WORLD_SIZE", "1").strip() not in ("", "0", "1")
+        who = f"adagrpo, rank {os.environ.get('RANK', '?')}" if several else "adagrpo"
+        print(f"{who}: {scrubbed(line)}", file=sys.stderr, flush=True)
     try:
         sys.stdout.flush()
     except (OSError, ValueError):  # else the interpreter tries again as it ends, and changes the exit code
@@ -151,10 +153,10 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> int:
     if args.print_config:
         print(annotated(recipe), end="")
         return 0
-    require_one_rank("train")
     from .commands import dry_run, train
 
     if args.dry_run:
+        require_one_rank("train --dry-run")
         return dry_run(recipe.config, args.out, args.resume)
     return train(recipe.config, args.out, args.resume, args.take_over)
 

@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from .algorithm.sde import Stream
-from .assembly import build_executor, build_table, load_reward, own_noise_levels, require_groups, sampled_sizes
+from .assembly import build_executor, build_table, dealt_slots, load_reward, own_noise_levels, require_groups, sampled_sizes
 from .build import (
     build_architecture,
     build_model,
@@ -28,6 +28,7 @@ from .build import (
 from .disk.files import replacing, write_json
 from .disk.lock import OwnerLock, holding, holding_new
 from .disk.whole import written_whole
+from .engine.ranks import Ranks, joined
 from .errors import InputError
 from .estimate.counting import module_tensors, tensor_bytes
 from .estimate.memory import MemoryPlan, size_text
@@ -58,7 +59,7 @@ from .run.fit import Fit
 from .run.folder import RunFolder
 from .run.grid import to_pil
 from .run.loggers import check_loggers
-from .run.opening import begin, check_opening, opened
+from .run.opening import begin, check_opening, opened_together
 from .run.origin import Origin, recipe_file
 from .text.user_text import require_within, shown
 
@@ -67,17 +68,18 @@ GPU_BYTES = {"H100 80 GB": int(78.5 * 2**30), "H200 141 GB": 139 * 2**30}
 
 
 def train(config: Config, out: Path | None, resume: str | None, take_over: bool = False) -> int:
-    """Train a checked recipe to its end; returns the exit code."""
-    with opened(config, out, resume, take_over) as (run, checkpoint):
-        return _train(config, run, checkpoint)
+    """Train a checked recipe to its end, with all ranks that torchrun started; returns the exit code."""
+    with joined(choose_device(config.model.device), config.train.ranks_timeout) as ranks:
+        dealt_slots(config, ranks)  # refused before any work
+        with opened_together(ranks, config, out, resume, take_over) as (run, checkpoint):
+            return _train(config, run, checkpoint, ranks)
 
 
-def _train(config: Config, run: RunFolder, checkpoint: Path | None) -> int:
-    """Train in a folder that is this process's own."""
+def _train(config: Config, run: RunFolder, checkpoint: Path | None, ranks: Ranks) -> int:
+    """Train in a folder that is the first rank's own."""
     memory_plans: list[MemoryPlan] = []
-    trainer, held_out = build_trainer(config, memory_plans.append, restored=checkpoint is not None)
+    trainer, held_out = build_trainer(config, memory_plans.append, restored=checkpoint is not None, ranks=ranks)
     digest = prompts_digest(trainer.stream.prompts, held_out)
-    notice = ""
     backends = {
         "attention": attention_backend(trainer.model.transformer),
         "dtype": str(trainer.model.dtype),
@@ -88,21 +90,33 @@ def _train(config: Config, run: RunFolder, checkpoint: Path | None) -> int:
     if (start := getattr(trainer.model, "start", None)) is not None:
         began["lora_from_sha256"] = start.sha256
     rewards = [{"name": reward.entry.name, **reward.provenance} for reward in trainer.score.rewards]
-    extra = {"latent_shape": list(trainer.model.latent_shape), "backends": backends, "rewards": rewards, **began}
-    if run.continued and (checkpoint is not None or run.began_with(began)):
-        run.check_prompts(digest, checkpoint)
-        run.describe(trainer.model.device, extra)
-    else:
-        notice = begin(run, config, trainer.model.device, extra)
-    tqdm.write(f"{config.name}: {config.train.iterations} iterations on {trainer.model.device}, run folder {run.path}")
+    extra: dict[str, Any] = {
+        "latent_shape": list(trainer.model.latent_shape),
+        "backends": backends,
+        "rewards": rewards,
+        **began,
+    }
+    extra |= {"ranks": ranks.size} if ranks.size > 1 else {}
+
+    def enter() -> str:
+        if run.continued and (checkpoint is not None or run.began_with(began)):
+            run.check_prompts(digest, checkpoint)
+            run.describe(trainer.model.device, extra)
+            return ""
+        return begin(run, config, trainer.model.device, extra)
+
+    notice = ranks.told(enter, "the beginning of the run folder")
+    where = f"{trainer.model.device}, {ranks.size} ranks" if ranks.size > 1 else f"{trainer.model.device}"
+    if ranks.writes:
+        tqdm.write(f"{config.name}: {config.train.iterations} iterations on {where}, run folder {run.path}")
     fit = Fit(config, trainer, run, held_out, memory_plan=memory_plans[0])
     if checkpoint is not None:
         fit.resume(checkpoint, verified=True)
     else:
-        run.restore(0)  # of a run that died before its first checkpoint
+        ranks.told(lambda: run.restore(0), "the records of the run")  # of a run that died before its first checkpoint
     fit.note_opening(notice)
     outcome = fit()
-    if outcome.gain is not None:
+    if outcome.gain is not None and ranks.writes:
         print(outcome.gain)
     return outcome.exit_code
 

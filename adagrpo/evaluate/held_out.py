@@ -11,6 +11,7 @@ from torch import Tensor
 from ..algorithm.sde import Stream
 from ..engine.executor import RolloutExecutor
 from ..engine.plans import probe_plan
+from ..engine.share import Share
 from ..rewards import PromptRows
 
 Scorer = Callable[[Tensor, PromptRows], Tensor]
@@ -42,12 +43,20 @@ class PairedGain:
         return f"{moved} ({interval}, {prompts} x {noises})"
 
 
-def sample_latents(executor: RolloutExecutor, prompts: Sequence[str], noises: int, stream: Stream) -> Tensor:
-    """Clean latents [N·noises, L, C], ordered (prompt, noise), of the deterministic sampler with fixed noise."""
-    conditioning = executor.model.encode(prompts)
-    rows = torch.arange(len(prompts)).repeat_interleave(noises)
-    plan = probe_plan(rows.tolist(), executor.num_steps)
-    x = executor.initial_noise(plan.noise_row, 0, stream)
+def sample_latents(
+    executor: RolloutExecutor, prompts: Sequence[str], noises: int, stream: Stream, share: Share | None = None
+) -> Tensor:
+    """Clean latents [N·noises, L, C], ordered (prompt, noise), of the deterministic sampler with fixed noise.
+
+    Args:
+        share: of these, this rank's, which alone are sampled; None is all.
+    """
+    share = share or Share.alone(len(prompts) * noises)
+    of_rows = [number // noises for number in share.numbers]
+    own = {prompt: i for i, prompt in enumerate(dict.fromkeys(of_rows))}
+    conditioning = executor.model.encode([prompts[prompt] for prompt in own])
+    plan = probe_plan([own[prompt] for prompt in of_rows], executor.num_steps)
+    x = executor.initial_noise(share.rows(1, executor.model.device), 0, stream)
     return executor.run(plan, x, conditioning, 0, "evaluation", on_policy=True).final
 
 
@@ -61,11 +70,23 @@ def decode(executor: RolloutExecutor, latents: Tensor) -> Tensor:
     return torch.cat([executor.model.decode(latents[part]) for part in executor.limit.decode_chunks(latents.shape[0])])
 
 
-def evaluate(executor: RolloutExecutor, score: Scorer, prompts: Sequence[str], noises: int, stream: Stream) -> Tensor:
-    """Scores [M rewards, N prompts, noises] of the present policy; NaN where a reward failed."""
-    latents = sample_latents(executor, prompts, noises, stream)
-    index = torch.arange(len(prompts), device=latents.device).repeat_interleave(noises)
-    return score(latents, PromptRows(prompts, index)).reshape(-1, len(prompts), noises)
+def evaluate(
+    executor: RolloutExecutor,
+    score: Scorer,
+    prompts: Sequence[str],
+    noises: int,
+    stream: Stream,
+    share: Share | None = None,
+) -> Tensor:
+    """Scores [M rewards, N prompts, noises] of the present policy; NaN where a reward failed.
+
+    Args:
+        share: of the images, this rank's; the scores are those of all. None is all of them.
+    """
+    share = share or Share.alone(len(prompts) * noises)
+    latents = sample_latents(executor, prompts, noises, stream, share)
+    index = share.rows(1, latents.device) // noises
+    return share.gather(score(latents, PromptRows(prompts, index)), 1).reshape(-1, len(prompts), noises)
 
 
 def paired_gain(before: Tensor, after: Tensor) -> PairedGain:

@@ -24,7 +24,7 @@ def check_ranges(c: Config) -> Iterator[Problem]:
         "train.steps_per_iteration": 1, "optimizer.lr": 0, "optimizer.eps": 0, "optimizer.weight_decay": 0,
         "optimizer.warmup_steps": 0, "optimizer.ema_every": 1,
         "engine.max_rows": 0, "engine.decode_rows": 0, "evaluation.every": 0,
-        "evaluation.prompts": 1, "evaluation.guidance": 0, "train.part_timeout": 0,
+        "evaluation.prompts": 1, "evaluation.guidance": 0, "train.part_timeout": 0, "train.ranks_timeout": 1,
         "evaluation.noises": 1, "evaluation.final_prompts": 0, "evaluation.final_noises": 1, "output.grid_every": 0,
         "output.grid_prompts": 1, "output.checkpoint_every": 0, "output.keep_last": 1, "output.keep_every": 0,
         "output.trace_at": 0, "rollout.tail_steps": 0, "rollout.tail_share": 0, "guards.max_rollbacks": 0,
@@ -37,8 +37,8 @@ def check_ranges(c: Config) -> Iterator[Problem]:
         "selection.candidates": 4096, "train.seed": MOST_SEED, "evaluation.noises": 4096, "evaluation.final_noises": 4096,
         "train.iterations": 2**31, "model.height": 2**14, "model.width": 2**14, "model.max_text_tokens": 4096,
         "model.lora_rank": 4096, "selection.probe_steps": 4096, "rollout.tail_steps": 4096, "output.grid_prompts": 1024,
-        "train.part_timeout": LONGEST_TIMEOUT, "advantage.ddof": 1, "rollout.seeds": 4096, "rollout.tail_share": 1,
-        "selection.target_success": 1,
+        "train.part_timeout": LONGEST_TIMEOUT, "train.ranks_timeout": LONGEST_TIMEOUT, "advantage.ddof": 1,
+        "rollout.seeds": 4096, "rollout.tail_share": 1, "selection.target_success": 1,
     }  # fmt: skip
     above_zero = (
         "selection.half_life", "selection.noise_share", "advantage.clip", "advantage.std_floor", "optimizer.max_grad_norm",

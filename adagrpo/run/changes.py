@@ -185,7 +185,7 @@ _KEYS: dict[str, list[tuple[Rule, str]]] = {
     "train": [
         (Rule(_longer), "iterations"),
         (Rule(_same_batch, bitwise=False), "slots accumulation"),
-        (FREE, "part_timeout"),
+        (FREE, "part_timeout ranks_timeout"),
         (FIXED, "seed steps_per_iteration update_by shuffle_advantages"),
     ],
     "optimizer": [

@@ -36,7 +36,7 @@ class Exhibits:
     def iteration(self) -> dict[str, Any]:
         """One iteration of the trainer, under the profiler if the recipe wants its trace."""
         number = self.trainer.iterations_done + 1
-        if number != self.config.trace_at:
+        if number != self.config.trace_at or not self.trainer.ranks.writes:
             return self.trainer.iteration()
         with torch.profiler.profile() as profiler:
             metrics = self.trainer.iteration()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -32,7 +33,7 @@ from .folder import RunFolder
 from .guards import Trip
 from .held_out import HeldOut
 from .loggers import Dashboard, open_loggers
-from .metrics import is_finite, performance, read_metrics, reward_words
+from .metrics import is_finite, of_all_ranks, performance, read_metrics, reward_words
 from .signals import StopRequest
 from .state import RunState
 from .telling import Telling
@@ -99,12 +100,7 @@ class Fit:
         Raises:
             RunError: the run cannot go on; the last complete checkpoint is intact.
         """
-        optimizer, reference = self.trainer.optimizer, bool(getattr(self.trainer.model, "reference_adapters", None))
-        size = checkpoint_bytes(optimizer.parameters, bool(optimizer.averages), reference)
-        require_space(self.run.checkpoints, size, Derived(self.config).checkpoints_kept)
-        self.telling.notices()
-        if self.trainer.iterations_done == 0 and (other := self.state.origin.begin(self.run.path)):
-            self.telling.warn(f"another base model than at the last start here ({other}): everything is measured anew")
+        self.trainer.ranks.told(self._take_place, "the start of the run")
         self._plan_memory()
         if notice := repeats_notice(self.config, len(self.trainer.stream.prompts)):
             self.telling.warn(notice)
@@ -124,6 +120,15 @@ class Fit:
         self.exhibits.report()
         return outcome
 
+    def _take_place(self) -> None:
+        """Room for the checkpoints, and the record of the base model."""
+        optimizer, reference = self.trainer.optimizer, bool(getattr(self.trainer.model, "reference_adapters", None))
+        size = checkpoint_bytes(optimizer.parameters, bool(optimizer.averages), reference)
+        require_space(self.run.checkpoints, size, Derived(self.config).checkpoints_kept)
+        self.telling.notices()
+        if self.trainer.iterations_done == 0 and (other := self.state.origin.begin(self.run.path)):
+            self.telling.warn(f"another base model than at the last start here ({other}): everything is measured anew")
+
     def _plan_memory(self) -> None:
         """The plan, in a line and in the run folder."""
         if self.memory_plan is not None:
@@ -138,7 +143,9 @@ class Fit:
             self.telling.say(line)
 
     def _open_loggers(self, closing: contextlib.ExitStack) -> list[Dashboard]:
-        """The dashboards, closed by ``closing``."""
+        """The dashboards, closed by ``closing``; the first rank's."""
+        if not self.trainer.ranks.writes:
+            return []
         recipe = dataclasses.asdict(redacted(self.config))
         loggers = open_loggers(self.config.output.loggers, self.run.name(), self.run.path, recipe, self.telling.warn)
         return [closing.enter_context(logger) for logger in loggers]
@@ -146,7 +153,8 @@ class Fit:
     def _train(self, loggers: Sequence[Dashboard]) -> Outcome:
         """The iterations."""
         total = self.config.train.iterations
-        bar = tqdm(total=total, initial=self.trainer.iterations_done, disable=None, unit="it", dynamic_ncols=True)
+        quiet = None if self.trainer.ranks.writes else True
+        bar = tqdm(total=total, initial=self.trainer.iterations_done, disable=quiet, unit="it", dynamic_ncols=True)
         with StopRequest(self.telling.say).listening() as stop, leaving_when(lambda: stop.signal is not None), bar:
             if not bar.disable:
                 self.trainer.phase.listener = lambda phase: bar.set_description_str(f"{phase:9}")
@@ -159,7 +167,7 @@ class Fit:
         if self.trainer.iterations_done == 0:
             self.exhibits.grid(0)
         total = self.config.train.iterations
-        while (self.state.unfinished is not None or self.trainer.iterations_done < total) and not stop.signal:
+        while (self.state.unfinished is not None or self.trainer.iterations_done < total) and not self._asked_to_stop(stop):
             record, trips = self._one_iteration()
             for logger in loggers:
                 logger.log({k: v for k, v in record.items() if isinstance(v, float | int)}, record["iteration"])
@@ -171,15 +179,23 @@ class Fit:
             self.telling.event("signal", f"stopped by {stop.signal.name}; last checkpoint: {self.state.save_last() or 'none'}")
         return Outcome(stop.exit_code)
 
+    def _asked_to_stop(self, stop: StopRequest) -> bool:
+        """Whether a signal reached any rank."""
+        if number := self.trainer.ranks.most(stop.signal or 0, "the start of an iteration"):
+            stop.signal = stop.signal or signal.Signals(number)
+        return bool(number)
+
     def _leave(self, error: PartHung, stop: StopRequest) -> Outcome:
-        """A part hangs: save the state after the last finished iteration; the part's thread stays behind.
+        """A part hangs: save the state after the last finished iteration; the part's thread stays behind. Of several ranks the
+        others are elsewhere, so nothing is saved.
 
         Raises:
             RunError: nobody asked to stop.
         """
-        saved = self.state.save_last() if self.trainer.rewind() else self.run.latest_checkpoint()
+        alone = self.trainer.ranks.size == 1
+        saved = self.state.save_last() if alone and self.trainer.rewind() else self.run.latest_checkpoint()
         kept = f"last checkpoint: {saved or 'none'}"
-        if not stop.signal:
+        if not stop.signal or not alone:
             raise RunError(f"{error}; then continue with --resume auto ({kept})") from error
         self.telling.event("signal", f"stopped by {stop.signal.name}: {error}; {kept}")
         return Outcome(stop.exit_code)
@@ -202,8 +218,9 @@ class Fit:
         self._record_kernels()
         done = self.trainer.iterations_done
         numbers, picked = read_metrics(metrics)
-        record: dict[str, Any] = {"iteration": done, **numbers}
-        record |= performance(self.trainer, time.perf_counter() - started)
+        mine = numbers | performance(self.trainer, time.perf_counter() - started)
+        record: dict[str, Any] = {"iteration": done}
+        record |= of_all_ranks(self.trainer.ranks.all_of(mine, "the end of an iteration"))
         if self.category is not None:
             record["selection/categories"] = dict(Counter(map(self.category, picked)))
         return record

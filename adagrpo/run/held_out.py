@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..algorithm.sde import Stream
 from ..disk.files import read_json
+from ..engine.share import Share
 from ..errors import RunError
 from ..evaluate.held_out import PairedGain, decode, evaluate, paired_gain, sample_latents
 from ..models.base import guided
@@ -62,7 +63,8 @@ class HeldOut:
         with self.trainer.optimizer.averaged_weights(), guided(self.trainer.model, self.guidance):
             for attempt in self.trainer.attempts():
                 with attempt:
-                    scores = evaluate(self.trainer.executor, self.trainer.score, prompts, noises, stream)
+                    share = Share.spread(self.trainer.ranks, len(prompts) * noises)
+                    scores = evaluate(self.trainer.executor, self.trainer.score, prompts, noises, stream, share)
         self.trainer.phase.read()
         return scores
 
@@ -117,7 +119,7 @@ class HeldOut:
         shape = (len(self.final_prompts), self.final_noises)
         if self.trainer.iterations_done == 0:
             self.baseline = self.scores(self.final_prompts, shape[1], Stream.FINAL_EVALUATION)[self.first].double().cpu()
-        copied = read_baseline(self.run.path / BASELINE, shape)
+        copied = self.trainer.ranks.told(lambda: read_baseline(self.run.path / BASELINE, shape), BASELINE)
         if self.baseline is None and copied is not None:
             self.baseline = copied  # a run of a former version
         if self.baseline is None or self.baseline.shape != shape:
@@ -141,18 +143,20 @@ class HeldOut:
     def draw_grid(self, count: int) -> tuple[Tensor, Sequence[str], list[float]]:
         """Pictures [count, 3, H, W] of the first prompts with fixed noise, these prompts, and their rewards."""
         trainer, prompts = self.trainer, self.prompts[:count]
+        share = Share.spread(trainer.ranks, len(prompts))
         with trainer.optimizer.averaged_weights(), guided(trainer.model, self.guidance):
             for attempt in trainer.attempts():
                 with attempt:
-                    latents, rewards = self._samples(prompts)
-            images = decode(trainer.executor, latents)
+                    latents, rewards = self._samples(prompts, share)
+            images = share.gather(decode(trainer.executor, latents))
         trainer.phase.read()
         return images, prompts, rewards.tolist()
 
-    def _samples(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        latents = sample_latents(self.trainer.executor, prompts, 1, Stream.SAMPLE)
-        everyone = torch.arange(len(prompts), device=latents.device)
-        return latents, self.trainer.score(latents, PromptRows(prompts, everyone))[self.first]
+    def _samples(self, prompts: Sequence[str], share: Share) -> tuple[Tensor, Tensor]:
+        """Latents of this rank's prompts, and the rewards of all."""
+        latents = sample_latents(self.trainer.executor, prompts, 1, Stream.SAMPLE, share)
+        scores = self.trainer.score(latents, PromptRows(prompts, share.rows(1, latents.device)))
+        return latents, share.gather(scores, 1)[self.first]
 
 
 def read_baseline(file: Path, shape: tuple[int, int]) -> Tensor | None:

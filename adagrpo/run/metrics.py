@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +38,18 @@ def performance(trainer: Trainer, seconds: float) -> dict[str, float]:
             record["mem/graph_bytes"] = trainer.executor.graphs.pool_bytes
         record["mem/peak_bytes"] = torch.cuda.max_memory_allocated(trainer.model.device)
     return record
+
+
+def of_all_ranks(records: Sequence[dict[str, float]]) -> dict[str, float]:
+    """One record from those of all ranks: the first one's, with the work and the failures of all, and the most memory."""
+    found = dict(records[0])
+    for record in records[1:]:
+        for name, value in record.items():
+            if (name.startswith("perf/") and name.endswith("_evaluations")) or "/failed_" in name:
+                found[name] = found.get(name, 0.0) + value
+            elif name.startswith("mem/"):
+                found[name] = max(found[name], value)
+    return found
 
 
 def reward_words(record: Mapping[str, Any]) -> str:

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 
 from ..disk.lock import OwnerLock, holding, is_claimed, require_free
+from ..engine.ranks import Ranks
 from ..errors import InputError
 from ..recipe.keys import Config
 from .changes import NO_CHANGES
 from .folder import EARLIER, RunFolder
+from .onlooker import Onlooker
 
 
 @contextlib.contextmanager
@@ -42,6 +44,27 @@ def opened(
     _check_place(out, resume)
     with holding(OwnerLock(out, "train", f"--out {out}", take_over=take_over)) as lock:
         yield _entered(config, out, resume, lock)
+
+
+@contextlib.contextmanager
+def opened_together(
+    ranks: Ranks, config: Config, out: Path | None, resume: str | None, take_over: bool = False
+) -> Iterator[tuple[RunFolder, Path | None]]:
+    """The folder that the first rank has ``opened``; the others read it, and write nothing into it.
+
+    Raises:
+        InputError: see ``opened``.
+    """
+    with contextlib.ExitStack() as opening:
+        own: list[RunFolder] = []
+
+        def enter() -> tuple[Path, bool, Path | None]:
+            run, checkpoint = opening.enter_context(opened(config, out, resume, take_over))
+            own.append(run)
+            return run.path, run.continued, checkpoint and checkpoint.absolute()
+
+        path, continued, checkpoint = ranks.told(enter, "the opening of the run folder")
+        yield own[0] if own else Onlooker(path, continued), checkpoint
 
 
 def _entered(config: Config, out: Path, resume: str | None, lock: OwnerLock) -> tuple[RunFolder, Path | None]:

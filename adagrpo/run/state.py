@@ -54,11 +54,17 @@ class RunState:
         self.held_out_now: float | None = None
 
     def save(self, held_out: float | None = None) -> Path:
-        """Write a checkpoint; its portable part holds the weight EMA where one is kept.
+        """Write a checkpoint, by the first rank; its portable part holds the weight EMA where one is kept.
 
         Raises:
             RunError: it cannot be written; earlier checkpoints are intact.
         """
+        path = self.trainer.ranks.told(lambda: self._save(held_out), "a checkpoint")
+        self.saved = True
+        return path
+
+    def _save(self, held_out: float | None) -> Path:
+        """See ``save``."""
 
         def portable(folder: Path) -> None:
             with self.trainer.optimizer.averaged_weights():
@@ -83,7 +89,7 @@ class RunState:
         done = self.trainer.iterations_done
         try:
             records, run = self.run.records(), self.run.identity()
-            path = save_checkpoint(self.run.checkpoints, done, state, portable, retention, held_out, records, run)
+            return save_checkpoint(self.run.checkpoints, done, state, portable, retention, held_out, records, run)
         except WriteError as error:
             kept = self.run.latest_checkpoint()
             raise RunError(
@@ -91,8 +97,6 @@ class RunState:
                 f"{error.remedy} or lower output.keep_last, then continue with --resume auto "
                 f"(last complete checkpoint: {kept or 'none'})"
             ) from error
-        self.saved = True
-        return path
 
     def save_last(self) -> Path | None:
         """Save the last finished iteration if it may be and is not yet; the last complete checkpoint.
@@ -100,7 +104,9 @@ class RunState:
         Raises:
             RunError: it cannot be written.
         """
-        return self.save(self.held_out_now) if self.sound and not self.saved else self.run.latest_checkpoint()
+        if self.sound and not self.saved:
+            return self.save(self.held_out_now)
+        return self.trainer.ranks.told(self.run.latest_checkpoint, "the last checkpoint")
 
     def resume(self, checkpoint: Path, verified: bool = False) -> None:
         """Continue from ``checkpoint``: later lines of ``metrics.jsonl`` are dropped, later checkpoints renamed.
@@ -112,8 +118,9 @@ class RunState:
             InputError: the checkpoint is damaged, or of another model, run or recipe.
             WriteError: the records of the run cannot be brought back to where they were.
         """
+        ranks = self.trainer.ranks
         if not verified:
-            self.run.require_own(checkpoint)
+            ranks.told(lambda: self.run.require_own(checkpoint), "a checkpoint to resume")
         self.origin.check(checkpoint)
         try:
             self._restore(checkpoint)
@@ -121,7 +128,7 @@ class RunState:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"{checkpoint}: a checkpoint of another model or recipe ({error})") from error
-        self._restore_records(checkpoint)
+        ranks.told(lambda: self._restore_records(checkpoint), "the records of the run")
 
     def roll_back(self, iteration: int) -> str:
         """Restore the last checkpoint before ``iteration``, but go on with prompts and noise not used yet.
@@ -129,11 +136,8 @@ class RunState:
         Returns:
             Why it is not possible; empty where it was done.
         """
-        try:
-            # Not that of a judged iteration itself, which is saved where a part hung before it was judged.
-            checkpoint, reason = self.run.sound_checkpoint(before=iteration), "no checkpoint yet"
-        except InputError as error:
-            checkpoint, reason = None, str(error)
+        ranks = self.trainer.ranks
+        checkpoint, reason = ranks.told(lambda: self._checkpoint_before(iteration), "a checkpoint to roll back to")
         if self.rollbacks >= self.config.guards.max_rollbacks:
             checkpoint, reason = None, f"{self.rollbacks} rollbacks already"
         if checkpoint is None:
@@ -141,10 +145,18 @@ class RunState:
         draws, position, rollbacks = self.trainer.draws, self.trainer.stream.position, self.rollbacks + 1
         limit = self.trainer.executor.limit.state
         self._restore(checkpoint)
-        self._restore_records(checkpoint)
+        ranks.told(lambda: self._restore_records(checkpoint), "the records of the run")
         self.trainer.draws, self.trainer.stream.position, self.rollbacks = draws, position, rollbacks
         self.trainer.executor.limit.state = limit  # memory is what it is, whatever the weights
         return ""
+
+    def _checkpoint_before(self, iteration: int) -> tuple[Path | None, str]:
+        """The last sound one before ``iteration``, not that of a judged iteration itself, which is saved where a part hung
+        before it was judged; and why there is none."""
+        try:
+            return self.run.sound_checkpoint(before=iteration), "no checkpoint yet"
+        except InputError as error:
+            return None, str(error)
 
     def _restore(self, checkpoint: Path) -> None:
         """Trainer, guards and counters from a verified checkpoint."""

@@ -199,9 +199,9 @@ def same(one: Any, other: Any) -> bool:
 @pytest.mark.parametrize(
     ("train", "message"),
     [
-        ({"slots": 1}, "train.slots = 1: the 1 prompts .* 2 ranks; .*--train.slots 2,"),
-        ({"slots": 3, "accumulation": 2}, "the 6 prompts .*--train.slots 4,"),
-        ({"slots": 2, "update_by": "slots", "steps_per_iteration": 2}, "in each of its 2 optimizer steps; .*--train.slots 4,"),
+        ({"slots": 1}, "train.slots = 1: cannot be dealt to 2 ranks, .*; .*--train.slots 2,"),
+        ({"slots": 3, "accumulation": 2}, "train.slots = 3: .*--train.slots 4,"),
+        ({"slots": 2, "update_by": "slots", "steps_per_iteration": 2}, "in each of the 2 optimizer steps; .*--train.slots 4,"),
     ],
 )
 def test_slots_that_cannot_be_dealt_are_refused_with_the_call_that_works(train: dict[str, Any], message: str) -> None:

@@ -27,6 +27,8 @@ class TrainConfig:
     part_timeout: float = 600.0
     """Seconds that a selection, advantage or prompt source named by import path may take, per call; 0 waits for ever, and calls
     it in the trainer's own thread. A part that takes longer ends the run, after saving it."""
+    ranks_timeout: float = 600.0
+    """Seconds that a rank waits for the others, where torchrun started several, before it ends with an error."""
 
 
 @dataclass(frozen=True)
