@@ -56,8 +56,12 @@ def dealt_slots(config: Config, ranks: Ranks) -> Share:
     """The slots of an iteration, dealt so that every rank has equally many in every micro-batch of every optimizer step.
 
     Raises:
-        InputError: they cannot be; the message says how they can.
+        InputError: they cannot be, and the message says how they can; or the recipe's loss is not a sum over ranks.
     """
+    if ranks.size > 1 and config.loss.ratio == "guard_batch":
+        raise InputError(
+            f"loss.ratio = guard_batch: pools over a micro-batch, which {ranks.size} ranks have no whole of; use guard"
+        )
     train, total = config.train, Derived(config).slots
     parts = train.steps_per_iteration if train.update_by == "slots" else 1
     fits = lambda slots: slots % ranks.size == 0 and slots * train.accumulation % (parts * ranks.size) == 0  # noqa: E731

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-LIMIT = 60.0
+LIMIT = 240.0
 
 
 class Pool:
@@ -20,7 +20,7 @@ class Pool:
         timeout: seconds that ranks wait for each other.
     """
 
-    def __init__(self, size: int, timeout: float = 20.0) -> None:
+    def __init__(self, size: int, timeout: float = 120.0) -> None:
         self.size, self.timeout = size, timeout
         self.workers: list[tuple[Any, Connection]] = []
 

@@ -77,12 +77,18 @@ CASES = {
     "fork": case(),
     "trajectory": case(rollout={"plan": "trajectory", "shared_noise": True}),
     "window": case(rollout={"plan": "window", "window_size": 2, "window_every": 1}),
+    "steps of samples": case(
+        rollout={"plan": "trajectory", "sde_steps": (0, 1, 2, 3), "trained_share": 0.5, "trained_of": "sample"}
+    ),
+    "guard": case(rollout={"plan": "trajectory"}, loss={"ratio": "guard", "clip_range": 1e-3}),
     "own steps": case(rollout={"plan": "trajectory", "step_per_prompt": True}),
     "seeds and tails": case(rollout={"seeds": 2, "granularities": (1, 2)}),
     "released": case(rollout={"fork_velocity": "probe"}, loss={"old_logp": "detached"}, train={"steps_per_iteration": 2}),
     "short": case(selection={"probe": "short", "probe_steps": 2}),
     "racing": case(selection={"probe": "racing", "race_steps": (2, 4)}),
     "memory": case(selection=MEMORY),
+    "bots": case(selection={"probe": "bots"}),
+    "greso, unread level": case(selection={"probe": "greso"}, advantage={"weight": 0.0}),
     "finalists": case(selection={"probe": "memory", "finalists": 2}),
     "pool": case(selection={"probe": "pool"}),
     "pool of velocities": case(selection={"probe": "pool"}, rollout={"fork_velocity": "probe"}, loss={"old_logp": "detached"}),
@@ -194,6 +200,11 @@ def same(one: Any, other: Any) -> bool:
     if isinstance(one, list | tuple):
         return len(one) == len(other) and all(map(same, one, other))
     return bool(one == other)
+
+
+def test_a_ratio_of_the_micro_batch_is_refused() -> None:
+    with pytest.raises(InputError, match=r"loss\.ratio = guard_batch: .* use guard"):
+        trainer(case(rollout={"plan": "trajectory"}, loss={"ratio": "guard_batch"}), Ranks(1, 2))
 
 
 @pytest.mark.parametrize(
