@@ -87,8 +87,6 @@ CASES = {
     "short": case(selection={"probe": "short", "probe_steps": 2}),
     "racing": case(selection={"probe": "racing", "race_steps": (2, 4)}),
     "memory": case(selection=MEMORY),
-    "bots": case(selection={"probe": "bots"}),
-    "greso, unread level": case(selection={"probe": "greso"}, advantage={"weight": 0.0}),
     "finalists": case(selection={"probe": "memory", "finalists": 2}),
     "pool": case(selection={"probe": "pool"}),
     "pool of velocities": case(selection={"probe": "pool"}, rollout={"fork_velocity": "probe"}, loss={"old_logp": "detached"}),
