@@ -289,7 +289,7 @@ def assemble(
         build_course(config, ranks),
         executor,
         score,
-        Curriculum(build_judge(config, own.select), prober),
+        Curriculum(build_judge(config, own.select), prober, config.selection.capability == "per_slot"),
         build_sampler(config, ranks),
         build_fusion(config, weights, executor.impl, own.fuse),
         build_objective(config),

@@ -37,7 +37,7 @@ class CapabilityState:
     """EMA of the policy's rewards.
 
     Attributes:
-        mean, var: float64, 0-dim, or [M] for M rewards.
+        mean, var: float64, 0-dim, or [M] for M rewards, or [P, M] for P slots with a level each.
         count: int64, iterations folded in so far; 0 means empty.
     """
 
@@ -46,9 +46,9 @@ class CapabilityState:
     count: Tensor = dataclasses.field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
 
     @classmethod
-    def for_rewards(cls, number: int, device: torch.device | str = "cpu") -> CapabilityState:
-        """An empty state of shape [number]."""
-        zero = torch.zeros(number, dtype=torch.float64, device=device)
+    def for_rewards(cls, number: int, device: torch.device | str = "cpu", slots: int = 0) -> CapabilityState:
+        """An empty state of shape [number], or [slots, number]."""
+        zero = torch.zeros(*[slots] * bool(slots), number, dtype=torch.float64, device=device)
         return cls(zero, zero.clone(), zero.long())
 
     @property
@@ -57,8 +57,18 @@ class CapabilityState:
         return self.var.clamp_min(1e-8).sqrt()
 
     def __getitem__(self, index: int) -> CapabilityState:
-        """The state of one reward, 0-dim."""
+        """The state of one reward, 0-dim, or of one slot, [M]."""
         return CapabilityState(self.mean[index], self.var[index], self.count[index])
+
+    @classmethod
+    def of_slots(cls, levels: Sequence[CapabilityState]) -> CapabilityState:
+        """States [M] of P slots as one, [P, M]."""
+        return cls(*(torch.stack([getattr(level, name) for level in levels]) for name in ("mean", "var", "count")))
+
+    @property
+    def slots(self) -> int:
+        """P; 0 where all slots share one level."""
+        return len(self.mean) if self.mean.ndim == 2 else 0
 
     def to(self, device: torch.device | str) -> CapabilityState:
         """The same state on another device."""

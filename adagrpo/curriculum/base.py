@@ -143,7 +143,8 @@ def selection_metrics(scores: Tensor | None, picks: Tensor, knowledge: Knowledge
     level, evidence = knowledge.level, knowledge.evidence
     if scores is None and (evidence is None or not len(evidence.recent)):
         return {}
-    metrics = {"selection/ema_mean": level.mean[0], "selection/ema_std": level.std[0]}
+    mean, std = level.mean[..., 0], level.std[..., 0]  # where each slot has its own: their means
+    metrics = {"selection/ema_mean": mean.mean(), "selection/ema_std": std.mean()}
     if evidence is not None:
         return metrics | {"selection/probe_mean": evidence.recent[-1, 0].nanmean(), "selection/status": knowledge.status}
     assert scores is not None
@@ -151,5 +152,5 @@ def selection_metrics(scores: Tensor | None, picks: Tensor, knowledge: Knowledge
     return metrics | {
         "selection/probe_mean": scores[0].nanmean(),
         "selection/status": knowledge.status,
-        "selection/distance": (picked - level.mean[0]).abs().nanmean(),
+        "selection/distance": (picked - mean).abs().nanmean(),
     }

@@ -31,10 +31,15 @@ class Judge(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Curriculum:
-    """A judge with what it samples and scores by: ``(candidates, knowledge) -> Choice``."""
+    """A judge with what it samples and scores by: ``(candidates, knowledge) -> Choice``.
+
+    Attributes:
+        per_slot: every slot has a level of its own, instead of one for all.
+    """
 
     judge: Judge
     prober: Prober
+    per_slot: bool = False
 
     def __call__(self, candidates: Candidates, knowledge: Knowledge) -> Choice:
         """One draw: probe and select."""
@@ -44,5 +49,5 @@ class Curriculum:
         """Before the first draw, of ``prompts`` training prompts."""
         rewards, device = len(self.prober.weights), self.prober.weights.device
         evidence = self.judge.evidence(rewards, slots, prompts, device)
-        level = CapabilityState.for_rewards(rewards, device)
+        level = CapabilityState.for_rewards(rewards, device, slots * self.per_slot)
         return Knowledge(level, evidence, torch.zeros((), dtype=torch.int64, device=device))

@@ -109,9 +109,18 @@ class Prober:
         return philox_uniform(*self.word(slots * per_slot, draw, step)).reshape(slots, per_slot)
 
     def folded(self, level: CapabilityState, scores: Tensor, strategy: str = "closest", draw: Draw | None = None) -> Selection:
-        """Scores [M, P, B] of all ranks folded into an EMA, and the picks by it."""
+        """Scores [M, P, B] of all ranks folded into an EMA, or each slot's into its own, and the picks by it."""
         weights = self.weights if len(self.weights) > 1 else None
-        return capability_step(level, scores, self.alpha, strategy, weights, draw, self.executor.impl)
+        fold = functools.partial(
+            capability_step, alpha=self.alpha, strategy=strategy, reward_weights=weights, impl=self.executor.impl
+        )
+        if not level.slots:
+            return fold(level, scores, draw=draw)
+        words = [None if draw is None else draw._replace(rows=draw.rows[p : p + 1]) for p in range(level.slots)]
+        found = [fold(level[p], scores[:, p : p + 1], draw=word) for p, word in enumerate(words)]
+        picks, distance = (torch.cat([getattr(one, name) for one in found]) for name in ("picks", "distance"))
+        status = torch.stack([one.status for one in found]).amax()
+        return Selection(CapabilityState.of_slots([one.state for one in found]), picks, distance, status)
 
     def choice(
         self, field: Field, picks: Tensor, judged: Tensor | None, uniform: Tensor, candidates: Candidates, knowledge: Knowledge

@@ -58,14 +58,9 @@ class Fusion:
             draws: made so far; the control shuffles by them.
         """
         if self.tails > 1:
-            level = CapabilityState(*(t.repeat_interleave(self.tails) for t in (level.mean, level.var, level.count)))
+            level = CapabilityState(*(t.repeat_interleave(self.tails, -1) for t in (level.mean, level.var, level.count)))
         apart, rewards = rewards, self._pooled(rewards)
-        if self.function is not None:
-            advantage = self.function(rewards, level, self.weights)
-            found = [advantage_statistics(r, advantage, level[m]) | reward_statistics(r) for m, r in enumerate(rewards)]
-        else:
-            options = (self.clip, self.weight, self.calibration, self.impl, self.scale)
-            advantage, found = reward_advantage(rewards, level, self.weights, *options)
+        advantage, found = self._of_slots(rewards, level) if level.slots else self._fused(rewards, level)
         advantage, rewards = self._pooled(advantage, undo=True), apart
         statistics = self._named(found)
         if len(self.names) > 1:  # what the guards watch: a sample fails with any of its rewards
@@ -76,6 +71,21 @@ class Fusion:
             order = torch.rand(advantage.shape, generator=generator).argsort(-1).to(advantage.device)
             advantage = advantage.gather(-1, order)
         return advantage, statistics
+
+    def _fused(self, rewards: Tensor, level: CapabilityState) -> tuple[Tensor, list[dict[str, Tensor]]]:
+        """Advantages of rewards against one level, and what is told of each reward."""
+        if self.function is None:
+            options = (self.clip, self.weight, self.calibration, self.impl, self.scale)
+            return reward_advantage(rewards, level, self.weights, *options)
+        advantage = self.function(rewards, level, self.weights)
+        return advantage, [advantage_statistics(r, advantage, level[m]) | reward_statistics(r) for m, r in enumerate(rewards)]
+
+    def _of_slots(self, rewards: Tensor, levels: CapabilityState) -> tuple[Tensor, list[dict[str, Tensor]]]:
+        """Each slot's groups against its own level; what is told is the mean over slots."""
+        parts = [self._fused(part, levels[p]) for p, part in enumerate(rewards.chunk(levels.slots, 1))]
+        of_reward = zip(*(found for _, found in parts), strict=True)
+        told = [{name: torch.stack([one[name] for one in ones]).nanmean() for name in ones[0]} for ones in of_reward]
+        return torch.cat([advantage for advantage, _ in parts]), told
 
     def _pooled(self, values: Tensor, undo: bool = False) -> Tensor:
         """Groups [..., P*seeds*steps, G] put together over seeds, [..., P*steps, seeds*G], or the reverse."""

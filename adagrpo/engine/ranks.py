@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import InputError, RunError
+from ..parts.threads import threads_per_rank
 from .collectives import log_into
 
 T = TypeVar("T")
@@ -221,6 +222,8 @@ def joined(device: torch.device, timeout: float = 600.0) -> Iterator[Ranks]:
     if size == 1:
         yield Ranks()
         return
+    if threads := threads_per_rank():
+        torch.set_num_threads(threads)
     wait, backend = datetime.timedelta(seconds=timeout), "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
         dist.init_process_group(backend, timeout=wait, device_id=device if device.type == "cuda" else None)

@@ -232,6 +232,8 @@ def _check_training(c: Config) -> Iterator[Problem]:
 
 def _check_probe(c: Config) -> Iterator[Problem]:
     s, steps = c.selection, c.rollout.steps
+    if s.capability == "per_slot":
+        yield from _check_own_levels(c)
     if s.probe == "full":
         return
     if s.candidates == 1 or s.strategy == "random":
@@ -258,6 +260,20 @@ def _check_probe(c: Config) -> Iterator[Problem]:
         yield Problem("rollout.fork_velocity", "probe", f"with selection.probe = {s.probe} it must be fresh")
     if c.advantage.equal_groups == "refill":
         yield Problem("advantage.equal_groups", "refill", "needs selection.probe = full")
+
+
+def _check_own_levels(c: Config) -> Iterator[Problem]:
+    """Levels of single slots need scores of their own candidates in every draw."""
+    s, key = c.selection, "selection.capability"
+    if not Derived(c).scores_needed:
+        yield Problem(key, s.capability, "has no effect here: nothing reads the capability EMA", unread=key)
+    elif s.probe != "full":
+        yield Problem(key, s.capability, f"needs selection.probe = full, not {s.probe}")
+    if is_import_path(s.strategy) or is_import_path(c.advantage.function):
+        yield Problem(key, s.capability, "needs a built-in selection.strategy and advantage.function, which take one level")
+    for k, value in (("advantage.equal_groups", "refill"), ("advantage.std", "global")):
+        if lookup(c, k) == value:
+            yield Problem(k, value, "is of all slots together: not with selection.capability = per_slot")
 
 
 def _check_plugins(c: Config) -> Iterator[Problem]:

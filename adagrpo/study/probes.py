@@ -125,8 +125,8 @@ def drawn(config: Config, model: FlowModel, draws: int) -> list[Drawn]:
                 torch.tensor(numbers).reshape(share.total, -1),
                 picked.picks.cpu(),
                 judged,
-                float(level.mean[0]),
-                float(level.std[0]),
+                float(level.mean[..., 0].mean()),
+                float(level.std[..., 0].mean()),
             )
         )
         one.phase.read()

@@ -97,6 +97,7 @@ CASES = {
     "greso": case(selection={"probe": "greso"}, advantage={"weight": 0.0}),
     "procurl": case(selection={"probe": "procurl"}, advantage={"weight": 0.0}, rollout={"plan": "trajectory"}),
     "dps": case(selection={"probe": "dps"}, rollout={"plan": "trajectory"}),
+    "own levels": case(selection={"capability": "per_slot"}),
     "random": case(selection={"strategy": "random"}, train={"shuffle_advantages": True}),
     "one candidate": case(selection={"candidates": 1}, advantage={"weight": 0.0}),
     "refill": case(advantage={"equal_groups": "refill"}),

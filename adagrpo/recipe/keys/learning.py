@@ -31,6 +31,9 @@ class SelectionConfig:
     """Arguments of a strategy named by import path."""
     alpha: float = 0.8
     """Memory of the capability EMA."""
+    capability: Literal["shared", "per_slot"] = "shared"
+    """Whose EMA: one for all slots, or each slot its own, over the scores of its own candidates, which its picks and advantages
+    go by (the released code: one process per slot, each with its own EMA; probe full)."""
     probe: Probe = "full"
     """How candidates are judged. full: each is sampled to the end and scored (the paper). short: each by an ODE of
     `probe_steps`, against an EMA of such scores. racing: previews of the image at `race_steps` halve the field, and who is left
