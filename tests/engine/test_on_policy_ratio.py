@@ -37,11 +37,12 @@ def test_ratio_is_one(scheme: str, plan: str, storage: str, max_rows: int, row_n
     assert deviation(recipe(scheme, plan, storage, max_rows), row_noise) <= 1e-6
 
 
+@pytest.mark.parametrize("ratio", ["guard", "guard_batch"])
 @pytest.mark.parametrize(("plan", "old_logp"), [("fork", "rollout"), ("fork", "detached"), ("trajectory", "recompute")])
-def test_guarded_ratio_is_one(plan: str, old_logp: str) -> None:
+def test_guarded_ratio_is_one(plan: str, old_logp: str, ratio: str) -> None:
     """The stored means are of the same velocities as the stored log-probabilities: recomputed with them."""
     config = recipe("flow", plan, "bf16")
-    guarded = dataclasses.replace(config, loss=dataclasses.replace(config.loss, old_logp=old_logp, ratio="guard"))
+    guarded = dataclasses.replace(config, loss=dataclasses.replace(config.loss, old_logp=old_logp, ratio=ratio))
     assert deviation(guarded, row_noise=1e-3) <= 1e-6
 
 
