@@ -54,11 +54,13 @@ from .recipe.rules import check, repeats_notice
 from .report.page import write_report
 from .rewards import Reward, build_reward, check_reward_files
 from .rewards.fetching import wanted_files
+from .run.alike import require_alike, require_one_folder
 from .run.checkpoint import INDEX, verify
 from .run.fit import Fit
 from .run.folder import RunFolder
 from .run.grid import to_pil
 from .run.loggers import check_loggers
+from .run.machine import code_versions
 from .run.opening import begin, check_opening, opened_together
 from .run.origin import Origin, recipe_file
 from .text.user_text import require_within, shown
@@ -110,6 +112,8 @@ def _train(config: Config, run: RunFolder, checkpoint: Path | None, ranks: Ranks
     if ranks.writes:
         tqdm.write(f"{config.name}: {config.train.iterations} iterations on {where}, run folder {run.path}")
     fit = Fit(config, trainer, run, held_out, memory_plan=memory_plans[0])
+    require_one_folder(ranks, run.path)
+    require_alike(ranks, {"code": code_versions(), "recipe": to_toml(config), "prompts": began, "model": fit.state.origin.base})
     if checkpoint is not None:
         fit.resume(checkpoint, verified=True)
     else:

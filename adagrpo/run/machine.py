@@ -16,20 +16,26 @@ PACKAGES = ("adagrpo", "torch", "triton", "diffusers", "transformers", "peft", "
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
     """Versions, device and commit, for the manifest."""
-    versions: dict[str, str | None] = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
+    versions, commit = code_versions()
     described: dict[str, Any] = {"versions": versions, "python": platform.python_version()}
-    described |= {"device": str(device), "commit": _commit()}
+    described |= {"device": str(device), "commit": commit}
     if device.type == "cuda":
         described["gpu"] = torch.cuda.get_device_name(device)
         described["cuda"] = torch.version.cuda
     else:
         described["threads"] = torch.get_num_threads()
     return described
+
+
+def code_versions() -> tuple[dict[str, str | None], str | None]:
+    """Versions of the packages that compute (None: not installed), and the commit of this one's checkout."""
+    versions: dict[str, str | None] = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions, _commit()
 
 
 def _commit() -> str | None:
