@@ -39,7 +39,7 @@ from .estimate.roofline import H100
 from .evaluate.fidelity import Fidelity, changed_levers, compare
 from .evaluate.held_out import sample_images
 from .evaluate.reward_fidelity import RewardFidelity, compare_rewards, rounded_rewards
-from .forecast import dealt, iteration_prediction, planned_collectives, planned_evaluations, planned_memory
+from .forecast import iteration_prediction, planned_collectives, planned_evaluations, planned_memory
 from .forward.backends import resolve_forward
 from .models.base import FlowModel
 from .prompts.checks import prompt_problem
@@ -216,7 +216,8 @@ def _several(config: Config, model: FlowModel, memory: MemoryPlan, fabric: Fabri
     phases = ", ".join(f"{phase} {n}" for phase, n in evaluations.items())
     lines.append(f"\nevaluations of an iteration: {phases} on each rank, {ranks} x {each} = {ranks * each} in all")
     if e.every:
-        lines.append(f"held-out evaluations: {dealt(config, ranks).evaluation.prompts} of {e.prompts} prompts on each rank")
+        pictures = e.prompts * e.noises
+        lines.append(f"held-out evaluations: {-(-pictures // ranks)} of {pictures} pictures on each rank")
     return "\n".join(lines)
 
 

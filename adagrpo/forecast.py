@@ -28,22 +28,23 @@ from .rewards import BUILT_IN
 
 
 def dealt(config: Config, ranks: int) -> Config:
-    """The recipe of one process that does as much as each of ``ranks`` ranks does of this one: slots and pictures are dealt.
+    """The recipe of one process that trains as much as each of ``ranks`` ranks does of this one.
 
     Raises:
         InputError: the slots cannot be dealt.
     """
-    if ranks == 1:
-        return config
-    train, e, o = config.train, config.evaluation, config.output
     dealt_slots(config, Ranks(size=ranks))
-    share = lambda pictures: -(-pictures // ranks)  # noqa: E731
-    return dataclasses.replace(
-        config,
-        train=dataclasses.replace(train, slots=train.slots // ranks),
-        evaluation=dataclasses.replace(e, prompts=share(e.prompts), final_prompts=share(e.final_prompts)),
-        output=dataclasses.replace(o, grid_prompts=share(o.grid_prompts)),
-    )
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, slots=config.train.slots // ranks))
+
+
+def evaluated(config: Config, ranks: int = 1, known: int | None = None) -> tuple[int, int]:
+    """Pictures that each of ``ranks`` ranks draws in the largest evaluation, and their prompts, of ``known`` ones."""
+    e, o = config.evaluation, config.output
+    most = lambda prompts: prompts if known is None else min(prompts, known)  # noqa: E731
+    each, final, grid = (most(prompts) for prompts in (e.prompts, e.final_prompts, o.grid_prompts))
+    pictures = max(each * e.noises * bool(e.every), final * e.final_noises, grid * bool(o.grid_every))
+    rows = -(-pictures // ranks)
+    return rows, min(max(each, final, grid), rows)
 
 
 def planned_calls(config: Config, iteration: int | None = None, ranks: int = 1) -> dict[str, list[int]]:
@@ -105,8 +106,7 @@ def planned_memory(
     config = dealt(config, ranks)
     e, o, d, limit = config.evaluation, config.output, Derived(config), config.engine.max_rows
     known = held_out if held_out is not None else max(e.prompts, e.final_prompts, o.grid_prompts)
-    each, final, grid = (min(count, known) for count in (e.prompts, e.final_prompts, o.grid_prompts))
-    rows = max(each * e.noises * bool(e.every), final * e.final_noises, grid * bool(o.grid_every))
+    rows, shown = evaluated(config, ranks, held_out)
     calls = planned_calls(config)
     calls["evaluation"] = chunk_sizes(rows, limit)[:1]
     calls["decode"] += decoded(calls["evaluation"], limit, config.engine.decode_rows)
@@ -119,7 +119,7 @@ def planned_memory(
         calls,
         stored=stored_latents(config, model).bytes,
         batch_prompts=d.candidates + d.slots,
-        evaluation_prompts=max(each, final, grid) if rows else 0,
+        evaluation_prompts=shown,
         cached_prompts=min(capacity, capacity if prompts is None else prompts + known),
         averages=config.optimizer.ema_decay > 0,
         kl=d.initial_model_read,

@@ -16,7 +16,7 @@ from adagrpo.errors import InputError
 from adagrpo.estimate.memory import MemoryPlan
 from adagrpo.estimate.nodes import Collective, Fabric, Figure, host_table
 from adagrpo.estimate.rehearsal import rehearse
-from adagrpo.forecast import planned_collectives, planned_evaluations, planned_memory
+from adagrpo.forecast import evaluated, planned_collectives, planned_evaluations, planned_memory
 from adagrpo.recipe.keys import Config, RewardConfig
 from adagrpo.recipe.load import load_recipe, recipe_names
 
@@ -141,6 +141,14 @@ def test_memory_of_a_rank() -> None:
         assert each[name] == one[name], name  # replicated
 
 
+def test_evaluations_are_dealt_by_pictures() -> None:
+    """9 pictures of 3 prompts over 4 ranks: 3 each, of as many prompts at most; 2 held-out prompts are 6 pictures."""
+    config = toy_config(evaluation={"every": 1, "prompts": 3, "noises": 3, "final_prompts": 0}, output={"grid_every": 0})
+    config = dataclasses.replace(config, output=dataclasses.replace(config.output, grid_prompts=1))
+    assert evaluated(config) == (9, 3) and evaluated(config, 4) == (3, 3) and evaluated(config, 5) == (2, 2)
+    assert evaluated(config, 4, known=2) == (2, 2)
+
+
 def test_mapped_weights_do_not_multiply_and_offloaded_ones_do() -> None:
     page = host_table(read=10 * 2**30, offloaded=2**30, per_node=8)
     assert "10.00 GiB  mapped: once" in page and "8.00 GiB  8 x 1.00 GiB" in page
@@ -154,7 +162,7 @@ def test_plan_command_of_several_ranks(capsys) -> None:
     assert "full fine-tuning is not sharded" in out
     each = sum(planned_evaluations(with_slots(load_recipe("tiny"), 4), ranks=4).values())
     assert f"on each rank, 4 x {each} = {4 * each} in all" in out
-    assert "held-out evaluations: 13 of 50 prompts on each rank" in out
+    assert "held-out evaluations: 13 of 50 pictures on each rank" in out
     assert "collectives of an iteration, 4 ranks, 2 on each of 2 nodes: predicted, not measured" in out
     assert "between nodes, GB/s a node sends: 25 [est: --network]" in out and "450 [pub: NVLink 4" in out
     rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if "all-reduce  " in line or "all-gather  " in line}
