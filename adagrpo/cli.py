@@ -16,7 +16,7 @@ from .bench.command import add_bench
 from .disk.files import remedy_for
 from .errors import InputError, RunError, Stopped
 from .parts.isolation import leave_if_hanging
-from .recipe.load import annotated, read_recipe, recipe_names
+from .recipe.load import annotated, listed_recipes, read_recipe
 from .recipe.ranges import MOST_SEED
 from .run.signals import leaving
 from .serve.command import add_serve
@@ -128,7 +128,7 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
         description="Train a recipe. Every key of it can be set as --section.key VALUE.",
         epilog="`adagrpo train RECIPE --help` lists every key of the recipe with its value.",
     )
-    train.add_argument("recipe", nargs="?", help=f"{', '.join(recipe_names())}, or a TOML file")
+    train.add_argument("recipe", nargs="?", help=f"{listed_recipes()}, or a TOML file")
     train.add_argument("--out", type=written_path, help="run folder (default: runs/<recipe>-<first free number>)")
     train.add_argument("--resume", metavar="latest|auto|CHECKPOINT", help="continue the run in --out")
     train.add_argument(
@@ -176,7 +176,7 @@ def _add_plan(commands: argparse._SubParsersAction) -> None:
         "memory plan and predicted seconds of a recipe, without its model",
         "Print what a recipe will hold in memory and at least take in time. Nothing is downloaded, no GPU is needed.",
     )
-    plan.add_argument("recipe", help=f"{', '.join(recipe_names())}, or a TOML file")
+    plan.add_argument("recipe", help=f"{listed_recipes()}, or a TOML file")
     plan.add_argument("--ranks", type=whole_number, default=1, help="ranks on each node, one per GPU (default: 1)")
     plan.add_argument("--nodes", type=whole_number, default=1, help="default: 1")
     plan.add_argument("--network", type=whole_number, help="GB/s that a node sends to others (default: 50, an assumption)")
@@ -202,7 +202,7 @@ def _add_profile(commands: argparse._SubParsersAction) -> None:
         "where an iteration's time, memory and energy go",
         "Run whole iterations of a recipe, one under the profiler and some undisturbed, and write what they took.",
     )
-    profile.add_argument("recipe", help=f"{', '.join(recipe_names())}, or a TOML file")
+    profile.add_argument("recipe", help=f"{listed_recipes()}, or a TOML file")
     profile.add_argument("--iterations", type=whole_number, default=3, help="timed iterations (default: 3)")
     profile.add_argument("--out", type=written_path, help="folder (default: profiles/<device>/<recipe>)")
     profile.set_defaults(run=_profile)

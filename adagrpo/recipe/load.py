@@ -30,6 +30,13 @@ def recipe_names() -> list[str]:
     return sorted(entry.name.removesuffix(".toml") for entry in _shipped().iterdir() if entry.name.endswith(".toml"))
 
 
+def listed_recipes() -> str:
+    """Those names for a help text: of two that differ by ``-ada`` behind them one, with it in brackets."""
+    names = recipe_names()
+    once = [name for name in names if not (name.endswith("-ada") and name.removesuffix("-ada") in names)]
+    return ", ".join(f"{name}[-ada]" if f"{name}-ada" in names else name for name in once)
+
+
 def load_recipe(recipe: str | Path) -> Config:
     """The keys and values of ``read_recipe``."""
     return read_recipe(recipe).config
