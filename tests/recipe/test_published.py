@@ -29,6 +29,7 @@ class Published:
         keys: values of other keys.
         reference: whether a KL divergence to the initial model is in the loss.
         forks: fork steps, of plan fork. seeds: anchors of each prompt. tails: evaluations of a sample's tails, of all forks.
+        most: evaluations of a trajectory whose tail is shortened, at most; 0 is ``steps``.
     """
 
     prompts: int
@@ -41,6 +42,7 @@ class Published:
     forks: int = 0
     seeds: int = 1
     tails: int = 0
+    most: int = 0
 
     def evaluations(self, candidates: int) -> dict[str, int]:
         """Of an iteration by phase, from the numbers above alone."""
@@ -51,7 +53,7 @@ class Published:
             rollout = {"prefix": learnt, "rollout": anchors + self.prompts * self.seeds * self.group * self.tails}
         else:
             learnt = self.prompts * self.group * self.trained
-            rollout = {"rollout": self.prompts * self.group * self.steps, "recompute": learnt}
+            rollout = {"rollout": self.prompts * self.group * (self.most or self.steps), "recompute": learnt}
         return probe | rollout | {"update": learnt} | ({"reference": learnt} if self.reference else {})
 
 
@@ -79,6 +81,9 @@ PUBLISHED = {
         16, 12, 12, 6, 2, keys(0.3, 1e-4, 3e-4, **SHIFT_3, train__iterations=301, model__lora_rank=128, model__lora_alpha=256.0)
     ),
     "flux1-dev-mix-grpo": Published(32, 12, 25, 4, 4, keys(0.7, 1e-4, 1e-5, **SHIFT_3, rollout__window_every=25)),
+    "flux1-dev-mix-grpo-flash": Published(
+        32, 12, 25, 4, 4, keys(0.7, 1e-4, 1e-5, **SHIFT_3, rollout__window_every=20, rollout__tail_share=0.4), most=19 + 4 + 1
+    ),
     "flux1-dev-g2rpo": Published(
         16, 12, 16, 8, 8, keys(0.7, 1e-4, 2e-6, **SHIFT_3, train__iterations=301), forks=8, tails=EVERY_STEP + EVERY_OTHER
     ),
@@ -140,6 +145,16 @@ def test_evaluations(name: str) -> None:
     check(config)
     published = PUBLISHED[name.removesuffix("-ada")]
     assert planned_evaluations(config) == published.evaluations(config.selection.candidates)
+
+
+@pytest.mark.parametrize("start", range(15))
+def test_tails_of_mix_grpo_flash(start: int) -> None:
+    """Its window of four begins at one of these in 300 iterations; then come as many levels as 0.4 of the rest, the image's too."""
+    config = load_recipe("flux1-dev-mix-grpo-flash")
+    assert config.train.iterations == 300
+    tail = int((25 - (start + 3)) * 0.4) - 1
+    for iteration in (20 * start, 20 * start + 19):
+        assert planned_evaluations(config, iteration)["rollout"] == 32 * 12 * (start + 4 + tail)
 
 
 MODELS: dict[str, FlowModel] = {}
