@@ -32,7 +32,7 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
     gpu.add_argument("--part", choices=("kernels", "forward", "iteration"), help="this part only, at most eight minutes")
     gpu.set_defaults(run=_gpu)
     add_record_options(gpu)
-    readme = bench.add_parser("readme", help="tables and picture of the records")
+    readme = bench.add_parser("readme", help="tables and picture of the records, tables of docs/hosts.md")
     readme.add_argument("--results", type=written_path, default=Path("bench/results"), help="folder of the records")
     readme.add_argument("--check", action="store_true", help="write nothing; exit code 1 when out of date")
     readme.set_defaults(run=_readme)

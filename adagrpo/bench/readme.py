@@ -1,4 +1,4 @@
-"""``adagrpo bench readme``: the tables and the picture of ``bench/README.md``, from the records."""
+"""``adagrpo bench readme``: tables and picture of ``bench/README.md``, from the records, and tables of ``docs/hosts.md``."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ..report.charts import number
 from ..study.seeds import interval
 from ..text.strict_json import from_json
 from ..text.user_text import read_text
+from .hosts import hosts_page
 from .measure import PHASES
 from .picture import Bars, Point, draw, scatter
 from .records import LARGEST, Record, read_record
@@ -57,7 +58,8 @@ EXPLAINED = {
 
 
 def readme_command(results: Path, check: bool) -> int:
-    """Write ``README.md`` and the picture beside ``results``; with ``check`` only tell whether they are up to date.
+    """Write ``README.md`` and the picture beside ``results``, and the tables of hosts; with ``check`` only tell whether they
+    are up to date.
 
     Raises:
         InputError: no such folder, or a broken record in it.
@@ -78,7 +80,7 @@ def readme_command(results: Path, check: bool) -> int:
 
 
 def pages(results: Path) -> dict[Path, str]:
-    """Files beside ``results`` and what they should hold."""
+    """Files beside ``results``, and the page of hosts in the ``docs`` beside their folder, and what they should hold."""
     records, others = read_results(results)
     newest: dict[tuple[str, str], tuple[Path, Record]] = {}
     for path, record in sorted(records, key=lambda found: (found[1].date, found[0])):
@@ -105,6 +107,8 @@ def pages(results: Path) -> dict[Path, str]:
     for _, record in chosen:
         if record.case.split("-")[0] == "probes":
             found[results.parent / _picture(record)] = scatter_of(record)
+    if (page := results.parent.parent / "docs" / "hosts.md").is_file():
+        found[page] = hosts_page(page.read_text("utf-8"), results)
     return found | ({results.parent / PICTURE: draw(bars)} if bars else {})
 
 

@@ -101,7 +101,7 @@ PUBLISHED = {
         tails=BRANCHES,
     ),
     "flux1-dev-flash-grpo": Published(
-        48, 8, 20, 1, 2, keys(0.98276, 1e-3, 1e-4, **AVERAGED, rollout__shift=3.0, model__lora_rank=16, train__iterations=300)
+        48, 8, 20, 1, 2, keys(0.98242, 1e-3, 1e-4, **AVERAGED, rollout__shift=3.0, model__lora_rank=16, train__iterations=300)
     ),
     "sd35-medium-flow-grpo": Published(48, 24, 10, 9, 2, keys(0.7, 1e-4, 3e-4, **SD35, loss__kl_weight=0.01), True),
     "sd35-medium-flow-grpo-fast": Published(64, 18, 10, 3, 2, keys(0.8, 1e-5, 3e-4, **{**SD35, "model__guidance": 1.0})),
@@ -149,7 +149,7 @@ def test_evaluations(name: str) -> None:
 
 @pytest.mark.parametrize("start", range(15))
 def test_tails_of_mix_grpo_flash(start: int) -> None:
-    """Its window of four begins at one of these in 300 iterations; then come as many levels as 0.4 of the rest, the image's too."""
+    """In 300 iterations its window begins at one of these; then come as many levels as 0.4 of the rest, the image's too."""
     config = load_recipe("flux1-dev-mix-grpo-flash")
     assert config.train.iterations == 300
     tail = int((25 - (start + 3)) * 0.4) - 1
