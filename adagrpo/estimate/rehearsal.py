@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from ..engine.optimizer import OptimizerSettings, PolicyOptimizer
 from ..models.base import Conditioning, FlowModel
 from .counting import PeakMemory, module_tensors
+
+T = TypeVar("T")
 
 
 class NotRehearsable(Exception):
@@ -36,7 +38,7 @@ class Rehearsal:
     """
 
     def __init__(self, model: FlowModel, prompt: str) -> None:
-        self._forward_peaks: dict[tuple[int, int], int] = {}
+        self._known: dict[tuple[str, int, int], Any] = {}
         try:
             conditioning = model.encode([prompt]).tensors
             self._conditioning = {name: torch.empty_like(t, device="meta") for name, t in conditioning.items()}
@@ -89,24 +91,28 @@ class Rehearsal:
         self.step(optimizer)
         return optimizer
 
+    def once(self, name: str, find: Callable[[], T], rows: int = 0) -> T:
+        """What ``find()`` returned when it was first asked for by this name: a rehearsal does the same each time."""
+        key = name, rows, self.rows_per_image
+        if key not in self._known:
+            self._known[key] = find()
+        return self._known[key]
+
     def forward_peak(self, rows: int) -> int:
         """Bytes ``forward`` needs at most, beyond the weights."""
-        key = rows, self.rows_per_image
-        if key not in self._forward_peaks:
-            self._forward_peaks[key] = _peak(self.forward, rows)
-        return self._forward_peaks[key]
+        return self.once("forward peak", lambda: _peak(self.forward, rows), rows)
 
     def update_peak(self, rows: int) -> int:
         """Bytes of activations and gradients ``update`` needs at most at a time, beyond the weights."""
-        return _peak(self.update, rows)
+        return self.once("update peak", lambda: _peak(self.update, rows), rows)
 
     def decode_peak(self, rows: int) -> int:
         """Bytes ``decode`` needs at most, the pictures included."""
-        return _peak(self.decode, rows)
+        return self.once("decode peak", lambda: _peak(self.decode, rows), rows)
 
     def step_peak(self, averages: bool = False) -> int:
         """Bytes of gradients and temporaries of an optimizer step at most, beyond weights, masters and moments."""
-        return _peak(self.step, self.optimizer(averages))
+        return self.once("step peak", lambda: _peak(self.step, self.optimizer(averages)), int(averages))
 
     def _velocity(self, rows: int) -> Tensor:
         x = torch.empty(rows, *self._shape, device="meta", dtype=self.model.dtype)

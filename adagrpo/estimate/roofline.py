@@ -159,21 +159,28 @@ def predict(
         fp8_phases: those whose velocities no log-probability is built on.
         averages: a weight EMA is kept.
     """
-    forward = work(rehearsal.forward, rehearsal.transformer)
-    known = {"update": work(rehearsal.update), "decode": work(rehearsal.decode)}
+    forward = rehearsal.once("forward", lambda: work(rehearsal.forward, rehearsal.transformer))
+    update, decode = rehearsal.update, rehearsal.decode
+    known = {"update": rehearsal.once("update", lambda: work(update)), "decode": rehearsal.once("decode", lambda: work(decode))}
     costs = []
     for phase, rows in calls.items():
         if rows:
             done = known.get(phase, forward)
             seconds = dict(zip(TIERS, _tiers(done, rows, device, phase in fp8_phases), strict=True))
             costs.append(PhaseCost(phase, len(rows), sum(rows), done.flops * sum(rows) / 1e15, seconds))
+    moved = rehearsal.once("step", lambda: _step_traffic(rehearsal, averages), int(averages))
+    stepping = moved / device.bandwidth.value / 1e12 * optimizer_steps
+    costs.append(PhaseCost("optimizer", optimizer_steps, 0, 0.0, dict.fromkeys(TIERS, stepping)))
+    share = forward.fp8_flops / forward.flops if forward.flops else 0.0
+    return Prediction(device, tuple(costs), share, rehearsal.rows_per_image)
+
+
+def _step_traffic(rehearsal: Rehearsal, averages: bool) -> int:
+    """Bytes that an optimizer step moves."""
     optimizer = rehearsal.optimizer(averages)
     with OpCounter() as counter:
         rehearsal.step(optimizer)
-    once = counter.traffic.total() / device.bandwidth.value / 1e12 * optimizer_steps
-    costs.append(PhaseCost("optimizer", optimizer_steps, 0, 0.0, dict.fromkeys(TIERS, once)))
-    share = forward.fp8_flops / forward.flops if forward.flops else 0.0
-    return Prediction(device, tuple(costs), share, rehearsal.rows_per_image)
+    return counter.traffic.total()
 
 
 def work(run: Callable[[int], None], transformer: nn.Module | None = None) -> Work:

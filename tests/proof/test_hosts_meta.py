@@ -33,7 +33,7 @@ def test_every_host_is_predicted() -> None:
             model = build_architecture(config.model)
             rehearsal = rehearse(model, "a prompt")
             assert not isinstance(rehearsal, str), rehearsal
-            rehearsed = {key: (model, rehearsal)}  # recipes of a family follow one another; one model is enough to hold
+            rehearsed[key] = model, rehearsal
         memory = planned_memory(config, *rehearsed[key])
         seconds = iteration_prediction(config, rehearsed[key][1], H200)
         assert not memory.unknown and memory.peak > 0
