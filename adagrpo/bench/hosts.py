@@ -105,7 +105,7 @@ def _rollout(config: Config, d: Derived) -> str:
     else:
         found.append(f"at {r.sde_steps[0]} – {r.sde_steps[-1]}")
     if r.trained_share < 1:
-        found.append(f"{d.trained_steps} trained")
+        found.append(f"{d.trained_steps} trained, drawn by each {r.trained_of}")
     said = {
         "one step per prompt": r.step_per_prompt, "one initial noise per group": r.shared_noise,
         f"{r.seeds} seeds": r.seeds > 1, f"tail share {r.tail_share:g}, {r.tail_solver}": r.tail_share,

@@ -25,7 +25,7 @@ def test_what_a_host_says() -> None:
     assert group == "48 × 24" and "std global, ddof 0, eps 0.0001" in advantage and loss == "clip 0.0001"
     assert "lr 0.0003" in training and "2 updates by slots" in training and rewards == "pickscore"
     assert "window of 3 in 0 – 2, at random" in row(table, "flux1-dev-flow-grpo-fast")[1]
-    assert "9 trained; one initial noise per group" in row(table, "flux1-dev-dance-grpo")[1]
+    assert "9 trained, drawn by each sample; one initial noise per group" in row(table, "flux1-dev-dance-grpo")[1]
     assert row(table, "sd35-medium-tempflow")[4] == "clip 0.0001; KL 0.001, of means by step; step weights noise"
 
 
