@@ -72,13 +72,13 @@ def cases() -> list[tuple[str, str, str, Config]]:
 
 
 def arms() -> list[Arm]:
-    """Every training; whole seeds of the fork hosts first, then of the others."""
+    """Every training; whole seeds of fork first, then of the other hosts, then of those that remember."""
     found = []
     digests: dict[str, str] = {}
-    for others in (False, True):
+    for part in range(3):
         for seed in SEEDS:
             for prompts, name, arm, config in cases():
-                if (name != "fork") == others:
+                if (2 if "memory" in arm else int(name != "fork")) == part:
                     config = changed(config, data={"prompts": prompts}, train={"seed": seed})
                     check(config)
                     if prompts not in digests:
