@@ -75,12 +75,17 @@ def dealt_slots(config: Config, ranks: Ranks) -> Share:
     )
 
 
-def build_judge(config: Config, select: Strategy | None = None) -> Judge:
+def build_judge(config: Config, select: Strategy | None = None, unseen: bool = False) -> Judge:
     """How candidates are judged: the class that ``selection.probe`` names, its fields filled by the keys of their names.
 
     Args:
         select: a user's strategy.
+        unseen: while prompts are candidates for the first time. Memory knows nothing of them, so all are its finalists.
     """
+    if unseen and Derived(config).looks_at_unseen:
+        config = dataclasses.replace(
+            config, selection=dataclasses.replace(config.selection, finalists=config.selection.candidates)
+        )
     s, r, d = config.selection, config.rollout, Derived(config)
     pick: Pick = picked_of_all if s.pooled else picked_in_slots if select is None else PickedBy(select)
     given = {field.name: getattr(s, field.name) for field in dataclasses.fields(s)} | {

@@ -52,7 +52,7 @@ from .prompts.sources import load_prompts, prompt_notes, require_disjoint
 from .prompts.stream import PromptStream
 from .recipe.derived import DTYPES, Derived
 from .recipe.keys import BUILT_IN_MODEL, BUILT_IN_MODELS, Config, ModelConfig, bucket_size
-from .recipe.rules import check, require_repeats
+from .recipe.rules import check
 from .rewards import Reward, check_prompts
 from .tiny import tiny_flux_path
 from .train import Trainer
@@ -289,7 +289,12 @@ def assemble(
         build_course(config, ranks),
         executor,
         score,
-        Curriculum(build_judge(config, own.select), prober, config.selection.capability == "per_slot"),
+        Curriculum(
+            build_judge(config, own.select),
+            build_judge(config, own.select, unseen=True),
+            prober,
+            config.selection.capability == "per_slot",
+        ),
         build_sampler(config, ranks),
         build_fusion(config, weights, executor.impl, own.fuse),
         build_objective(config),
@@ -315,15 +320,13 @@ def load_data(config: Config) -> tuple[Sequence[str], Sequence[str]]:
     """Training and held-out prompts.
 
     Raises:
-        InputError: a source that cannot be meant, prompts in both, or prompts that the recipe's probe cannot get to know or one
-            of its rewards cannot score.
+        InputError: a source that cannot be meant, prompts in both, or prompts that one of its rewards cannot score.
     """
     data = config.data
     prompts = load_source(config, data.prompts, "data.prompts")
     held_out = load_source(config, data.held_out, "data.held_out")
     if not data.allow_overlap:
         require_disjoint(prompts, held_out, data.prompts, data.held_out)
-    require_repeats(config, len(prompts))
     for i, reward in enumerate(config.rewards):
         for asked in (prompts, held_out):
             check_prompts(reward.name, reward.kwargs, asked, f"rewards.{i}")

@@ -16,7 +16,7 @@ from .bench.command import add_bench
 from .disk.files import remedy_for
 from .errors import InputError, RunError, Stopped
 from .parts.isolation import leave_if_hanging
-from .recipe.load import annotated, listed_recipes, read_recipe
+from .recipe.load import annotated, read_recipe, recipe_names, recipe_title
 from .recipe.ranges import MOST_SEED
 from .run.signals import leaving
 from .serve.command import add_serve
@@ -24,6 +24,7 @@ from .text.redaction import redacted_arguments, scrubbed
 from .text.user_text import character_problem, require_within, shown
 
 EXIT_FAILED, EXIT_INPUT, EXIT_INTERRUPTED = 1, 2, 130
+RECIPE = "one that ships (`adagrpo recipes` lists them), or a TOML file"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -111,6 +112,7 @@ def _dispatch(argv: list[str]) -> int:
     add_bench(commands)
     _add_doctor(commands)
     add_serve(commands)
+    _add_recipes(commands)
     args, rest = parser.parse_known_args(argv)
     args.argv = redacted_arguments(argv)
     takes_keys = getattr(args, "recipe_keys", False)
@@ -128,7 +130,7 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
         description="Train a recipe. Every key of it can be set as --section.key VALUE.",
         epilog="`adagrpo train RECIPE --help` lists every key of the recipe with its value.",
     )
-    train.add_argument("recipe", nargs="?", help=f"{listed_recipes()}, or a TOML file")
+    train.add_argument("recipe", nargs="?", help=RECIPE)
     train.add_argument("--out", type=written_path, help="run folder (default: runs/<recipe>-<first free number>)")
     train.add_argument("--resume", metavar="latest|auto|CHECKPOINT", help="continue the run in --out")
     train.add_argument(
@@ -169,6 +171,21 @@ def _recipe_command(commands: argparse._SubParsersAction, name: str, does: str, 
     return command
 
 
+def _add_recipes(commands: argparse._SubParsersAction) -> None:
+    recipes = commands.add_parser(
+        "recipes", help="list the recipes that ship", description="Print the recipes that ship, and what each is."
+    )
+    recipes.set_defaults(run=_recipes)
+
+
+def _recipes(args: argparse.Namespace) -> int:
+    require_one_rank("recipes")
+    names = recipe_names()
+    for name in names:
+        print(f"{name:{max(map(len, names))}}  {recipe_title(name)}")
+    return 0
+
+
 def _add_plan(commands: argparse._SubParsersAction) -> None:
     plan = _recipe_command(
         commands,
@@ -176,7 +193,7 @@ def _add_plan(commands: argparse._SubParsersAction) -> None:
         "memory plan and predicted seconds of a recipe, without its model",
         "Print what a recipe will hold in memory and at least take in time. Nothing is downloaded, no GPU is needed.",
     )
-    plan.add_argument("recipe", help=f"{listed_recipes()}, or a TOML file")
+    plan.add_argument("recipe", help=RECIPE)
     plan.add_argument("--ranks", type=whole_number, default=1, help="ranks on each node, one per GPU (default: 1)")
     plan.add_argument("--nodes", type=whole_number, default=1, help="default: 1")
     plan.add_argument("--network", type=whole_number, help="GB/s that a node sends to others (default: 50, an assumption)")
@@ -202,7 +219,7 @@ def _add_profile(commands: argparse._SubParsersAction) -> None:
         "where an iteration's time, memory and energy go",
         "Run whole iterations of a recipe, one under the profiler and some undisturbed, and write what they took.",
     )
-    profile.add_argument("recipe", help=f"{listed_recipes()}, or a TOML file")
+    profile.add_argument("recipe", help=RECIPE)
     profile.add_argument("--iterations", type=whole_number, default=3, help="timed iterations (default: 3)")
     profile.add_argument("--out", type=written_path, help="folder (default: profiles/<device>/<recipe>)")
     profile.set_defaults(run=_profile)

@@ -141,15 +141,24 @@ def dry_run(config: Config, out: Path | None = None, resume: str | None = None) 
     check_loggers(config.output.loggers)
     if out is not None:
         check_opening(config, out, resume)
-    counts = planned_evaluations(config)
     print(f"{config.name}: {len(prompts)} training prompts, {len(held_out)} held-out prompts")
-    print("evaluations per iteration: " + ", ".join(f"{phase} {n}" for phase, n in counts.items()))
-    rows = Derived(config).rows_per_image
+    d = Derived(config)
+    new = d.unseen_iterations(len(prompts)) if d.looks_at_unseen else 0
+    if new < config.train.iterations:
+        print(f"evaluations per iteration: {_counts(planned_evaluations(config))}")
+    if new:
+        counts = _counts(planned_evaluations(config, unseen=True))
+        print(f"evaluations in each of the first {new}, whose candidates are looked at: {counts}")
+    rows = d.rows_per_image
     guidance = f"an evaluation is of one image, {rows} rows of the transformer (model.guidance)" if rows > 1 else None
     for notice in (guidance, repeats_notice(config, len(prompts)), *prompt_notes(prompts, held_out)):
         if notice:
             print(f"note: {notice}")
     return 0
+
+
+def _counts(evaluations: dict[str, int]) -> str:
+    return ", ".join(f"{phase} {n}" for phase, n in evaluations.items())
 
 
 def report(folders: Sequence[Path], out: Path | None) -> int:

@@ -47,17 +47,22 @@ def evaluated(config: Config, ranks: int = 1, known: int | None = None) -> tuple
     return rows, min(max(each, final, grid), rows)
 
 
-def planned_calls(config: Config, iteration: int | None = None, ranks: int = 1) -> dict[str, list[int]]:
-    """Rows of each batched call of an iteration by phase, see ``iteration_calls``; of ``ranks`` ranks those of each."""
+def planned_calls(config: Config, iteration: int | None = None, ranks: int = 1, unseen: bool = False) -> dict[str, list[int]]:
+    """Rows of each batched call of an iteration by phase, see ``iteration_calls``; of ``ranks`` ranks those of each.
+
+    Args:
+        unseen: of an iteration whose candidates are new (``Candidates.unseen``).
+    """
     config = dealt(config, ranks)
     e, d = config.engine, Derived(config)
-    parts = (build_judge(config).legs(d.slots), build_sampler(config, Ranks()), build_objective(config))
+    parts = (build_judge(config, unseen=unseen).legs(d.slots), build_sampler(config, Ranks()), build_objective(config))
     return iteration_calls(*parts, d.slots, d.table.tails, e.max_rows, e.decode_rows, iteration)
 
 
-def planned_evaluations(config: Config, iteration: int | None = None, ranks: int = 1) -> dict[str, int]:
-    """Transformer image-forwards of one iteration by phase; of ``ranks`` ranks those of each."""
-    return {phase: sum(rows) for phase, rows in planned_calls(config, iteration, ranks).items() if phase != "decode"}
+def planned_evaluations(config: Config, iteration: int | None = None, ranks: int = 1, unseen: bool = False) -> dict[str, int]:
+    """Transformer image-forwards of one iteration by phase; arguments as of ``planned_calls``."""
+    calls = planned_calls(config, iteration, ranks, unseen)
+    return {phase: sum(rows) for phase, rows in calls.items() if phase != "decode"}
 
 
 def planned_collectives(config: Config, model: FlowModel, ranks: int) -> list[Collective]:
@@ -107,7 +112,7 @@ def planned_memory(
     e, o, d, limit = config.evaluation, config.output, Derived(config), config.engine.max_rows
     known = held_out if held_out is not None else max(e.prompts, e.final_prompts, o.grid_prompts)
     rows, shown = evaluated(config, ranks, held_out)
-    calls = planned_calls(config)
+    calls = planned_calls(config, unseen=True)
     calls["evaluation"] = chunk_sizes(rows, limit)[:1]
     calls["decode"] += decoded(calls["evaluation"], limit, config.engine.decode_rows)
     capacity = getattr(getattr(model, "encoder", None), "capacity", 0)
@@ -151,7 +156,7 @@ def _scorers(config: Config, rewards: Sequence[object] | None, chunk: int) -> li
 def stored_latents(config: Config, model: FlowModel) -> Latents:
     """What an iteration keeps."""
     d = Derived(config)
-    on_grid = [leg.rows for leg in build_judge(config).legs(d.slots) if leg.steps[-1] < config.rollout.steps]
+    on_grid = [leg.rows for leg in build_judge(config, unseen=True).legs(d.slots) if leg.steps[-1] < config.rollout.steps]
     length, channels = model.latent_shape
     samples = d.groups * config.rollout.group_size
     picked = config.rollout.step_per_prompt or config.rollout.trained_of == "sample"  # a sample's own, once all are stored

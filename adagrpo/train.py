@@ -138,7 +138,8 @@ class Trainer:
         conditioning = self.model.encode(share.part(prompts))
         remembered = self.knowledge.evidence is not None
         on_device = host_integers(numbers, self.model.device).reshape(share.total, -1) if remembered else None
-        return Candidates(prompts, conditioning, share, self.draws, on_device, self.course.pooled)
+        unseen = self.stream.position - len(numbers) < len(self.stream.prompts)
+        return Candidates(prompts, conditioning, share, self.draws, on_device, self.course.pooled, unseen)
 
     def probe_and_select(self, candidates: Candidates) -> Choice:
         """Judge the candidates, fold what was scored into the capability EMA, pick one per slot."""

@@ -5,6 +5,7 @@ import tomllib
 import pytest
 
 from adagrpo.cli import main
+from adagrpo.recipe.load import recipe_names
 from adagrpo.study.hosts import PROBES
 
 
@@ -31,7 +32,7 @@ def test_print_config_applies_overrides(capsys) -> None:
 
 def test_help_lists_commands_and_keys(capsys) -> None:
     assert "doctor" in run(capsys, "--help")[1]
-    assert "flux1-dev-official" in run(capsys, "train", "--help")[1]
+    assert "adagrpo recipes" in run(capsys, "train", "--help")[1]
     code, out, _ = run(capsys, "train", "tiny", "--help")
     assert code == 0 and "--selection.candidates" in out and "--optimizer.lr" in out
 
@@ -84,3 +85,11 @@ def test_help_names_every_probe(capsys) -> None:
     for command in ("probes", "seeds"):
         words = " ".join(run(capsys, "bench", command, "--help")[1].split())
         assert f"known: {', '.join(PROBES)}" in words
+
+
+def test_recipes_are_listed_with_what_each_is(capsys) -> None:
+    code, out, _ = run(capsys, "recipes")
+    listed = dict(line.split(maxsplit=1) for line in out.splitlines())
+    assert code == 0 and list(listed) == recipe_names()
+    assert listed["tiny-grpo"] == "The same as `tiny` without curriculum and fusion"
+    assert listed["flux1-dev-flow-grpo"].endswith("on FLUX.1-dev") and len(set(listed.values())) > len(listed) - 2

@@ -74,6 +74,12 @@ class CapabilityState:
         """The same state on another device."""
         return CapabilityState(self.mean.to(device), self.var.to(device), self.count.to(device))
 
+    def or_else(self, other: CapabilityState) -> CapabilityState:
+        """Where this one is empty, ``other``; decided on the device."""
+        own = self.count > 0
+        pairs = ((self.mean, other.mean), (self.var, other.var), (self.count, other.count))
+        return CapabilityState(*(torch.where(own, mine, theirs) for mine, theirs in pairs))
+
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors ``mean, var, count``."""
         return {"mean": self.mean, "var": self.var, "count": self.count}

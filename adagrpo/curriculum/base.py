@@ -57,6 +57,7 @@ class Candidates:
         draw: number of the draw, of the noise.
         numbers: int64 [P, B], the prompts' numbers in the data, where evidence is kept.
         pooled: a slot may take a candidate of another one.
+        unseen: one of them was never a candidate before.
     """
 
     prompts: Sequence[str]
@@ -65,6 +66,7 @@ class Candidates:
     draw: int
     numbers: Tensor | None = None
     pooled: bool = False
+    unseen: bool = False
 
     @property
     def slots(self) -> int:

@@ -34,16 +34,19 @@ class Curriculum:
     """A judge with what it samples and scores by: ``(candidates, knowledge) -> Choice``.
 
     Attributes:
+        unseen: who judges while prompts are candidates for the first time; the same where that makes no difference.
         per_slot: every slot has a level of its own, instead of one for all.
     """
 
     judge: Judge
+    unseen: Judge
     prober: Prober
     per_slot: bool = False
 
     def __call__(self, candidates: Candidates, knowledge: Knowledge) -> Choice:
         """One draw: probe and select."""
-        return self.judge(self.prober, candidates, knowledge)
+        judge = self.unseen if candidates.unseen else self.judge
+        return judge(self.prober, candidates, knowledge)
 
     def beginning(self, slots: int, prompts: int) -> Knowledge:
         """Before the first draw, of ``prompts`` training prompts."""

@@ -73,10 +73,12 @@ class Memory:
         share, looked, rest = candidates.share, field.only(slice(0, -slots)), field.only(slice(-slots, None))
         scores = share.gather(prober.score(looked.x, candidates.shown(looked.rows)), 1)
         with prober.executor.phase("select"):
-            again = (finalists.unsqueeze(1) == uniform).any(1)  # the very images that are scored at the end
             shown = numbers.flatten()[finalists]
-            evidence = evidence.with_images(shown, scores.masked_fill(again, torch.nan), draw)
-            _, distance = evidence.judged(shown.unflatten(0, (share.total, -1)), knowledge.level, prober.weights, draw)
+            seen = evidence.with_images(shown, scores, draw)
+            level = knowledge.level.or_else(prober.folded(knowledge.level, scores.unflatten(1, (share.total, -1))).state)
+            _, distance = seen.judged(shown.unflatten(0, (share.total, -1)), level, prober.weights, draw)
             best = self.nearest(distance, 1)
             field = looked.taken(share.own(best), candidates).beside(rest)
+            again = (finalists.unsqueeze(1) == uniform).any(1)  # the very images that are scored, and remembered, at the end
+            evidence = evidence.with_images(shown, scores.masked_fill(again, torch.nan), draw)
         return field, finalists[best], dataclasses.replace(knowledge, evidence=evidence)

@@ -136,6 +136,15 @@ class Derived:
         return self.config.train.iterations * self.slots * (1 if s.judge in RIVALS else s.finalists + 1)
 
     @property
+    def looks_at_unseen(self) -> bool:
+        """Whether candidates are judged otherwise while they are new (``selection.allow_unseen``)."""
+        return self.config.selection.judge == "memory" and not self.config.selection.allow_unseen
+
+    def unseen_iterations(self, prompts: int) -> int:
+        """Iterations of the run in which a candidate is one of ``prompts`` prompts for the first time."""
+        return min(self.config.train.iterations, -(-prompts // self.candidates))
+
+    @property
     def rows_per_image(self) -> int:
         """Rows of the transformer that an image is in rollouts and updates; 1 where the model is of no built-in family."""
         family = FAMILIES.get(self.config.model.family)

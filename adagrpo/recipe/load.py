@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
+import re
 import types
 import typing
 from collections.abc import Callable, Iterator
@@ -30,11 +32,11 @@ def recipe_names() -> list[str]:
     return sorted(entry.name.removesuffix(".toml") for entry in _shipped().iterdir() if entry.name.endswith(".toml"))
 
 
-def listed_recipes() -> str:
-    """Those names for a help text: of two that differ by ``-ada`` behind them one, with it in brackets."""
-    names = recipe_names()
-    once = [name for name in names if not (name.endswith("-ada") and name.removesuffix("-ada") in names)]
-    return ", ".join(f"{name}[-ada]" if f"{name}-ada" in names else name for name in once)
+def recipe_title(name: str) -> str:
+    """What a shipped recipe is: the first sentence of the comment that it begins with."""
+    lines = (_shipped() / f"{name}.toml").read_text("utf-8").splitlines()
+    comment = " ".join(line.removeprefix("#").strip() for line in itertools.takewhile(lambda line: line.startswith("#"), lines))
+    return re.split(r"(?<=\w[.:;])\s", comment, maxsplit=1)[0].rstrip(".:;")
 
 
 def load_recipe(recipe: str | Path) -> Config:
@@ -86,7 +88,7 @@ def _open(name: str, folder: Path | None, asked: str) -> _File:
         return _File(name, None, _parsed(text, f"recipe {name}"))
     if folder is None or not os.path.exists(folder / name):
         where = f" relative to {folder}" if asked else ""
-        known = f"name one of those that `adagrpo train --help` lists, or a TOML file{where}"
+        known = f"name one that ships (`adagrpo recipes` lists them), or a TOML file{where}"
         raise InputError(f"{asked}no recipe {shown(name)}{nearest(name, names)}: {known}")
     path = folder / name
     return _File(str(path), path.parent, _parsed(read_text(path, f"{asked}{path}", MAX_BYTES), str(path)))

@@ -57,28 +57,20 @@ def problems(config: Config) -> Iterator[Problem]:
 
 
 def repeats_notice(config: Config, prompts: int) -> str | None:
-    """What to tell a run whose probe remembers but will hardly see a prompt twice."""
-    s, observed = config.selection, Derived(config).observed
-    if s.judge not in ("memory", *RIVALS) or observed >= 2 * prompts:
+    """What to tell a run whose probe remembers but will hardly see a prompt twice, or mostly see prompts for the first time."""
+    s, d, iterations = config.selection, Derived(config), config.train.iterations
+    observed, new = d.observed, d.unseen_iterations(prompts)
+    if d.looks_at_unseen and 2 * new > iterations:
+        return (
+            f"selection.probe = {s.probe} looks at every candidate in the first {new} of {iterations} iterations, until each "
+            f"of {prompts} prompts was one: shorten data.prompts, train longer, or use selection.probe = short"
+        )
+    if d.looks_at_unseen or s.judge not in ("memory", *RIVALS) or observed >= 2 * prompts:
         return None
     return (
         f"selection.probe = {s.probe} will observe {observed} rewards of {prompts} prompts, fewer than 2 of each, and so pick "
         f"almost blindly: shorten data.prompts to {max(1, observed // 2)}, train longer, or use selection.probe = full"
     )
-
-
-def require_repeats(config: Config, prompts: int) -> None:
-    """Refuse a memory for prompts that hardly repeat, unless it looks at finalists or the recipe accepts it: where such prompts
-    cannot be learnt it does as much harm as blind picks. Rivals are there to be compared, as they are.
-
-    Raises:
-        InputError: with the remedies.
-    """
-    s = config.selection
-    if s.judge != "memory" or s.finalists >= 2 or s.allow_unseen:
-        return
-    if notice := repeats_notice(config, prompts):
-        raise InputError(f"{notice}, selection.finalists = 2 (a look at two of them), or selection.allow_unseen = true")
 
 
 def _check_unfused(c: Config) -> Iterator[Problem]:

@@ -176,12 +176,8 @@ _KEYS: dict[str, list[tuple[Rule, str]]] = {
         (FIXED, "granularities granular_end seeds step_per_prompt tail_share trained_of"),
     ],
     "selection": [
-        (FREE, "allow_unseen"),
-        (
-            FIXED,
-            "candidates strategy kwargs alpha probe probe_steps race_steps finalists half_life noise_share group_evidence",
-        ),
-        (FIXED, "capability success_range target_success sharpness"),
+        (FIXED, "candidates strategy kwargs alpha probe probe_steps race_steps finalists half_life noise_share group_evidence"),
+        (FIXED, "allow_unseen capability success_range target_success sharpness"),
     ],
     "advantage": [(FIXED, "function kwargs weight calibration clip clip_of groups std ddof eps std_floor equal_groups")],
     "loss": [(FIXED, "clip_range old_logp ratio kl_weight kl_space kl_variance step_weights average")],

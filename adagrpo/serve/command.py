@@ -15,7 +15,7 @@ from typing import Any
 from ..arguments import new_arguments, require_one_rank, whole_number
 from ..errors import InputError, Stopped
 from ..recipe.keys import Config, RewardConfig
-from ..recipe.load import listed_recipes, read_recipe
+from ..recipe.load import read_recipe
 from ..rewards import BUILT_IN, build_reward, check_reward_files
 from ..run.signals import handling
 from ..text.redaction import ENVIRONMENT, resolved
@@ -38,7 +38,7 @@ def add_serve(commands: argparse._SubParsersAction) -> None:
     serve.add_argument(
         "reward", help=f"{', '.join(BUILT_IN)}, or package.module:attribute; with --recipe its name there, or number"
     )
-    serve.add_argument("--recipe", help=f"take the reward's keys from it: {listed_recipes()}, or a TOML file")
+    serve.add_argument("--recipe", help="take the reward's keys from it: one that ships, or a TOML file")
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     serve.add_argument("--port", type=whole_number, default=8000, help="0 takes a free one (default: 8000)")
     serve.add_argument("--token", metavar="env:VARIABLE", help="requests must bear the token in this environment variable")

@@ -10,7 +10,7 @@ from ..bench.options import Options, measuring
 from ..errors import InputError
 
 KNOWN = (
-    "known: full, short-4, short-2, racing, pool-3, pool-2, memory, memory-2, memory+pool, "
+    "known: full, short-4, short-2, racing, pool-3, pool-2, memory, memory-blind, memory-2, memory+pool, "
     "bots, greso, procurl, dps, dapo, random"
 )
 

@@ -19,6 +19,7 @@ PROBES: dict[str, dict[str, Any]] = {
     "pool-3": {"probe": "pool", "candidates": 3},
     "pool-2": {"probe": "pool", "candidates": 2},
     "memory": {"probe": "memory"},
+    "memory-blind": {"probe": "memory", "allow_unseen": True},
     "memory-2": {"probe": "memory", "finalists": 2},
     "memory+pool": {"probe": "memory+pool"},
     "bots": {"probe": "bots"},
@@ -34,7 +35,7 @@ READ = {
     "full": ("strategy", "kwargs"),
     "short": (),
     "racing": ("race_steps",),
-    "memory": ("half_life", "noise_share", "group_evidence"),
+    "memory": ("allow_unseen", "half_life", "noise_share", "group_evidence"),
     "bots": ("half_life", "success_range", "target_success"),
     "greso": ("success_range",),
     "procurl": ("half_life", "success_range", "sharpness"),
@@ -102,8 +103,6 @@ def with_probe(config: Config, name: str) -> Config:
     judge = dataclasses.replace(own, **keys).judge
     read = {"candidates", "alpha", *READ[judge]} if "strategy" not in keys else {"candidates", "alpha"}
     keys = {key: getattr(own, key) for key in read} | keys
-    if judge == "memory":
-        keys["allow_unseen"] = True  # what it is worth on unseen prompts is measured too
     if judge == "racing" and own.judge != "racing":
         keys["race_steps"] = race_steps(keys["candidates"], rollout.steps)
     selection = dataclasses.replace(SelectionConfig(), **keys)

@@ -37,7 +37,7 @@ from ..text.user_text import read_text
 from .hosts import with_probe
 
 LARGEST_LOG = 256 * 2**20
-PERMITS = ("selection.allow_unseen", "data.allow_overlap")
+PERMITS = ("data.allow_overlap",)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ from adagrpo.estimate.counting import OpCounter
 from adagrpo.forecast import planned_calls, planned_evaluations
 from adagrpo.prompts.stream import PromptStream
 from adagrpo.recipe.keys import RIVALS, Config, EngineConfig
-from adagrpo.recipe.rules import check, repeats_notice, require_repeats
+from adagrpo.recipe.rules import check, repeats_notice
 from adagrpo.run.metrics import read_metrics
 from adagrpo.train import Trainer
 
@@ -29,13 +29,16 @@ OFFICIAL = {"steps": 16, "sde_steps": (0, 2, 4, 6), "group_size": 12}
 def recipe(probe: str, slots: int = 2, **selection) -> Config:
     if probe.startswith("racing"):
         selection = {"race_steps": (1, 3)} | selection
+    if probe.startswith("memory"):
+        selection = {"allow_unseen": True} | selection
     config = toy_config(train={"slots": slots}, selection={"candidates": 3, "probe": probe} | selection)
     check(config)
     return config
 
 
 def official(probe: str, **selection) -> Config:
-    config = toy_config(rollout=OFFICIAL, train={"slots": 1}, selection={"candidates": 10, "probe": probe} | selection)
+    known = {"allow_unseen": True} if probe.startswith("memory") else {}
+    config = toy_config(rollout=OFFICIAL, train={"slots": 1}, selection={"candidates": 10, "probe": probe} | known | selection)
     check(config)
     return config
 
@@ -272,8 +275,6 @@ def test_finalists_are_looked_at_and_remembered(probe: str) -> None:
     mu, var = float(level.mean[0]), float(level.var[0])
 
     def distance(row: int) -> float:
-        if row in uniform.tolist():  # its image is looked at later, once
-            return 0.44 * var
         precision = 1 / (0.56 * var) + 1 / (0.44 * var)
         return (number(row) / (0.56 * var) / precision + mu / (0.44 * var) / precision - mu) ** 2 + 1 / precision
 
@@ -361,7 +362,7 @@ def test_the_logged_distance_leaves_failed_slots_out() -> None:
 @pytest.mark.parametrize("keys", [
     {"probe": "full"}, {"probe": "pool"}, {"probe": "short", "probe_steps": 2}, {"probe": "short+pool", "probe_steps": 2},
     {"probe": "racing", "race_steps": (1, 3)}, {"probe": "racing", "race_steps": (3,), "candidates": 2}, {"probe": "memory"},
-    {"probe": "memory", "finalists": 2},
+    {"probe": "memory", "finalists": 2}, {"probe": "memory", "allow_unseen": True},
 ])  # fmt: skip
 @pytest.mark.parametrize("plan", ["fork", "trajectory"])
 def test_images_and_evaluations_are_the_planned_ones(keys: dict, plan: str) -> None:
@@ -372,9 +373,10 @@ def test_images_and_evaluations_are_the_planned_ones(keys: dict, plan: str) -> N
     decode = trainer.model.decode
     trainer.model.decode = lambda x: images.append(len(x)) or decode(x)
     assert read_metrics(trainer.iteration())[0]["policy/ratio_deviation"] <= 1e-6
-    planned = planned_calls(config)
+    planned = planned_calls(config, unseen=True)
     assert sum(images) == sum(planned["decode"])
-    assert {phase: c.evaluations for phase, c in trainer.executor.counts.items()} == planned_evaluations(config)
+    counted = {phase: c.evaluations for phase, c in trainer.executor.counts.items()}
+    assert counted == planned_evaluations(config, unseen=True)
 
 
 def test_memory_learns_which_prompts_are_near() -> None:
@@ -500,30 +502,57 @@ def test_nearest_rows_by_hand() -> None:
 
 
 def test_a_memory_that_will_hardly_see_a_prompt_twice_says_so() -> None:
-    """2 slots, 10 iterations: 40 observations, the pick's groups and a uniform image each; 3 with two finalists."""
-    config = toy_config(train={"slots": 2, "iterations": 10}, selection={"candidates": 3, "probe": "memory"})
+    """2 slots, 10 iterations: 40 observations, the pick's groups and a uniform image each; 60 with two finalists."""
+    blind = {"candidates": 3, "probe": "memory", "allow_unseen": True}
+    config = toy_config(train={"slots": 2, "iterations": 10}, selection=blind)
     assert repeats_notice(config, 20) is None
     notice = repeats_notice(config, 21)
     assert notice is not None and "observe 40 rewards of 21 prompts" in notice and "shorten data.prompts to 20" in notice
-    assert repeats_notice(dataclasses.replace(config, selection=recipe("memory", finalists=2).selection), 30) is None
+    assert repeats_notice(toy_config(train={"slots": 2, "iterations": 10}, selection=blind | {"finalists": 2}), 30) is None
     assert repeats_notice(toy_config(), 10**6) is None
 
 
-def test_a_memory_of_prompts_that_hardly_repeat_is_refused_unless_it_looks_or_is_accepted() -> None:
+def test_a_memory_that_mostly_sees_prompts_for_the_first_time_says_so() -> None:
+    """2 slots of 3 candidates see 30 prompts in 5 iterations, half of 10; one more takes another iteration."""
     config = toy_config(train={"slots": 2, "iterations": 10}, selection={"candidates": 3, "probe": "memory"})
-    require_repeats(config, 20)
-    remedies = r"selection\.probe = full, selection\.finalists = 2 .*, or selection\.allow_unseen = true"
-    with pytest.raises(InputError, match=f"observe 40 rewards of 21 prompts.*{remedies}"):
-        require_repeats(config, 21)
-    for selection in ({"finalists": 2}, {"allow_unseen": True}, {"probe": "full"}, {"probe": "racing"}):
-        require_repeats(dataclasses.replace(config, selection=dataclasses.replace(config.selection, **selection)), 10**6)
+    assert repeats_notice(config, 30) is None
+    notice = repeats_notice(config, 31)
+    assert notice is not None and "every candidate in the first 6 of 10 iterations, until each of 31 prompts was one" in notice
 
 
-def test_recipe_fast_starts_with_prompts_that_repeat_and_says_what_others_need(tmp_path, capsys) -> None:
+@pytest.mark.parametrize("probe", ["memory", "memory+pool"])
+def test_memory_looks_at_every_candidate_until_each_prompt_was_one(probe: str) -> None:
+    """Picked of new prompts is who scores nearest to the level, in the first draw to the mean of all; draws of the full probe
+    beside it have the same images."""
+    config = recipe(probe, allow_unseen=False)
+    memory, full = toy_trainer(config, reward=half_bright), toy_trainer(recipe("full"), reward=half_bright)
+    new, known = len(PROMPTS) // 6, -(-len(PROMPTS) // 6)
+    assert new >= 2
+    counted = 0
+    for draw in range(known + 1):
+        level, truth = memory.capability.mean[0], full.draw().scores[0]
+        picks = memory.draw().picks
+        counted += sum(planned_calls(config, unseen=draw < known)["probe"])
+        assert memory.executor.counts["probe"].evaluations == counted
+        if draw < new:
+            distance = (truth - (level if draw else truth.mean())).abs()
+            rule = nearest_of_all if "+pool" in probe else nearest_in_slots
+            assert picks.tolist() == rule(distance, 1).tolist()
+            assert int((memory.knowledge.evidence.posterior.count > 0).sum()) == 6 * (draw + 1)
+
+
+def test_recipe_fast_says_how_long_it_looks(tmp_path, capsys) -> None:
+    """300 iterations show 10 candidates each."""
     (tmp_path / "held.txt").write_text("unseen\n")
     files = ["--data.prompts", str(tmp_path / "p.txt"), "--data.held-out", str(tmp_path / "held.txt")]
     command = ["train", "flux1-dev-fast", "--dry-run", "--model.device", "cpu", *files]
-    for prompts, options, code in ((300, [], 0), (301, [], 2), (5000, ["--selection.finalists", "2"], 0)):
+    usual, looks = "evaluations per iteration: probe 32,", "of the first {}, whose candidates are looked at: probe 176,"
+    for prompts, new, told in ((300, 30, [usual]), (1501, 151, [usual, "first 151 of 300"]), (5000, 300, ["first 300 of 300"])):
         (tmp_path / "p.txt").write_text("".join(f"prompt {i}\n" for i in range(prompts)))
-        assert main([*command, *options]) == code
-    assert "selection.finalists = 2" in capsys.readouterr().err
+        assert main([*command]) == 0
+        out = capsys.readouterr().out
+        assert all(line in out for line in (looks.format(new), *told))
+        assert (usual in out) == (usual in told) and ("note: selection.probe" in out) == (len(told[-1]) < 20)
+    assert main([*command, "--selection.allow-unseen"]) == 0
+    out = capsys.readouterr().out
+    assert usual in out and "looked at" not in out and "so pick almost blindly" in out

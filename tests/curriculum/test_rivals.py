@@ -19,7 +19,7 @@ from adagrpo.forecast import planned_calls, planned_evaluations
 from adagrpo.prompts.stream import PromptStream
 from adagrpo.recipe.derived import Derived
 from adagrpo.recipe.keys import Config, EngineConfig
-from adagrpo.recipe.rules import check, repeats_notice, require_repeats
+from adagrpo.recipe.rules import check, repeats_notice
 from adagrpo.run.metrics import read_metrics
 from adagrpo.train import Trainer
 
@@ -191,4 +191,3 @@ def test_prompts_that_hardly_repeat_are_said_and_not_refused() -> None:
     assert repeats_notice(config, 10) is None
     notice = repeats_notice(config, 11)
     assert notice is not None and "selection.probe = bots will observe 20 rewards of 11 prompts" in notice
-    require_repeats(config, 10**6)

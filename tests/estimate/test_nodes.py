@@ -93,7 +93,9 @@ TAILS = {"seeds": 2, "granularities": (1, 2)}
 CASES = {
     "fork": toy_config(train=FOUR),
     "racing": toy_config(train={**FOUR, "steps_per_iteration": 2}, selection=RACING),
-    "finalists": toy_config(selection={"probe": "memory", "finalists": 2}, advantage={"equal_groups": "skip"}),
+    "finalists": toy_config(
+        selection={"probe": "memory", "finalists": 2, "allow_unseen": True}, advantage={"equal_groups": "skip"}
+    ),
     "short": toy_config(train=FOUR, selection={"probe": "short", "probe_steps": 2}, rollout=TAILS),
     "one candidate": toy_config(
         selection={"candidates": 1}, advantage={"weight": 0.0}, rollout={"plan": "trajectory"}, loss={"old_logp": "recompute"}

@@ -1,7 +1,8 @@
 """What prompt selection and the floor under the std do where prompts cannot be learnt: end rewards of arms over fresh seeds.
 
 On ``tiny:dusty(0.6)`` fork, Flow-GRPO, DanceGRPO and Flow-CPS, each plain, with AdaGRPO and its full probe, and plain with
-``advantage.std = floored``; on fork also other probes and AdaGRPO with the floor. On ``tiny:even`` fork alone. Each arm is held
+``advantage.std = floored``; on fork also AdaGRPO with the floor and with other probes: memory as it is, with a look at every
+candidate while prompts are new, and blind, without (``selection.allow_unseen``). On ``tiny:even`` fork alone. Each arm is held
 against its host's plain one, paired by seed. A log keeps finished trainings; the same command goes on from it:
 
     python tests/proof/host_study.py --log runs/host-study.jsonl --jobs 2
@@ -37,7 +38,8 @@ DUSTY, EVEN = "tiny:dusty(0.6)", "tiny:even"
 SEEDS = range(100, 105)
 PLAIN, ADA, FLOORED = "plain", "AdaGRPO, full", "plain, floored"
 HOSTS = {"fork": "tiny-grpo", "Flow-GRPO": "tiny-flow-grpo", "DanceGRPO": "tiny-dance-grpo", "Flow-CPS": "tiny-flow-cps"}
-PROBES = {"AdaGRPO, memory": "memory", "AdaGRPO, memory, 2 finalists": "memory-2", "AdaGRPO, short-4": "short-4"}
+BLIND = {"AdaGRPO, memory, blind": "memory-blind", "AdaGRPO, memory, blind, 2 finalists": "memory-2"}
+PROBES = {"AdaGRPO, memory": "memory", "AdaGRPO, short-4": "short-4"}
 CHANGES: dict[str, dict[str, dict[str, Any]]] = {
     "train": {"iterations": 30, "slots": 8},
     "evaluation": {"every": 0, "final_prompts": 150, "final_noises": 6},
@@ -64,6 +66,8 @@ def cases() -> list[tuple[str, str, str, Config]]:
     fork = host("fork")
     found = [(EVEN, "fork", name, config) for name, config in fork.items()]
     fork |= {name: with_probe(fork[ADA], probe) for name, probe in PROBES.items()}
+    blind = changed(fork[ADA], selection={"allow_unseen": True})
+    fork |= {name: with_probe(blind, probe) for name, probe in BLIND.items()}
     fork["AdaGRPO, full, floored"] = changed(fork[ADA], advantage={"std": "floored"})
     for name in HOSTS:
         arms = fork if name == "fork" else host(name)

@@ -49,7 +49,8 @@ class SelectionConfig:
     finalists: int = 1
     """Candidates per slot that memory samples to the end; more than one are scored, and the posterior decides anew (memory)."""
     allow_unseen: bool = False
-    """Accept a memory that will observe each prompt fewer than twice, and with one finalist: it then picks blindly (memory)."""
+    """Pick blindly among prompts of which nothing is known, at the beginning and in runs that hardly repeat any, instead of a
+    look at every candidate until each prompt was one (memory)."""
     half_life: float = 100.0
     """Draws after which evidence on a prompt counts half (memory, bots, procurl, dps). BOTS was published with 6.58 (a tenth is
     lost each), DPS with 1 or 1.94."""
