@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from .algorithm.sde import Stream
@@ -42,6 +43,7 @@ from .evaluate.reward_fidelity import RewardFidelity, compare_rewards, rounded_r
 from .forecast import iteration_prediction, planned_collectives, planned_evaluations, planned_memory
 from .forward.backends import resolve_forward
 from .models.base import FlowModel
+from .parts.threads import threads_per_rank
 from .prompts.checks import prompt_problem
 from .prompts.digest import prompts_digest
 from .prompts.sources import prompt_notes
@@ -71,6 +73,8 @@ GPU_BYTES = {"H100 80 GB": int(78.5 * 2**30), "H200 141 GB": 139 * 2**30}
 
 def train(config: Config, out: Path | None, resume: str | None, take_over: bool = False) -> int:
     """Train a checked recipe to its end, with all ranks that torchrun started; returns the exit code."""
+    if threads := threads_per_rank():
+        torch.set_num_threads(threads)
     with joined(choose_device(config.model.device), config.train.ranks_timeout) as ranks:
         dealt_slots(config, ranks)  # refused before any work
         with opened_together(ranks, config, out, resume, take_over) as (run, checkpoint):

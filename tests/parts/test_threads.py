@@ -6,9 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from adagrpo import commands
+from adagrpo.errors import RunError
 from adagrpo.parts import threads
 from adagrpo.parts.threads import threads_per_rank, usable_cores
+from adagrpo.recipe.load import load_recipe
 
 CALL = f"import runpy; print(runpy.run_path({threads.__file__!r})['threads_per_rank']())"
 
@@ -53,6 +57,25 @@ def test_a_containers_limit_counts(tmp_path: Path) -> None:
     for text, expected in (("max 100000", bound), ("50000 100000", 1), ("100000000 100000", bound), ("odd", bound)):
         (tmp_path / "cpu.max").write_text(text)
         assert usable_cores(tmp_path) == expected
+
+
+@pytest.mark.parametrize("threads_found", [None, 3])
+def test_training_takes_them(threads_found: int | None, monkeypatch) -> None:
+    """Before it joins the others."""
+    before, seen = torch.get_num_threads(), []
+
+    def joined(*args) -> None:
+        seen.append(torch.get_num_threads())
+        raise RunError("alone")
+
+    monkeypatch.setattr(commands, "threads_per_rank", lambda: threads_found)
+    monkeypatch.setattr(commands, "joined", joined)
+    try:
+        with pytest.raises(RunError, match="alone"):
+            commands.train(load_recipe("tiny"), None, None)
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [threads_found or before]
 
 
 @pytest.mark.parametrize("user", [None, "1"])
