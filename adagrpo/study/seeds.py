@@ -212,6 +212,8 @@ def digest(config: Config) -> str:
     """Of the keys that are not at their defaults, so that a new key does not part a log from its trainings; what only permits
     something is left out."""
     keys = {key: value for key, (_, value) in sorted(changed_keys(Config(), config).items()) if key not in PERMITS}
+    if config.selection.judge == "memory":  # of earlier logs, whose memory picked blindly and whose digests do not say so
+        keys["selection.allow_unseen"] = config.selection.allow_unseen
     return hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:16]
 
 
