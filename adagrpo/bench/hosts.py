@@ -20,7 +20,9 @@ from .records import LARGEST
 
 PREDICTED = Path("meta") / "hosts.json"
 """The record of predictions, below the folder of results."""
-MARK = re.compile(r"(<!-- (keys|cost): written by `adagrpo bench readme` -->\n).*?(<!-- end -->)", re.DOTALL)
+STUDY = Path("cpu") / "host-study.json"
+"""The record of the study of prompts that cannot be learnt (``tests/proof/host_study.py``)."""
+MARK = re.compile(r"(<!-- (keys|cost|study): written by `adagrpo bench readme` -->\n).*?(<!-- end -->)", re.DOTALL)
 H200_GIB = 141e9 / 2**30
 
 
@@ -34,11 +36,14 @@ def hosts_page(page: str, results: Path) -> str:
     """``docs/hosts.md`` with its tables as they should be.
 
     Args:
-        results: folder of the records, of which ``PREDICTED`` may be one.
+        results: folder of the records, of which ``PREDICTED`` and ``STUDY`` may be two.
     """
-    path = results / PREDICTED
-    predicted = json.loads(read_text(path, str(path), LARGEST))["recipes"] if path.is_file() else {}
-    tables = {"keys": keys_table(), "cost": cost_table(predicted)}
+
+    def read(path: Path, key: str) -> Any:
+        return json.loads(read_text(path, str(path), LARGEST))[key] if path.is_file() else {}
+
+    predicted, studied = read(results / PREDICTED, "recipes"), read(results / STUDY, "rows")
+    tables = {"keys": keys_table(), "cost": cost_table(predicted), "study": study_table(studied)}
     return MARK.sub(lambda found: f"{found[1]}\n{tables[found[2]]}\n{found[3]}", page)
 
 
@@ -61,6 +66,20 @@ def cost_table(predicted: dict[str, Any]) -> str:
         memory = f"{peak:.0f}{fits}" if peak else "not predicted"
         rows.append([f"`{name}`", f"{plain:,.0f}", f"{ada:,.0f}", f"{ada / plain - 1:+.1%}", memory, *seconds])
     return _table(head, rows)
+
+
+def study_table(rows: Iterable[dict[str, Any]]) -> str:
+    """One row for each arm of the study: its gain, and its difference to its host's plain arm, with 95 % t intervals."""
+    head = ["prompts", "host", "arm", "seeds", "end", "gain", "more than plain", "detectable", "evaluations"]
+    lines = []
+    for row in rows:
+        said = lambda key, low, high: f"{row[key]:+.3f} ({row[low]:+.3f} … {row[high]:+.3f})"  # noqa: B023, E731
+        against = [said("difference", "low", "high"), f"{row['detectable']:.3f}"] if "difference" in row else ["", ""]
+        names = [f"`{row['prompts']}`", row["host"], row["arm"], str(row["seeds"])]
+        lines.append(
+            [*names, f"{row['after']:.3f}", said("gain", "gain_low", "gain_high"), *against, f"{row['evaluations']:,.0f}"]
+        )
+    return _table(head, lines)
 
 
 def evaluations(config: Config) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from adagrpo.bench.hosts import PREDICTED, cost_table, evaluations, host_recipes, hosts_page, keys_table
+from adagrpo.bench.hosts import PREDICTED, cost_table, evaluations, host_recipes, hosts_page, keys_table, study_table
 from adagrpo.forecast import planned_evaluations
 from adagrpo.recipe.load import load_recipe
 
@@ -44,6 +44,15 @@ def test_tails_that_shrink_count_by_their_mean() -> None:
     steps = [start + 4 + int((25 - (start + 3)) * 0.4) - 1 for start in range(15)]
     update = 2 * 32 * 12 * 4
     assert evaluations(load_recipe("flux1-dev-mix-grpo-flash")) == update + 32 * 12 * sum(steps) / 15
+
+
+def test_what_a_study_says() -> None:
+    gain = {"gain": -0.2, "gain_low": -0.25, "gain_high": -0.15}
+    plain = {"prompts": "p", "host": "h", "arm": "plain", "seeds": 5, "after": 0.4, "evaluations": 1234.4} | gain
+    other = plain | {"arm": "other", "difference": 0.1, "low": -0.05, "high": 0.25, "detectable": 0.2}
+    first, second = study_table([plain, other]).splitlines()[2:]
+    assert first == "| `p` | h | plain | 5 | 0.400 | -0.200 (-0.250 … -0.150) |  |  | 1,234 |"
+    assert second.endswith("| +0.100 (-0.050 … +0.250) | 0.200 | 1,234 |")
 
 
 def test_only_what_stands_between_marks_is_written(tmp_path) -> None:

@@ -5,9 +5,9 @@ On ``tiny:dusty(0.6)`` fork, Flow-GRPO, DanceGRPO and Flow-CPS, each plain, with
 candidate while prompts are new, and blind, without (``selection.allow_unseen``). On ``tiny:even`` fork alone. Each arm is held
 against its host's plain one, paired by seed. A log keeps finished trainings; the same command goes on from it:
 
-    python tests/proof/host_study.py --log runs/host-study.jsonl --jobs 2
+    python tests/proof/host_study.py
 
-With every training done it writes ``bench/results/cpu/host-study.json``, which ``adagrpo bench readme`` makes the tables from.
+It writes ``bench/results/cpu/host-study.json``, which ``adagrpo bench readme`` makes the table of ``docs/hosts.md`` from.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from adagrpo.recipe.load import load_recipe
 from adagrpo.recipe.rules import check
 from adagrpo.run.machine import describe_machine
 from adagrpo.study.hosts import with_probe
-from adagrpo.study.seeds import Arm, Study, trained
+from adagrpo.study.seeds import Arm, Study, digest, read_log, trained
 
 RECORD = Path(__file__).resolve().parents[2] / "bench" / "results" / "cpu" / "host-study.json"
 DUSTY, EVEN = "tiny:dusty(0.6)", "tiny:even"
@@ -92,45 +92,48 @@ def arms() -> list[Arm]:
 
 
 def rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each arm's end reward and gain, and its difference to the plain arm of its host, with its 95 % t interval."""
+    """Each arm's end reward and gain, and its difference to the plain arm of its host, with their 95 % t intervals; arms of
+    fewer than two seeds are left out."""
     found = []
     for prompts, name, arm, _ in cases():
-
-        def of(which: str, prompts: str = prompts, name: str = name) -> list[dict[str, Any]]:
-            mine = [r for r in results if (r["prompts"], r["probe"]) == (prompts, f"{name}: {which}")]
-            return sorted(mine, key=lambda r: r["seed"])
-
-        mine, ends = of(arm), [r["after"] for r in of(arm)]
-        row = {"prompts": prompts, "host": name, "arm": arm, "seeds": len(mine)}
-        row |= {"before": fmean(r["before"] for r in mine), "after": fmean(ends)}
-        gains = paired_interval([r["before"] for r in mine], ends)
-        row |= dict(zip(("gain", "gain_low", "gain_high"), gains, strict=True))
+        mine, plain = (
+            {r["seed"]: r for r in results if (r["prompts"], r["probe"]) == (prompts, f"{name}: {which}")}
+            for which in (arm, PLAIN)
+        )
+        seeds = sorted(mine.keys() & plain.keys())
+        if len(seeds) < 2:
+            continue
+        before, ends, reference = (
+            [of[seed][key] for seed in seeds] for of, key in ((mine, "before"), (mine, "after"), (plain, "after"))
+        )
+        row = {"prompts": prompts, "host": name, "arm": arm, "seeds": len(seeds), "before": fmean(before), "after": fmean(ends)}
+        row |= dict(zip(("gain", "gain_low", "gain_high"), paired_interval(before, ends), strict=True))
         if arm != PLAIN:
-            plain = [r["after"] for r in of(PLAIN)]
-            found_difference = paired_interval(plain, ends)
-            row |= dict(zip(("difference", "low", "high"), found_difference, strict=True))
-            row["detectable"] = detectable_difference(plain, ends)
-        row["evaluations"] = fmean(r["evaluations"] for r in mine)
+            row |= dict(zip(("difference", "low", "high"), paired_interval(reference, ends), strict=True))
+            row["detectable"] = detectable_difference(reference, ends)
+        row["evaluations"] = fmean(mine[seed]["evaluations"] for seed in seeds)
         found.append(row)
     return found
 
 
 def main() -> int:
-    """Train what the log lacks; with all of it there, write the record."""
+    """Train what the log lacks, and write the record."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--log", type=Path, default=Path("runs/host-study.jsonl"))
+    parser.add_argument("--log", type=Path, default=RECORD.with_suffix(".jsonl"))
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--only", default="", help="train only arms whose name has this; no record then")
+    parser.add_argument("--only", default="", help="train only arms whose name has this")
+    parser.add_argument("--record", action="store_true", help="train nothing: record what the log has")
     args = parser.parse_args()
     args.log.parent.mkdir(parents=True, exist_ok=True)
-    chosen = [arm for arm in arms() if args.only in str(arm)]
-    machine = describe_machine(torch.device("cpu")) | {"threads": 1}
-    study = Study((), (), len(SEEDS), args.jobs, args.log)
-    with holding(OwnerLock(args.log.parent, "the study", f"--log {args.log}", file=args.log.name)):
-        results = trained(study, chosen, machine)
-    if args.only:
-        return 0
-    record = {"case": "prompts that cannot be learnt: hosts, probes and the floor under the std", "rows": rows(results)}
+    wanted = arms()
+    if not args.record:
+        study = Study((), (), len(SEEDS), args.jobs, args.log)
+        machine = describe_machine(torch.device("cpu")) | {"threads": 1}
+        with holding(OwnerLock(args.log.parent, "the study", f"--log {args.log}", file=args.log.name)):
+            trained(study, [arm for arm in wanted if args.only in str(arm)], machine)
+    done = read_log(args.log)
+    results = [done[digest(arm.config)] for arm in wanted if digest(arm.config) in done]
+    record = {"case": f"prompts that cannot be learnt: {len(results)} of {len(wanted)} trainings", "rows": rows(results)}
     write_json(RECORD, record | {"trainings": results, "machine": describe_machine(torch.device("cpu"))})
     print(RECORD)
     return 0
