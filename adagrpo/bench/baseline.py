@@ -75,7 +75,7 @@ class PublishedLoop:
             ("rollout.seeds", config.rollout.seeds, 1),
             ("rollout.trained_share", config.rollout.trained_share, 1.0),
             ("train.update_by", config.train.update_by, "steps"),
-            ("selection.capability", config.selection.capability, "shared"),
+            ("selection.capability", config.selection.capability if Derived(config).slots > 1 else "shared", "shared"),
             ("loss.ratio", config.loss.ratio, "plain"),
             ("loss.kl_weight", config.loss.kl_weight, 0.0),
             ("loss.step_weights", config.loss.step_weights, "uniform"),

@@ -61,7 +61,8 @@ class CollectiveLog(TorchDispatchMode):
     ) -> Any:
         """Keep it, if it is one."""
         if func.namespace in NAMESPACES and not func.__name__.startswith(("wait_tensor", "monitored")):
-            given = next(_tensors(args[::-1] if "gather" in func.__name__ else args), None)  # gathering gives its last argument
+            result_first = "gather" in func.__name__ or "scatter" in func.__name__
+            given = next(_tensors(args[::-1] if result_first else args), None)
             shape, dtype = (tuple(given.shape), given.dtype) if given is not None else ((0,), torch.uint8)
             call = Call(func.__name__.partition(".")[0], shape, str(dtype).removeprefix("torch."), _place())
             self.calls.append(call)

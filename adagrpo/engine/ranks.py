@@ -76,13 +76,15 @@ class Ranks:
             return part
         sent = part.contiguous()
         parts = [torch.empty_like(sent) for _ in range(self.size)]
-        dist.all_gather(parts, sent)
+        with self._naming("a gathering of tensors"):
+            dist.all_gather(parts, sent)
         return torch.cat(parts, dim)
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum over ranks, in ``value`` itself."""
         if self.size > 1:
-            dist.all_reduce(value)
+            with self._naming("a sum of tensors"):
+                dist.all_reduce(value)
         return value
 
     def add_up(self, tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> None:
@@ -104,13 +106,11 @@ class Ranks:
         """Write the first rank's values into the tensors of all."""
         if self.size == 1:
             return
-        with torch.no_grad():
-            for dtype in dict.fromkeys(t.dtype for t in tensors):
-                mine = [t for t in tensors if t.dtype is dtype]
-                flat = torch.cat([t.detach().flatten() for t in mine])
-                dist.broadcast(flat, 0)
-                for t, found in zip(mine, flat.split([t.numel() for t in mine]), strict=True):
-                    t.copy_(found.view_as(t))
+        with torch.no_grad(), self._naming("a broadcast of tensors"):
+            for t in tensors:  # one at a time: all at once would be held twice
+                first = t.detach().contiguous()
+                dist.broadcast(first, 0)
+                t.copy_(first)
 
     # ---- agreements: the host waits for all ranks ----
 
@@ -172,9 +172,14 @@ class Ranks:
     def _naming(self, at: str) -> Iterator[None]:
         try:
             yield
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise RunError(f"rank {self.rank} of {self.size}: the others did not come to {at}: {first}") from error
+            first, limit = (
+                (str(error).strip() or type(error).__name__).splitlines()[0],
+                f"train.ranks_timeout = {self.timeout:g} s",
+            )
+            raise RunError(f"rank {self.rank} of {self.size}: the others did not come to {at} ({limit}): {first}") from error
 
 
 def _exit_code(error: BaseException) -> int:

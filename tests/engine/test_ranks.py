@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import os
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import other_rounding
 import pytest
 import torch
+import torch.distributed as dist
 from ranks_pool import Pool
 from torch import Tensor
 from toy import PROMPTS, ToyModel, toy_config
@@ -17,7 +20,7 @@ from toy import PROMPTS, ToyModel, toy_config
 from adagrpo.build import assemble
 from adagrpo.engine.collectives import Call, CollectiveLog
 from adagrpo.engine.ranks import Ranks
-from adagrpo.errors import InputError
+from adagrpo.errors import InputError, RunError
 from adagrpo.recipe.keys import Config, EngineConfig, RewardConfig
 from adagrpo.train import Trainer
 
@@ -188,6 +191,42 @@ def test_an_iteration_calls_these_collectives_and_none_while_it_samples(pool: Po
         ("allreduce_", (1,), "int64", "engine/scoring.py"),
     ]
     assert sum(call.bytes for call in one[0]) == 4 * weights + 8 * (6 + 16 + 8 + 4)
+
+
+def left_alone(ranks: Ranks) -> str:
+    """What a rank is told that waits for another one in vain."""
+    side = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=1))
+    if ranks.rank:
+        time.sleep(2)
+        return ""
+    try:
+        dataclasses.replace(ranks, side=side, timeout=1.0).require_well()
+    except RunError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_a_rank_that_waits_in_vain_says_where(pool: Pool) -> None:
+    told = "rank 0 of 2: the others did not come to the end of a phase (train.ranks_timeout = 1 s): "
+    assert pool(left_alone)[0].startswith(told)
+
+
+def sharded(ranks: Ranks) -> list[Call]:
+    """The collectives of FSDP in a forward and a backward pass."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4, bias=False), torch.nn.Tanh())
+    fully_shard(model, mesh=dist.init_device_mesh("cpu", (ranks.size,)))
+    with CollectiveLog() as log:
+        model(torch.ones(2, 4)).sum().backward()
+    return log.calls
+
+
+def test_the_log_has_the_collectives_of_libraries_too(pool: Pool) -> None:
+    one, other = pool(sharded)
+    assert one == other
+    ops = [(call.op.strip("_"), call.bytes) for call in one]
+    assert ("allgather_base", 32) in ops and ("reduce_scatter_base", 64) in ops  # half of 16 weights in, all gradients out
 
 
 def same(one: Any, other: Any) -> bool:

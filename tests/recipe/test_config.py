@@ -44,7 +44,8 @@ def test_official_recipe_differs_from_ours_only_where_the_released_code_does() -
         if getattr(getattr(ours, section.name), key.name) != getattr(getattr(official, section.name), key.name)
     }
     assert changed == {
-        "rollout.fork_velocity", "loss.old_logp", "loss.average", "model.timestep", "train.steps_per_iteration"
+        "rollout.fork_velocity", "loss.old_logp", "loss.average", "model.timestep", "train.steps_per_iteration",
+        "selection.capability",
     }  # fmt: skip
 
 
