@@ -50,6 +50,7 @@ def problems(config: Config) -> Iterator[Problem]:
         _check_rollout,
         _check_groups,
         _check_training,
+        _check_own_levels,
         _check_rewards,
     )
     for rule in rules:
@@ -224,8 +225,6 @@ def _check_training(c: Config) -> Iterator[Problem]:
 
 def _check_probe(c: Config) -> Iterator[Problem]:
     s, steps = c.selection, c.rollout.steps
-    if s.capability == "per_slot":
-        yield from _check_own_levels(c)
     if s.probe == "full":
         return
     if s.candidates == 1 or s.strategy == "random":
@@ -257,6 +256,8 @@ def _check_probe(c: Config) -> Iterator[Problem]:
 def _check_own_levels(c: Config) -> Iterator[Problem]:
     """Levels of single slots need scores of their own candidates in every draw."""
     s, key = c.selection, "selection.capability"
+    if s.capability == "shared":
+        return
     if not Derived(c).scores_needed:
         yield Problem(key, s.capability, "has no effect here: nothing reads the capability EMA", unread=key)
     elif s.probe != "full":

@@ -176,8 +176,8 @@ def test_plan_command_of_several_ranks(capsys) -> None:
 
 
 @pytest.mark.parametrize(("words", "told"), [
-    (["--ranks", "3"], "train.slots = 8: cannot be dealt to 3 ranks"), (["--ranks", "0"], "--ranks"), (["--nodes", "x"], "whole number"),
-    (["--ranks", "2", "--network", "0"], "--network"),
+    (["--ranks", "3"], "train.slots = 8: cannot be dealt to 3 ranks"), (["--ranks", "0"], "--ranks"),
+    (["--nodes", "x"], "whole number"), (["--ranks", "2", "--network", "0"], "--network"),
 ])  # fmt: skip
 def test_plan_command_refuses(words: list[str], told: str, capsys) -> None:
     code = 0
