@@ -46,7 +46,8 @@ class Published:
 
     def evaluations(self, candidates: int) -> dict[str, int]:
         """Of an iteration by phase, from the numbers above alone."""
-        probe = {"probe": self.prompts * candidates * self.steps} if self.forks or candidates > 1 else {}
+        judged = candidates * self.steps if self.forks else candidates * (self.steps // 2) + self.steps  # and one to the end
+        probe = {"probe": self.prompts * judged} if self.forks or candidates > 1 else {}
         if self.forks:
             learnt = self.prompts * self.seeds * self.forks
             anchors = self.prompts * (self.seeds - 1) * self.steps
@@ -133,7 +134,9 @@ def test_published_values(name: str) -> None:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_adagrpo_changes_nothing_else(name: str) -> None:
     plain, ada = load_recipe(name), load_recipe(f"{name}-ada")
-    selection = dataclasses.replace(plain.selection, candidates=CANDIDATES)
+    published = PUBLISHED[name]
+    probe = {} if published.forks else {"probe": "short", "probe_steps": published.steps // 2}
+    selection = dataclasses.replace(plain.selection, candidates=CANDIDATES, **probe)
     added = {"name": f"{name}-ada", "selection": selection, "advantage": dataclasses.replace(plain.advantage, weight=1.0)}
     assert ada == dataclasses.replace(plain, **added)
     assert (plain.selection.candidates, plain.advantage.weight) == (1, 0.0)
