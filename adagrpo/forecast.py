@@ -68,8 +68,9 @@ def planned_evaluations(config: Config, iteration: int | None = None, ranks: int
 def planned_collectives(config: Config, model: FlowModel, ranks: int) -> list[Collective]:
     """What ``ranks`` ranks tell each other in an iteration that draws once, groups of equal rewards are not drawn again.
 
-    Scores of candidates by each batch that is scored, rewards of all groups, gradients of each optimizer step in the dtype that
-    it steps, and metrics; not what pooled picks, which other ranks may have sampled, were sampled from.
+    Scores of candidates by each batch that is scored, rewards of all groups, the mean weight of steps, gradients of each
+    optimizer step in the dtype that it steps, and metrics; not what pooled picks, which other ranks may have sampled, were
+    sampled from.
     """
     d, number, rewards = Derived(config), torch.float64.itemsize, len(config.rewards)
     legs = build_judge(config).legs(d.slots)
@@ -82,8 +83,10 @@ def planned_collectives(config: Config, model: FlowModel, ranks: int) -> list[Co
         Collective("rewards", "all-gather", rewards * d.groups * config.rollout.group_size * d.tails_per_sample * number)
     )
     gradients = sum(wide_bytes(p) for _, p in model.trainable())
+    weighted = config.loss.step_weights != "uniform"
     return [
         *gathered,
+        *[Collective("weights", "all-reduce", d.wide.itemsize)] * weighted,
         *[Collective("groups", "all-reduce", counted)] * (config.advantage.equal_groups != "keep"),
         Collective("gradients", "all-reduce", gradients, config.train.steps_per_iteration),
         Collective("metrics", "all-gather", ranks * len(SUMS) * number),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -101,12 +102,17 @@ def mean_space_kl(mean: Tensor, reference_mean: Tensor, table: StepTable, index:
     return torch.where(noisy, square / torch.where(noisy, spread, torch.ones_like(spread)).to(square.dtype), 0)
 
 
-def step_weights(table: StepTable, index: Tensor, mode: str = "uniform") -> Tensor:
+def step_weights(
+    table: StepTable, index: Tensor, mode: str = "uniform", average: Callable[[Tensor], Tensor] = torch.mean
+) -> Tensor:
     """Weight of each trained step, averaging 1 over ``index`` (int64 [N]), in the table's dtype.
 
     ``uniform``: 1. ``equal_gradient``: inverse to ``|b*logp_scale*w|``, so that every step pulls equally on the velocity
     (uniform weights give step 6 of the official schedule five times the velocity gradient of step 0); Flash-GRPO's weights.
     ``noise``: proportional to ``w`` (TempFlow-GRPO, whose 1.73 is the inverse mean on its own grid).
+
+    Args:
+        average: from [N] to 0-dim; where others train steps too, over theirs as well.
     """
     if mode not in STEP_WEIGHTS:
         raise ValueError(f"unknown step weight {mode!r}: one of {', '.join(STEP_WEIGHTS)}")
@@ -114,8 +120,8 @@ def step_weights(table: StepTable, index: Tensor, mode: str = "uniform") -> Tens
     if mode == "uniform":
         return torch.ones_like(rows.w)
     if mode == "noise":
-        return rows.w / rows.w.mean().clamp_min(torch.finfo(rows.w.dtype).tiny)
+        return rows.w / average(rows.w).clamp_min(torch.finfo(rows.w.dtype).tiny)
     # d logp / d v is proportional to b * logp_scale * w for a successor drawn from the step itself.
     pull = (rows.b * rows.logp_scale * rows.w).abs()
     weight = torch.where(pull > 0, 1 / torch.where(pull > 0, pull, torch.ones_like(pull)), torch.zeros_like(pull))
-    return weight / weight.mean().clamp_min(torch.finfo(weight.dtype).tiny)
+    return weight / average(weight).clamp_min(torch.finfo(weight.dtype).tiny)

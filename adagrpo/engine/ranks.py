@@ -87,6 +87,10 @@ class Ranks:
                 dist.all_reduce(value)
         return value
 
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean, 0-dim, over these values [N] and as many of every other rank."""
+        return self.sum(values.mean().unsqueeze(0)).squeeze(0) / self.size
+
     def add_up(self, tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> None:
         """Replace tensors by their sums over ranks, in one call for each dtype; a missing one counts as zeros, and stays away.
 

@@ -89,7 +89,7 @@ def update_policy(
     old_logp = "recompute" if samples.merged and o.old_logp == "rollout" else o.old_logp
     if old_logp == "recompute":
         transitions = executor.recompute(transitions, conditioning, [b for step in batches for b in step])
-    weight, kl_share = _weights(executor, transitions.index, o)
+    weight, kl_share = _weights(executor, transitions.index, o, ranks)
     tally = _Tally(advantage.device)
     of_steps = [torch.cat(step) for step in batches]
     averages = [torch.cat(of_steps)] if o.average == "iteration" else of_steps
@@ -125,9 +125,10 @@ def _shares(
     return [1 / count.clamp_min(1) for count in counts]
 
 
-def _weights(executor: RolloutExecutor, index: Tensor, objective: Objective) -> tuple[Tensor, Tensor | None]:
-    """Weight of each transition, and what undoes it for the divergence; None where the divergence is weighted too."""
-    weight = step_weights(executor.table, index, objective.step_weighting)
+def _weights(executor: RolloutExecutor, index: Tensor, objective: Objective, ranks: Ranks) -> tuple[Tensor, Tensor | None]:
+    """Weight of each transition, 1 on average over those of all ranks, whose slots may have drawn other steps; and what undoes
+    it for the divergence, None where the divergence is weighted too."""
+    weight = step_weights(executor.table, index, objective.step_weighting, ranks.mean)
     undone = torch.where(weight > 0, 1 / weight, 0) if objective.step_weighting == "noise" else None
     if objective.ratio != "plain":
         rows = executor.table.rows(index)

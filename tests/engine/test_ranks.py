@@ -84,7 +84,7 @@ CASES = {
         rollout={"plan": "trajectory", "sde_steps": (0, 1, 2, 3), "trained_share": 0.5, "trained_of": "sample"}
     ),
     "guard": case(rollout={"plan": "trajectory"}, loss={"ratio": "guard", "clip_range": 1e-3}),
-    "own steps": case(rollout={"plan": "trajectory", "step_per_prompt": True}),
+    "own steps": case(rollout={"plan": "trajectory", "step_per_prompt": True}, loss={"step_weights": "equal_gradient"}),
     "seeds and tails": case(rollout={"seeds": 2, "granularities": (1, 2)}),
     "released": case(rollout={"fork_velocity": "probe"}, loss={"old_logp": "detached"}, train={"steps_per_iteration": 2}),
     "short": case(selection={"probe": "short", "probe_steps": 2}),

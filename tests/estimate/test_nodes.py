@@ -101,6 +101,7 @@ CASES = {
         selection={"candidates": 1}, advantage={"weight": 0.0}, rollout={"plan": "trajectory"}, loss={"old_logp": "recompute"}
     ),
     "bots": toy_config(selection={"probe": "bots"}),
+    "weights": toy_config(loss={"step_weights": "noise"}),
     "anchors": toy_config(selection={"probe": "greso"}, advantage={"weight": 0.0}),
     "rewards": dataclasses.replace(toy_config(), rewards=(RewardConfig("a"), RewardConfig("b"))),
 }
