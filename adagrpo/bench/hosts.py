@@ -100,7 +100,7 @@ def _said(config: Config) -> list[str]:
         _advantage(config),
         _loss(config),
         _training(config),
-        ", ".join(reward.name for reward in config.rewards),
+        ", ".join(reward.name + (f" × {reward.weight:.3g}" if reward.weight != 1 else "") for reward in config.rewards),
     ]
 
 

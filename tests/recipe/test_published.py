@@ -65,6 +65,7 @@ def keys(eta: float, clip: float, lr: float, **others: Any) -> dict[str, Any]:
 
 
 SHIFT_3 = {"rollout__shift": 3.0, "model__height": 720, "model__width": 720, "advantage__ddof": 1, "advantage__eps": 1e-8}
+MIX = {**SHIFT_3, **{f"rewards__{i}__weight": pytest.approx(1 / 3) for i in range(3)}, "advantage__clip_of": "sum"}
 AVERAGED = {"optimizer__ema_decay": 0.9, "optimizer__ema_every": 8, "advantage__ddof": 0, "advantage__eps": 1e-4}
 FLOW = {"rollout__shift": "model", "model__height": 512, "model__lora_rank": 64, "model__lora_alpha": 128.0, **AVERAGED}
 SD35 = {**FLOW, "model__lora_rank": 32, "model__lora_alpha": 64.0, "model__guidance": 4.5}
@@ -81,9 +82,9 @@ PUBLISHED = {
     "flux1-dev-dance-grpo-lora": Published(
         16, 12, 12, 6, 2, keys(0.3, 1e-4, 3e-4, **SHIFT_3, train__iterations=301, model__lora_rank=128, model__lora_alpha=256.0)
     ),
-    "flux1-dev-mix-grpo": Published(32, 12, 25, 4, 4, keys(0.7, 1e-4, 1e-5, **SHIFT_3, rollout__window_every=25)),
+    "flux1-dev-mix-grpo": Published(32, 12, 25, 4, 4, keys(0.7, 1e-4, 1e-5, **MIX, rollout__window_every=25)),
     "flux1-dev-mix-grpo-flash": Published(
-        32, 12, 25, 4, 4, keys(0.7, 1e-4, 1e-5, **SHIFT_3, rollout__window_every=20, rollout__tail_share=0.4), most=19 + 4 + 1
+        32, 12, 25, 4, 4, keys(0.7, 1e-4, 1e-5, **MIX, rollout__window_every=20, rollout__tail_share=0.4), most=19 + 4 + 1
     ),
     "flux1-dev-g2rpo": Published(
         16, 12, 16, 8, 8, keys(0.7, 1e-4, 2e-6, **SHIFT_3, train__iterations=301), forks=8, tails=EVERY_STEP + EVERY_OTHER
@@ -129,6 +130,28 @@ def test_published_values(name: str) -> None:
     assert found == (published.prompts, published.group, published.steps, published.trained, published.updates)
     assert (len(d.forks), config.rollout.seeds) == (published.forks, published.seeds)
     assert {key: lookup(config, key) for key in published.keys} == published.keys
+
+
+TWINS = {
+    "flow-grpo": "sd35-medium", "flow-grpo-fast": "sd35-medium", "grpo-guard": "sd35-medium", "flow-cps": "flux1-dev",
+    "dance-grpo": "flux1-dev", "mix-grpo": "flux1-dev", "mix-grpo-flash": "flux1-dev", "g2rpo": "flux1-dev",
+    "tempflow": "flux1-dev", "flash-grpo": "flux1-dev",
+}  # fmt: skip
+OF_ITS_SIZE = {
+    "rollout": "eta steps shift sde_steps window_range tail_share group_size seeds storage", "loss": "clip_range kl_weight",
+    "train": "iterations slots steps_per_iteration", "optimizer": "lr schedule final_share", "advantage": "",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("host", TWINS)
+def test_a_host_on_the_built_in_world_is_that_on_its_model(host: str) -> None:
+    """But for numbers of a smaller world."""
+    tiny, large = load_recipe(f"tiny-{host}"), load_recipe(f"{TWINS[host]}-{host}")
+    assert tiny.model.timestep == large.model.timestep
+    for section, numbers in OF_ITS_SIZE.items():
+        own, others = (dataclasses.asdict(getattr(config, section)) for config in (tiny, large))
+        differ = {key for key in own if own[key] != others[key]}
+        assert differ <= set(numbers.split()), section
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
