@@ -246,5 +246,8 @@ def joined(device: torch.device, timeout: float = 600.0) -> Iterator[Ranks]:
                 Path(folder).mkdir(parents=True, exist_ok=True)
                 logging.enter_context(log_into(Path(folder) / f"rank-{ranks.rank}.jsonl"))
             yield ranks
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        if device.type != "cuda":  # there it could wait for kernels that never end; the process's own end lets go of all
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()

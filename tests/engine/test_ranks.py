@@ -111,6 +111,7 @@ CASES = {
     "kl, average, chunks": dataclasses.replace(
         case(loss={"kl_weight": 0.1}, optimizer={"lr": 1e-2, "eps": 1e-3, "ema_decay": 0.5}), engine=EngineConfig(max_rows=4)
     ),
+    "graphs": dataclasses.replace(case(), engine=EngineConfig(cuda_graphs=True)),
     "rewards": dataclasses.replace(case(advantage={"std": "floored"}), rewards=TWO),
 }
 
