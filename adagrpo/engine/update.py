@@ -30,13 +30,13 @@ SUMS = ("loss", "kl", "ratio", "high", "low", "valid", "deviation", "norm")
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """The policy-gradient objective, ``loss = mean_N(weight_k * (surrogate + kl_weight * KL))``; weights ``noise`` are of the
-    surrogate alone.
+    """The policy-gradient objective, ``loss = mean_N(weight_k * (surrogate + kl_weight * KL))``; weights ``noise``, and the
+    lengths of steps that ``guard`` divides by, are of the surrogate alone.
 
     Attributes:
         old_logp: the ratio's denominator: ``rollout`` (stored while sampling), ``recompute`` or ``detached``.
-        ratio: ``plain``, or ``guard`` (``guarded``), whose loss is divided by the step's |dt|; ``guard_batch`` pools its bias
-            over the micro-batch.
+        ratio: ``plain``, or ``guard`` (``guarded``), whose surrogate is divided by the step's |dt|; ``guard_batch`` pools its
+            bias over the micro-batch.
         clip_range: half width of the trust region; None is no clipping.
         kl_weight, kl_space, kl_variance: of the divergence: from the initial model in the space of means (``mean_space_kl``) or
             of velocities (``velocity_distance``), or from the sampling policy, ``logp`` (``log_prob_divergence``).
@@ -89,7 +89,7 @@ def update_policy(
     old_logp = "recompute" if samples.merged and o.old_logp == "rollout" else o.old_logp
     if old_logp == "recompute":
         transitions = executor.recompute(transitions, conditioning, [b for step in batches for b in step])
-    weight, kl_share = _weights(executor, transitions.index, o, ranks)
+    weight, of_kl = _weights(executor, transitions.index, o, ranks)
     tally = _Tally(advantage.device)
     of_steps = [torch.cat(step) for step in batches]
     averages = [torch.cat(of_steps)] if o.average == "iteration" else of_steps
@@ -104,10 +104,9 @@ def update_policy(
             mask, of_rows = valid[part.sample], advantage[part.sample].to(logp.dtype)
             pair = (logp, part.logp) if o.ratio == "plain" else _guarded(executor, part, v, logp, old_logp, o.ratio)
             surrogate = clipped_surrogate(*pair, of_rows, o.clip_range, mask)
-            loss = surrogate.loss
+            loss = surrogate.loss * weight[batch].to(logp.dtype)
             kl = _kl(executor, part, v, logp, mask, conditioning, o) if o.kl_weight else torch.zeros_like(loss)
-            kl_loss = o.kl_weight * kl if kl_share is None else o.kl_weight * kl * kl_share[batch].to(loss.dtype)
-            loss = ((loss + kl_loss) * weight[batch].to(loss.dtype)).sum() * share
+            loss = (loss + o.kl_weight * kl * of_kl[batch].to(kl.dtype)).sum() * share
             loss.backward()
             optimizer.collect()
             tally.add(loss, kl, surrogate.ratio, surrogate.clipped, mask, first=number == 0)
@@ -125,15 +124,15 @@ def _shares(
     return [1 / count.clamp_min(1) for count in counts]
 
 
-def _weights(executor: RolloutExecutor, index: Tensor, objective: Objective, ranks: Ranks) -> tuple[Tensor, Tensor | None]:
-    """Weight of each transition, 1 on average over those of all ranks, whose slots may have drawn other steps; and what undoes
-    it for the divergence, None where the divergence is weighted too."""
+def _weights(executor: RolloutExecutor, index: Tensor, objective: Objective, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """Weights of the surrogate of each transition and of its divergence; before they are divided by lengths they are 1 on
+    average over the transitions of all ranks, whose slots may have drawn other steps."""
     weight = step_weights(executor.table, index, objective.step_weighting, ranks.mean)
-    undone = torch.where(weight > 0, 1 / weight, 0) if objective.step_weighting == "noise" else None
+    of_kl = torch.ones_like(weight) if objective.step_weighting == "noise" else weight
     if objective.ratio != "plain":
         rows = executor.table.rows(index)
         weight = weight / (rows.sigma - rows.sigma_next)
-    return weight, undone
+    return weight, of_kl
 
 
 def _guarded(

@@ -130,6 +130,19 @@ def test_trajectories(name: str, scheme: str, eta: float, options: dict, dtype: 
         assert float(metrics["kl"]) == pytest.approx(float(host.found("kl_loss").mean()), rel=1e-3, abs=1e-12)
 
 
+@pytest.mark.parametrize("ratio", ["guard", "guard_batch"])
+def test_lengths_of_steps_spare_the_divergence(ratio: str) -> None:
+    """GRPO-Guard's code adds the divergence, Flow-GRPO's, to a surrogate that it has divided by them."""
+    host = Released("flow_grpo")
+    old = host.given("old_logp", torch.float64)
+    steps, successors = torch.arange(old.shape[1]).repeat(len(old)), host.given("next").flatten(0, 1).unsqueeze(1)
+    replay = Replay(host, "flow", 0.7, steps, successors, old.reshape(-1, 1))
+    advantage = host.found("advantage").flatten().repeat_interleave(old.shape[1])
+    of = lambda **kl: replay.update(advantage, ratio=ratio, old_logp="detached", **kl)[1]["loss"]  # noqa: E731
+    expected = 0.04 * float(host.found("kl_loss").mean())
+    assert float(of(**DIFFUSION) - of()) == pytest.approx(expected, rel=1e-6)
+
+
 @pytest.mark.parametrize("dtype", CLOSE)
 def test_groups_that_share_a_mean(dtype: torch.dtype) -> None:
     """G2RPO: one velocity for all members of a fork."""

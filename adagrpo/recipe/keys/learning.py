@@ -121,9 +121,10 @@ class LossConfig:
     """Where the ratio's denominator comes from: stored while sampling, recomputed before the first update in its own
     geometry, or the current value without gradient (the released code: the ratio is then 1 by construction)."""
     ratio: Literal["plain", "guard", "guard_batch"] = "plain"
-    """guard: the log-ratio has the same spread at every step and no bias, and the loss of a step is divided by its length
-    (GRPO-Guard); not for scheme cps, whose log-probability is no Gaussian's. guard_batch: the bias taken off is the mean over
-    a micro-batch's samples at the same step, as in its released code, and depends on how large these are."""
+    """guard: the log-ratio has the same spread at every step and no bias, and the loss of a step, the KL divergence apart, is
+    divided by its length (GRPO-Guard); not for scheme cps, whose log-probability is no Gaussian's. guard_batch: the bias taken
+    off is the mean over a micro-batch's samples at the same step, as in its released code, and depends on how large these
+    are."""
     kl_weight: float = 0.0
     """Weight of the KL divergence."""
     kl_space: Literal["mean", "velocity", "logp"] = "mean"
