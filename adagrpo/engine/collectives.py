@@ -64,7 +64,7 @@ class CollectiveLog(TorchDispatchMode):
             result_first = "gather" in func.__name__ or "scatter" in func.__name__
             given = next(_tensors(args[::-1] if result_first else args), None)
             shape, dtype = (tuple(given.shape), given.dtype) if given is not None else ((0,), torch.uint8)
-            call = Call(func.__name__.partition(".")[0], shape, str(dtype).removeprefix("torch."), _place())
+            call = Call(func.__name__.partition(".")[0], shape, str(dtype).removeprefix("torch."), place())
             self.calls.append(call)
             self.write(call)
         return func(*args, **(kwargs or {}))
@@ -88,7 +88,8 @@ def _tensors(given: Iterable[Any]) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
-def _place() -> str:
+def place() -> str:
+    """The line of this package, outside its own machinery of ranks, that is at work in this thread; empty of none."""
     frame = inspect.currentframe()
     while frame is not None:
         path = Path(frame.f_code.co_filename)

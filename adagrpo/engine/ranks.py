@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..errors import InputError, RunError
 from ..parts.threads import threads_per_rank
-from .collectives import log_into
+from .collectives import log_into, place
 
 T = TypeVar("T")
 LOG = "ADAGRPO_COLLECTIVES"
@@ -179,10 +179,8 @@ class Ranks:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            first, limit = (
-                (str(error).strip() or type(error).__name__).splitlines()[0],
-                f"train.ranks_timeout = {self.timeout:g} s",
-            )
+            first, where = (str(error).strip() or type(error).__name__).splitlines()[0], place()
+            limit = f"{where}{', ' * bool(where)}train.ranks_timeout = {self.timeout:g} s"
             raise RunError(f"rank {self.rank} of {self.size}: the others did not come to {at} ({limit}): {first}") from error
 
 
