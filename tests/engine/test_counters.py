@@ -123,8 +123,10 @@ def test_each_prompt_trains_a_step_of_its_own() -> None:
         assert planned_evaluations(recipe, 2) == {p: count.evaluations for p, count in trainer.executor.counts.items()}
         found.append([samples.transitions for samples, _ in kept])
     table = trainer.executor.table
-    for whole, parts in zip(*found, strict=True):
+    for iteration, (whole, parts) in enumerate(zip(*found, strict=True)):
         steps = (whole.index - 6).reshape(5, 4)
+        taken = trainer.sampler.plan(Share.alone(5), iteration=iteration).index  # rows of the table, from 6 on stochastic ones
+        assert ((taken >= 6).sum(1) == 1).all() and taken.amax(1).tolist() == whole.index.tolist()
         assert (steps == steps[:, :1]).all() and set(steps.flatten().tolist()) <= {0, 1, 2, 3}
         assert whole.sample.flatten().tolist() == list(range(20)) and whole.slot.tolist() == [i // 4 for i in range(20)]
         assert torch.equal(whole.index, parts.index) and torch.equal(whole.sample, parts.sample)
@@ -154,7 +156,7 @@ def test_each_sample_trains_steps_that_it_draws() -> None:
     for whole, parts in zip(*found, strict=True):
         steps = (whole.index - 6).reshape(8, 2)
         assert (steps[:, 0] < steps[:, 1]).all() and set(steps.flatten().tolist()) == {0, 1, 2, 4}
-        assert len({tuple(row) for row in steps.tolist()}) > 1
+        assert all(len({tuple(row) for row in slot.tolist()}) > 1 for slot in steps.chunk(2))
         assert whole.sample.flatten().tolist() == [i // 2 for i in range(16)]
         assert torch.equal(whole.index, parts.index) and torch.equal(whole.sample, parts.sample)
     assert not torch.equal(found[0][0].index, found[0][1].index)

@@ -6,6 +6,7 @@ import statistics
 
 import pytest
 import torch
+from toy import toy_config, toy_trainer
 
 from adagrpo.algorithm.selection import CapabilityState
 from adagrpo.engine.fusion import Fusion
@@ -42,3 +43,14 @@ def test_advantages_under_several_tails_are_summed() -> None:
                 expected[i] += float(weights[m]) * (local + max(-5.0, min(5.0, (value - mean) / (std + 1e-8))))
         assert found[group].tolist() == pytest.approx(expected, rel=1e-6)
     assert float(metrics["reward/train_3_b_tail1"]) == pytest.approx(float(rewards[3].mean()))
+
+
+def test_a_recipe_sums_the_advantages_under_its_tails_undivided() -> None:
+    """2 prompts x 2 forks x 4 members, each under tails of one and of two places."""
+    plain = {"selection": {"candidates": 1}, "advantage": {"weight": 0.0}}
+    trainer = toy_trainer(toy_config(rollout={"granularities": (1, 2)}, **plain))
+    rewards = torch.randn(2, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    found, _ = trainer.advantage(rewards)
+    for group in range(4):
+        under = [standardised(rewards[tail, group].tolist()) for tail in range(2)]
+        assert found[group].tolist() == pytest.approx([sum(both) for both in zip(*under, strict=True)], rel=1e-6)
