@@ -18,6 +18,7 @@ from .errors import InputError, RunError, Stopped
 from .parts.isolation import leave_if_hanging
 from .recipe.load import annotated, read_recipe, recipe_names, recipe_title
 from .recipe.ranges import MOST_SEED
+from .run.ended import ENDED, ended_before
 from .run.signals import leaving
 from .serve.command import add_serve
 from .text.redaction import redacted_arguments, scrubbed
@@ -155,6 +156,10 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> int:
     if args.print_config:
         print(annotated(recipe), end="")
         return 0
+    if not args.dry_run and (ended := ended_before(args.out)) is not None:
+        if os.environ.get("RANK") == "0":
+            _complain(f"the run in {args.out} ended on purpose, with {ended} ({ENDED} there): not started again")
+        return ended
     from .commands import dry_run, train
 
     if args.dry_run:

@@ -58,6 +58,8 @@ from .rewards import Reward, build_reward, check_reward_files
 from .rewards.fetching import wanted_files
 from .run.alike import require_alike, require_one_folder
 from .run.checkpoint import INDEX, verify
+from .run.ended import note_end
+from .run.failing import accounted
 from .run.fit import Fit
 from .run.folder import RunFolder
 from .run.grid import to_pil
@@ -77,8 +79,12 @@ def train(config: Config, out: Path | None, resume: str | None, take_over: bool 
         torch.set_num_threads(threads)
     with joined(choose_device(config.model.device), config.train.ranks_timeout) as ranks:
         dealt_slots(config, ranks)  # refused before any work
-        with opened_together(ranks, config, out, resume, take_over) as (run, checkpoint):
-            return _train(config, run, checkpoint, ranks)
+        with opened_together(ranks, config, out, resume, take_over) as (run, checkpoint), accounted(ranks, run):
+            code = _train(config, run, checkpoint, ranks)
+            if ranks.writes:
+                note_end(run.path, code)
+        ranks.most(0, "the closing of the run folder")
+        return code
 
 
 def _train(config: Config, run: RunFolder, checkpoint: Path | None, ranks: Ranks) -> int:

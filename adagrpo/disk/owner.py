@@ -93,11 +93,18 @@ def pid_namespace() -> str:
 
 def start_of(pid: int) -> str:
     """When a process began, in clock ticks since boot; empty where that is not known. Source: proc(5), field 22 of stat."""
-    fields = _read(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split()
+    fields = _stat(pid)
     return fields[19] if len(fields) > 19 else ""
 
 
+def _stat(pid: int) -> list[str]:
+    """The fields of proc(5)'s stat from the third, the state, on."""
+    return _read(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split()
+
+
 def _exists(pid: int) -> bool:
+    if _stat(pid)[:1] == ["Z"]:  # it ended; its parent has not asked yet
+        return False
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

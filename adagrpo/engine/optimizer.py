@@ -72,10 +72,14 @@ class PolicyOptimizer:
         parameters: trainable parameters.
         settings: how they are stepped.
         ranks: who else trains; None is nobody.
+
+    Attributes:
+        unsound: of several ranks, whether this one's gradients were not finite since that was last read, 0-dim; None is no.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], settings: OptimizerSettings, ranks: Ranks | None = None) -> None:
         self.parameters, self.ranks = list(parameters), ranks or Ranks()
+        self.unsound: Tensor | None = None
         self.ranks.same(self.parameters)
         wide = (torch.float32, torch.float64)
         self.masters = [p if p.dtype in wide else p.detach().float().requires_grad_() for p in self.parameters]
@@ -96,6 +100,8 @@ class PolicyOptimizer:
         """Sum over ranks, clip, step, write back, average, clear the gradients; returns the gradient norm before clipping
         (0-dim)."""
         self.collect()
+        if self.ranks.size > 1:
+            self._look_at_own()
         self.ranks.add_up([m.grad for m in self.masters], self.masters)
         norm = nn.utils.clip_grad_norm_(self.masters, self.settings.max_grad_norm)
         for group in self.adamw.param_groups:
@@ -147,6 +153,17 @@ class PolicyOptimizer:
         for target, value in zip(self.masters + self.averages, state["masters"] + state["averages"], strict=True):
             target.data.copy_(value)
         self._write_back(self.masters)
+
+    def read_unsound(self) -> bool:
+        """Whether this rank's own gradients were not finite since the last call: their sum does not tell whose were not."""
+        found, self.unsound = self.unsound, None
+        return found is not None and bool(found)
+
+    @torch.no_grad()
+    def _look_at_own(self) -> None:
+        if gradients := [m.grad for m in self.masters if m.grad is not None]:
+            now = ~torch.stack(torch._foreach_norm(gradients, math.inf)).isfinite().all()
+            self.unsound = now if self.unsound is None else self.unsound | now
 
     @torch.no_grad()
     def _average(self) -> None:

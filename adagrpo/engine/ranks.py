@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import datetime
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +23,7 @@ from torch import Tensor
 from ..errors import InputError, RunError
 from ..parts.threads import threads_per_rank
 from .collectives import log_into, place
+from .heartbeat import Heartbeat
 
 T = TypeVar("T")
 LOG = "ADAGRPO_COLLECTIVES"
@@ -40,6 +42,10 @@ class MemoryElsewhere(RuntimeError):
         self.rows = rows
 
 
+class RanksApart(RunError):
+    """The others did not come to where this rank waited for them: one of them failed, hangs, or is gone."""
+
+
 class FirstRankFailed(SystemExit):
     """The first rank ended, and said why: the others end with its exit code and say nothing."""
 
@@ -52,12 +58,14 @@ class Ranks:
         rank: from 0. size: of all.
         side: the group of agreements; None where there is one process.
         timeout: seconds that ranks wait for each other.
+        beat: says where this rank is.
     """
 
     rank: int = 0
     size: int = 1
     side: Any = dataclasses.field(default=None, compare=False, repr=False)
     timeout: float = 600.0
+    beat: Heartbeat = dataclasses.field(default_factory=Heartbeat, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.size:
@@ -127,6 +135,16 @@ class Ranks:
             dist.all_reduce(found, dist.ReduceOp.MAX, group=self.side)
         return int(found)
 
+    def meet(self, at: str) -> None:
+        """Wait for all ranks, of which the first one's error names those that do not come.
+
+        Raises:
+            RanksApart: some do not come in time.
+        """
+        if self.size > 1:
+            with self._naming(at):
+                dist.monitored_barrier(self.side, datetime.timedelta(seconds=self.timeout), wait_all_ranks=True)
+
     def require_well(self) -> None:
         """Before work in which all ranks must take part.
 
@@ -158,11 +176,12 @@ class Ranks:
             if code:
                 raise FirstRankFailed(code)
             return found
+        self.beat.at(at)
         try:
             mine = find()
         except BaseException as error:
             with contextlib.suppress(RunError):  # the error itself is the news
-                self._from_first((_exit_code(error), None), at)
+                self._from_first((exit_code(error), None), at)
             raise
         return self._from_first((0, mine), at)[1]
 
@@ -175,17 +194,27 @@ class Ranks:
     @contextlib.contextmanager
     def _naming(self, at: str) -> Iterator[None]:
         try:
-            yield
+            with self.beat.waiting(at):
+                yield
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            first, where = (str(error).strip() or type(error).__name__).splitlines()[0], place()
+            where = place()
             limit = f"{where}{', ' * bool(where)}train.ranks_timeout = {self.timeout:g} s"
-            raise RunError(f"rank {self.rank} of {self.size}: the others did not come to {at} ({limit}): {first}") from error
+            at = f"{at} ({limit}): {_reason(error)}"
+            raise RanksApart(f"rank {self.rank} of {self.size}: the others did not come to {at}") from error
 
 
-def _exit_code(error: BaseException) -> int:
+def _reason(error: RuntimeError) -> str:
+    """What a library says went wrong, without where its source lies and its advice."""
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return re.sub(r"^\[\S+\] ", "", first).partition(". This is typically")[0]
+
+
+def exit_code(error: BaseException) -> int:
     """What the command line ends with for it."""
+    if isinstance(error, FirstRankFailed):
+        return int(error.code or 1)
     if isinstance(error, KeyboardInterrupt):
         return 128 + getattr(error, "signal", 2)
     return 2 if isinstance(error, InputError) else 1
@@ -237,7 +266,7 @@ def joined(device: torch.device, timeout: float = 600.0) -> Iterator[Ranks]:
         side = dist.new_group(backend="gloo", timeout=wait)
     except RuntimeError as error:
         raise RunError(f"the {size} ranks did not come together within {timeout:g} s: {error}") from error
-    ranks = Ranks(dist.get_rank(), size, side, timeout)
+    ranks = Ranks(dist.get_rank(), size, side, timeout, Heartbeat(dist.get_rank()))
     try:
         with contextlib.ExitStack() as logging:
             if folder := os.environ.get(LOG, ""):

@@ -328,5 +328,5 @@ def held_out_prompts(run: Run) -> int | None:
 
 
 def _marks(run: Run) -> list[tuple[float, str, str]]:
-    kinds = ("warning", "stop", "rollback", "memory", "resume", "signal")
+    kinds = ("warning", "stop", "rollback", "memory", "resume", "signal", "failure")
     return [(e.iteration, e.kind, f"{e.kind} at iteration {e.iteration}: {e.message}") for e in run.events if e.kind in kinds]

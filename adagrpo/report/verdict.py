@@ -109,7 +109,7 @@ def _finite(run: Run) -> Finding | None:
 def _events(run: Run) -> Finding | None:
     counts: dict[str, int] = {}
     for event in run.events:
-        if event.kind in ("warning", "stop", "rollback", "memory"):
+        if event.kind in ("warning", "stop", "rollback", "memory", "failure"):
             counts[event.kind] = counts.get(event.kind, 0) + 1
     if not counts:
         return None

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import math
 import signal
+import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -79,6 +80,7 @@ class Fit:
         self.exhibits = Exhibits(config.output, trainer, run, self.held_out, self.telling)
         self.category = prompt_category(self.config.data.prompts, trainer.stream.prompts)
         self._kernels_recorded: dict[str, str] = {}
+        self._unsound: list[str] = []
         if Derived(self.config).initial_model_read:
             trainer.model.keep_reference()
 
@@ -156,12 +158,23 @@ class Fit:
         quiet = None if self.trainer.ranks.writes else True
         bar = tqdm(total=total, initial=self.trainer.iterations_done, disable=quiet, unit="it", dynamic_ncols=True)
         with StopRequest(self.telling.say).listening() as stop, leaving_when(lambda: stop.signal is not None), bar:
-            if not bar.disable:
-                self.trainer.phase.listener = lambda phase: bar.set_description_str(f"{phase:9}")
+            self.trainer.phase.listener = self._listener(bar)
             try:
                 return self._iterate(loggers, stop, bar)
             except PartHung as error:
                 return self._leave(error, stop)
+
+    def _listener(self, bar: tqdm[Any]) -> Callable[[str], object]:
+        """Who is told of phases: the progress bar, and the heartbeat of a rank among several."""
+        beat = self.trainer.ranks.beat.at if self.trainer.ranks.size > 1 else None
+
+        def begun(phase: str) -> None:
+            if beat is not None:
+                beat(phase)
+            if not bar.disable:
+                bar.set_description_str(f"{phase:9}")
+
+        return begun
 
     def _iterate(self, loggers: Sequence[Dashboard], stop: StopRequest, bar: tqdm[Any]) -> Outcome:
         if self.trainer.iterations_done == 0:
@@ -211,16 +224,21 @@ class Fit:
     def _advance(self) -> dict[str, Any]:
         """One iteration of the trainer, and its record."""
         started = time.perf_counter()
+        self.trainer.ranks.beat.at("start", self.trainer.iterations_done + 1)
         self.meter.observe()
         if self.trainer.model.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.trainer.model.device)
         metrics = self.exhibits.iteration()
+        self.trainer.ranks.meet("the end of an iteration")  # before the host waits for the device
         self._record_kernels()
         done = self.trainer.iterations_done
         numbers, picked = read_metrics(metrics)
         mine = numbers | performance(self.trainer, time.perf_counter() - started)
         record: dict[str, Any] = {"iteration": done}
-        record |= of_all_ranks(self.trainer.ranks.all_of(mine, "the end of an iteration"))
+        unsound = f"rank {self.trainer.ranks.rank} on {socket.gethostname()}" if self.trainer.optimizer.read_unsound() else ""
+        found = self.trainer.ranks.all_of((mine, unsound), "the end of an iteration")
+        record |= of_all_ranks([numbers for numbers, _ in found])
+        self._unsound = [rank for _, rank in found if rank]
         if self.category is not None:
             record["selection/categories"] = dict(Counter(map(self.category, picked)))
         return record
@@ -266,6 +284,10 @@ class Fit:
         trips = self.state.guards.observe(record)
         decided: list[Trip] = []
         for trip in trips:
+            if trip.name == "non_finite" and self._unsound:
+                trip = dataclasses.replace(
+                    trip, message=f"{trip.message}; the gradients of {', '.join(self._unsound)} were not"
+                )
             if trip.action == "rollback" and not any(t.action == "rollback" for t in decided):
                 trip = self._roll_back(trip, record["iteration"])
             kind = {"warn": "warning"}.get(trip.action, trip.action)

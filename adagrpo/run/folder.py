@@ -20,19 +20,22 @@ from ..text.redaction import scrubbed
 from .belonging import require_own
 from .changes import NO_CHANGES, Changes, changed_keys, permitted
 from .checkpoint import load_records, newest_readable, newest_sound, tidy
+from .ended import ENDED
 from .machine import describe_machine
 from .records import Log
 
 EARLIER = "earlier-start-"
 MANIFEST = "manifest.json"
+RANKS = "ranks"
+"""Folder of what the ranks of a run say of themselves while they train, or did when one failed (``run.failing``)."""
 
 
 class RunFolder:
     """Paths and records of one run.
 
     Layout: ``config.toml``, ``manifest.json``, ``metrics.jsonl``, ``events.jsonl``, ``samples/``, ``checkpoints/``,
-    ``traces/``, ``base.json``, ``memory.json``, ``result.json``, ``report.html``. What is damaged is renamed to
-    ``NAME.damaged-N.EXT``.
+    ``traces/``, ``base.json``, ``memory.json``, ``result.json``, ``report.html``; of several ranks
+    ``ranks/``, and under torchrun ``ended.json``. What is damaged is renamed to ``NAME.damaged-N.EXT``.
 
     Args:
         lock: of the process that writes there.
@@ -363,7 +366,9 @@ def _is_aborted(path: Path) -> bool:
         return False
     empty = {entry for entry in path.iterdir() if entry.name in ("checkpoints", "samples") and entry.is_dir()}
     rest = {*path.iterdir(), *(inner for entry in empty for inner in entry.iterdir())} - empty
-    return all(_is_draft(entry) or entry.name.startswith((".owner.", EARLIER)) for entry in rest)
+    return all(
+        _is_draft(entry) or entry.name.startswith((".owner.", EARLIER)) or entry.name in (RANKS, ENDED) for entry in rest
+    )
 
 
 def _is_draft(path: Path) -> bool:

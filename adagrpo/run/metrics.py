@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,6 +31,8 @@ def performance(trainer: Trainer, seconds: float) -> dict[str, float]:
     record = {"perf/seconds": seconds}
     record |= {f"perf/{phase}_seconds": spent for phase, spent in phases.items()}
     record["perf/other_seconds"] = max(0.0, seconds - sum(phases.values()))
+    if trainer.ranks.size > 1:
+        record["perf/waited_seconds"] = trainer.ranks.beat.read_waited()
     record |= trainer.score.seconds()
     for phase, count in trainer.executor.counts.items():
         record |= {f"perf/{phase}_evaluations": count.evaluations, f"perf/{phase}_calls": count.calls}
@@ -49,7 +52,18 @@ def of_all_ranks(records: Sequence[dict[str, float]]) -> dict[str, float]:
                 found[name] = found.get(name, 0.0) + value
             elif name.startswith("mem/"):
                 found[name] = max(found[name], value)
-    return found
+    return found | (_spread(records) if len(records) > 1 else {})
+
+
+def _spread(records: Sequence[dict[str, float]]) -> dict[str, float]:
+    """How far apart the seconds of the ranks lie by phase, and who the others waited for: the rank that waited least."""
+    found = {}
+    for name in sorted({name for record in records for name in record if name.endswith("_seconds")}):
+        values = [record.get(name, 0.0) for record in records]
+        of = f"ranks/{name.partition('/')[2]}"
+        found |= {f"{of}_min": min(values), f"{of}_median": statistics.median(values), f"{of}_max": max(values)}
+    waited = [record.get("perf/waited_seconds", 0.0) for record in records]
+    return found | {"ranks/slowest": float(waited.index(min(waited)))}
 
 
 def reward_words(record: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from ..engine.ranks import Ranks
 from ..errors import InputError
 from ..recipe.keys import Config
 from .changes import NO_CHANGES
-from .folder import EARLIER, RunFolder
+from .folder import EARLIER, RANKS, RunFolder
 from .onlooker import Onlooker
 
 
@@ -103,7 +103,7 @@ def begin(run: RunFolder, config: Config, device: torch.device, extra: dict[str,
 
 def _set_aside(folder: Path) -> Path | None:
     """Move what an earlier start wrote; the recipe, by which a run is known, goes last."""
-    names = {path.name for path in folder.iterdir() if not path.name.startswith((".", EARLIER))} - {"checkpoints"}
+    names = {path.name for path in folder.iterdir() if not path.name.startswith((".", EARLIER))} - {"checkpoints", RANKS}
     if "config.toml" not in names:
         return None
     number = 1

@@ -69,6 +69,13 @@ def leaving() -> Iterator[None]:
         yield
 
 
+def ignore_signals() -> None:
+    """From now on none of them disturbs a process that is ending."""
+    if threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
+
 @contextlib.contextmanager
 def handling(numbers: Sequence[signal.Signals], handler: Handler) -> Iterator[None]:
     """Handle those of the signals that are not ignored; only the main thread can."""

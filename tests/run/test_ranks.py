@@ -10,35 +10,17 @@ import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from ranks_pool import Pool
-from toy import toy_config
+from toy_run import QUIET, lines, recipe
 
 from adagrpo import commands
 from adagrpo.engine.ranks import Ranks
-from adagrpo.recipe.keys import Config, GuardConfig, GuardsConfig, RewardConfig
+from adagrpo.recipe.keys import Config, GuardConfig
 from adagrpo.run.opening import opened_together
 from adagrpo.train import Trainer
-
-QUIET = GuardsConfig(
-    **{f.name: GuardConfig() for f in dataclasses.fields(GuardsConfig) if f.name != "max_rollbacks"}, max_rollbacks=1
-)
-
-
-def recipe(**sections) -> Config:
-    config = toy_config(
-        model={"family": "parts:model", "path": "", "device": "cpu"},
-        data={"prompts": "parts:prompts", "held_out": "parts:held_out"},
-        evaluation={"every": 3, "prompts": 5, "noises": 1, "final_prompts": 5, "final_noises": 1},
-        output={"grid_every": 3, "grid_prompts": 3, "checkpoint_every": 1, "keep_last": 9},
-        train={"iterations": 3, "slots": 2},
-        optimizer={"lr": 1e-2, "eps": 1e-3, "ema_decay": 0.5},
-        **sections,
-    )
-    return dataclasses.replace(config, rewards=(RewardConfig(name="parts:reward"),), guards=QUIET)
 
 
 def run(ranks: Ranks, config: Config, out: Path, resume: str | None = None, fault: str = "", rank: int = 0) -> tuple[int, str]:
@@ -91,15 +73,11 @@ def pool() -> Iterator[Pool]:
     made.close()
 
 
-def lines(out: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-    file = out / name
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
 def alike(one: Path, other: Path) -> None:
     """The same records, and in the last checkpoint the same weights and level."""
     for a, b in zip(lines(one), lines(other), strict=True):
-        assert a.keys() == b.keys()
+        a, b = ({key: value for key, value in record.items() if not key.startswith("ranks/")} for record in (a, b))
+        assert a.keys() - {"perf/waited_seconds"} == b.keys() - {"perf/waited_seconds"}
         for key, value in a.items():
             if key != "policy/ratio_deviation" and not key.endswith(("seconds", "_calls")):
                 assert b[key] == pytest.approx(value, rel=2e-4, abs=2e-5), key
@@ -120,6 +98,9 @@ def test_two_ranks_write_the_run_of_one_and_it_goes_on_at_either_size(pool: Pool
     assert code == other_code == 0 and "2 ranks, run folder" in said and "held-out reward" in said and silent == ""
     assert json.loads((two / "manifest.json").read_text())["ranks"] == 2
     assert names(one) == names(two)
+    for record in lines(two):
+        low, middle, high = (record[f"ranks/rollout_seconds_{name}"] for name in ("min", "median", "max"))
+        assert 0 < low <= middle <= high and middle == pytest.approx((low + high) / 2) and record["ranks/slowest"] in (0, 1)
     alike(one, two)
     for out, go_on in ((one, lambda *given: pool(run, *given)), (two, lambda *given: [run(Ranks(), *given)])):
         resumed = tmp_path / f"{out.name}-resumed"
