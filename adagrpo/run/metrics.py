@@ -57,7 +57,7 @@ def of_all_ranks(records: Sequence[dict[str, float]]) -> dict[str, float]:
 
 def _spread(records: Sequence[dict[str, float]]) -> dict[str, float]:
     """How far apart the seconds of the ranks lie by phase, and who the others waited for: the rank that waited least."""
-    found = {}
+    found: dict[str, float] = {}
     for name in sorted({name for record in records for name in record if name.endswith("_seconds")}):
         values = [record.get(name, 0.0) for record in records]
         of = f"ranks/{name.partition('/')[2]}"
