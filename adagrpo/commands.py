@@ -61,7 +61,7 @@ from .run.checkpoint import INDEX, verify
 from .run.ended import note_end
 from .run.failing import accounted
 from .run.fit import Fit
-from .run.folder import RunFolder
+from .run.folder import RANKS, RunFolder
 from .run.grid import to_pil
 from .run.loggers import check_loggers
 from .run.machine import code_versions
@@ -77,7 +77,7 @@ def train(config: Config, out: Path | None, resume: str | None, take_over: bool 
     """Train a checked recipe to its end, with all ranks that torchrun started; returns the exit code."""
     if threads := threads_per_rank():
         torch.set_num_threads(threads)
-    with joined(choose_device(config.model.device), config.train.ranks_timeout) as ranks:
+    with joined(choose_device(config.model.device), config.train.ranks_timeout, out and out.absolute() / RANKS) as ranks:
         dealt_slots(config, ranks)  # refused before any work
         with opened_together(ranks, config, out, resume, take_over) as (run, checkpoint), accounted(ranks, run):
             code = _train(config, run, checkpoint, ranks)

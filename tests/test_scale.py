@@ -27,10 +27,11 @@ if [ "$1" = show ]; then printf 'node-a\\nnode-b\\n'; else echo "$@" >> "$LOG/sc
 TORCHRUN = """#!/usr/bin/env python3
 import json, os, signal, sys, time
 from pathlib import Path
-log, end = Path(os.environ["LOG"]), os.environ["END"]
+log, end, code = Path(os.environ["LOG"]), os.environ["END"], os.environ["CODE"]
 def save(number, frame):
     time.sleep(0.5)
-    (log / "saved").touch()
+    if code:
+        (log / "runs/first/ended.json").write_text(json.dumps({"code": int(code), "why": ""}, indent=1))
     sys.exit(1)
 signal.signal(signal.SIGUSR1, save)
 (log / "started").write_text(json.dumps(sys.argv[1:]))
@@ -40,16 +41,22 @@ sys.exit(int(end))
 """
 
 
-def job(folder: Path, end: str) -> subprocess.Popen[bytes]:
-    """The script under a Slurm whose only node runs ``torchrun``, which ends as ``end`` says."""
+def job(folder: Path, end: str, code: str = "") -> subprocess.Popen[bytes]:
+    """The script under a Slurm whose only node runs ``torchrun``, which ends as ``end`` says.
+
+    Args:
+        code: of the run's end on purpose.
+    """
     (folder / "bin").mkdir()
+    (folder / "runs" / "first").mkdir(parents=True)
+    (folder / "runs" / "first" / "ended.json").write_text('{"code": 138}')  # an earlier job's
     for name, text in {"srun": SRUN, "scontrol": SCONTROL, "torchrun": TORCHRUN}.items():
         (folder / "bin" / name).write_text(text)
         (folder / "bin" / name).chmod(0o755)
     (folder / "job.sh").write_text(SCRIPT)
     slurm = {"SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "node-[a-b]", "SLURM_JOB_NUM_NODES": "2"}
     slurm |= {"SLURM_GPUS_ON_NODE": "8", "SLURM_CPUS_PER_TASK": "96"}
-    place = {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "LOG": str(folder), "END": end}
+    place = {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "LOG": str(folder), "END": end, "CODE": code}
     return subprocess.Popen(["bash", str(folder / "job.sh")], env=os.environ | slurm | place, cwd=folder)
 
 
@@ -73,13 +80,15 @@ def test_a_job_that_ends_by_itself_is_not_queued_again(end: str, tmp_path: Path)
     assert not (tmp_path / "scontrol").exists() and "--kill-on-bad-exit=0" in (tmp_path / "srun").read_text().splitlines()
 
 
-def test_a_job_whose_time_is_up_saves_first_and_is_queued_again(tmp_path: Path) -> None:
-    process, deadline = job(tmp_path, "signal"), time.monotonic() + 30
+@pytest.mark.parametrize(("code", "again"), [("138", True), ("", True), ("0", False), ("3", False)])
+def test_a_job_whose_time_is_up_is_queued_again_if_there_is_more_to_do(code: str, again: bool, tmp_path: Path) -> None:
+    process, deadline = job(tmp_path, "signal", code), time.monotonic() + 30
     while not (tmp_path / "started").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGUSR1)
     assert ended(process) == 1  # as torchrun ends after a signal
-    assert (tmp_path / "saved").exists() and (tmp_path / "scontrol").read_text() == "requeue 77\n"
+    assert (tmp_path / "scontrol").exists() == again
+    assert not again or (tmp_path / "scontrol").read_text() == "requeue 77\n"
 
 
 def torchruns() -> list[list[str]]:

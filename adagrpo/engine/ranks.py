@@ -12,7 +12,7 @@ import dataclasses
 import datetime
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -243,13 +243,21 @@ def local_rank() -> int:
     return int(os.environ["LOCAL_RANK"]) if world_size() > 1 else 0
 
 
+def record_flight(folder: Path, environment: MutableMapping[str, str]) -> None:
+    """Have NCCL keep its last collectives, and write them into ``folder`` on a time-out; what the user set stays."""
+    wanted = {"BUFFER_SIZE": "2000", "DUMP_TEMP_FILE": str(folder / "nccl-rank-")}
+    for name, value in {**{f"TORCH_FR_{name}": v for name, v in wanted.items()}, "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}.items():
+        environment.setdefault(name, value)
+
+
 @contextlib.contextmanager
-def joined(device: torch.device, timeout: float = 600.0) -> Iterator[Ranks]:
+def joined(device: torch.device, timeout: float = 600.0, dumps: Path | None = None) -> Iterator[Ranks]:
     """Within it this process works with all that torchrun started.
 
     Args:
         device: of tensors.
-        timeout: seconds that ranks wait for each other.
+        timeout: seconds that ranks wait for each other. NCCL waits a minute longer: it ends the process without a word.
+        dumps: folder for what NCCL's flight recorder knows when it gives up; it has to exist by then.
 
     Raises:
         RunError: they do not come together.
@@ -260,9 +268,12 @@ def joined(device: torch.device, timeout: float = 600.0) -> Iterator[Ranks]:
         return
     if threads := threads_per_rank():
         torch.set_num_threads(threads)
-    wait, backend = datetime.timedelta(seconds=timeout), "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    wait, cuda = datetime.timedelta(seconds=timeout), device.type == "cuda"
+    if cuda and dumps is not None:
+        record_flight(dumps, os.environ)
+    longer = wait + datetime.timedelta(minutes=1) if cuda else wait
     try:
-        dist.init_process_group(backend, timeout=wait, device_id=device if device.type == "cuda" else None)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=longer, device_id=device if cuda else None)
         side = dist.new_group(backend="gloo", timeout=wait)
     except RuntimeError as error:
         raise RunError(f"the {size} ranks did not come together within {timeout:g} s: {error}") from error

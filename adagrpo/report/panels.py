@@ -146,7 +146,19 @@ POLICY = (
     Panel("Mean ratio", "1 while the policy has not moved.", (Metric("policy/ratio_mean", "ratio"),)),
     Panel("Loss", "A policy-gradient loss; its level means little.", (Metric("policy/loss", "loss"),)),
 )
-TIME = (Panel("Time per iteration", "All phases together.", (Metric("perf/seconds", "iteration"),), zero=True, unit=" s"),)
+TIME = (
+    Panel("Time per iteration", "All phases together.", (Metric("perf/seconds", "iteration"),), zero=True, unit=" s"),
+    Panel(
+        "Waiting for other ranks",
+        "In an iteration. Ranks of equal speed wait equally long.",
+        tuple(Metric(f"ranks/waited_seconds_{which}", which) for which in ("max", "median", "min")),
+        zero=True,
+        unit=" s",
+    ),
+    Panel(
+        "Slowest rank", "The rank that waited least for the others.", (Metric("ranks/slowest", "rank", "points"),), zero=True
+    ),
+)
 MEMORY = (
     Panel("Memory", "Peak on the device.", (Metric("mem/peak_bytes", "peak", "plain", factor=_GIB),), zero=True, unit=" GiB"),
 )

@@ -13,6 +13,9 @@ from torch import Tensor
 from ..rewards import PromptRows
 from ..train import Trainer
 
+WAITED = "ranks/waited_seconds"
+"""Of one rank, before the records of all are one."""
+
 
 def read_metrics(metrics: Mapping[str, Any]) -> tuple[dict[str, float], list[str]]:
     """Metrics that are tensors or numbers, as numbers, and the picked prompts: the one copy to the host of an iteration."""
@@ -32,7 +35,7 @@ def performance(trainer: Trainer, seconds: float) -> dict[str, float]:
     record |= {f"perf/{phase}_seconds": spent for phase, spent in phases.items()}
     record["perf/other_seconds"] = max(0.0, seconds - sum(phases.values()))
     if trainer.ranks.size > 1:
-        record["perf/waited_seconds"] = trainer.ranks.beat.read_waited()
+        record[WAITED] = trainer.ranks.beat.read_waited()
     record |= trainer.score.seconds()
     for phase, count in trainer.executor.counts.items():
         record |= {f"perf/{phase}_evaluations": count.evaluations, f"perf/{phase}_calls": count.calls}
@@ -52,6 +55,7 @@ def of_all_ranks(records: Sequence[dict[str, float]]) -> dict[str, float]:
                 found[name] = found.get(name, 0.0) + value
             elif name.startswith("mem/"):
                 found[name] = max(found[name], value)
+    found.pop(WAITED, None)
     return found | (_spread(records) if len(records) > 1 else {})
 
 
@@ -62,7 +66,7 @@ def _spread(records: Sequence[dict[str, float]]) -> dict[str, float]:
         values = [record.get(name, 0.0) for record in records]
         of = f"ranks/{name.partition('/')[2]}"
         found |= {f"{of}_min": min(values), f"{of}_median": statistics.median(values), f"{of}_max": max(values)}
-    waited = [record.get("perf/waited_seconds", 0.0) for record in records]
+    waited = [record[WAITED] for record in records]
     return found | {"ranks/slowest": float(waited.index(min(waited)))}
 
 

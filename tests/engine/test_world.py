@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from adagrpo.build import choose_device
-from adagrpo.engine.ranks import joined, local_rank, world_size
+from adagrpo.engine.ranks import joined, local_rank, record_flight, world_size
 from adagrpo.errors import InputError
 
 TORCHRUN = {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
@@ -50,3 +52,10 @@ def test_a_rank_takes_the_device_of_its_number(rank: pytest.MonkeyPatch) -> None
     rank.setenv("LOCAL_RANK", "2")
     with pytest.raises(InputError, match="LOCAL_RANK = cuda:2: this machine has 2 CUDA devices"):
         choose_device("auto")
+
+
+def test_nccl_writes_what_it_knows_into_the_run_folder_unless_the_user_wants_it_elsewhere() -> None:
+    environment = {"TORCH_FR_BUFFER_SIZE": "7"}
+    record_flight(Path("/runs/first/ranks"), environment)
+    assert environment["TORCH_FR_DUMP_TEMP_FILE"] == "/runs/first/ranks/nccl-rank-"  # NCCL's own code appends the rank
+    assert environment["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1" and environment["TORCH_FR_BUFFER_SIZE"] == "7"

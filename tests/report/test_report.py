@@ -217,6 +217,18 @@ def test_seconds_failures_and_reasons_of_each_reward_are_drawn(tmp_path: Path) -
     assert "Failed by reward" not in Tree(build_report([write_run(tmp_path / "other")])).visible
 
 
+def test_how_long_ranks_wait_and_for_whom_is_drawn(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    waited = {f"ranks/waited_seconds_{name}": share for name, share in (("min", 0.1), ("median", 0.2), ("max", 0.9))}
+    records = [
+        r | {k: v * (1 + i % 3) for k, v in waited.items()} | {"ranks/slowest": i % 4} for i, r in enumerate(metrics(run))
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    visible = Tree(build_report([run])).visible
+    assert "Waiting for other ranks" in visible and "Slowest rank" in visible
+    assert "Slowest rank" not in Tree(build_report([write_run(tmp_path / "other")])).visible
+
+
 def test_nothing_is_loaded_from_elsewhere(page: str) -> None:
     tree = Tree(page)
     for tag, attrs in tree.tags:
