@@ -102,6 +102,17 @@ def test_anchors_of_several_seeds_and_tails_of_several_granularities() -> None:
     assert counts["rollout"] == (2 * 2 * 6 + tails, 6 + 5)
 
 
+def test_every_anchor_begins_from_noise_of_its_own() -> None:
+    """2 slots x 3 anchors in 2 draws: 12 latents of 48 standard normals before the first step, which forks."""
+    trainer = toy_trainer(toy_config(rollout={"seeds": 3}, selection={"candidates": 1}, advantage={"weight": 0.0}))
+    begun = []
+    for _ in range(2):
+        transitions = trainer.draw().samples.transitions
+        begun.append(transitions.latent[transitions.index == 6].flatten(1))
+    assert len(torch.cat(begun)) == 12
+    assert float(torch.pdist(torch.cat(begun)).min()) > 4  # of independent ones about 9.8
+
+
 def test_each_prompt_trains_a_step_of_its_own() -> None:
     """5 slots x 4 members x 6 steps in batches of 7: a row stores a transition, at its slot's step, which alone moves by noise;
     the steps change from iteration to iteration and do not depend on the batches."""
