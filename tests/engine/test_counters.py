@@ -113,6 +113,17 @@ def test_every_anchor_begins_from_noise_of_its_own() -> None:
     assert float(torch.pdist(torch.cat(begun)).min()) > 4  # of independent ones about 9.8
 
 
+@pytest.mark.parametrize(("shared", "noises"), [(True, 2), (False, 8)])
+def test_the_samples_of_a_group_begin_from_one_noise_or_each_from_its_own(shared: bool, noises: int) -> None:
+    """2 slots x 4 members."""
+    plain = {"selection": {"candidates": 1}, "advantage": {"weight": 0.0}, "loss": {"old_logp": "recompute"}}
+    trainer = toy_trainer(toy_config(rollout={"plan": "trajectory", "shared_noise": shared}, **plain))
+    transitions = trainer.draw().samples.transitions
+    begun = transitions.latent[transitions.index == 6].flatten(1)
+    assert len(begun) == 8 and len(begun.unique(dim=0)) == noises
+    assert [len(group.unique(dim=0)) for group in begun.chunk(2)] == [noises // 2] * 2
+
+
 def test_each_prompt_trains_a_step_of_its_own() -> None:
     """5 slots x 4 members x 6 steps in batches of 7: a row stores a transition, at its slot's step, which alone moves by noise;
     the steps change from iteration to iteration and do not depend on the batches."""
