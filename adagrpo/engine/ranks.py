@@ -24,10 +24,14 @@ from ..errors import InputError, RunError
 from ..parts.threads import threads_per_rank
 from .collectives import log_into, place
 from .heartbeat import Heartbeat
+from .meeting import met
 
 T = TypeVar("T")
 LOG = "ADAGRPO_COLLECTIVES"
 """Environment variable: a folder for the collectives of each rank, ``rank-N.jsonl``."""
+
+JOINING = 300.0
+"""Seconds that ranks have at least to come together: some import their libraries much later than others."""
 
 
 class MemoryElsewhere(RuntimeError):
@@ -271,13 +275,23 @@ def joined(device: torch.device, timeout: float = 600.0, dumps: Path | None = No
     wait, cuda = datetime.timedelta(seconds=timeout), device.type == "cuda"
     if cuda and dumps is not None:
         record_flight(dumps, os.environ)
-    longer = wait + datetime.timedelta(minutes=1) if cuda else wait
+    join = max(wait, datetime.timedelta(seconds=JOINING))
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=longer, device_id=device if cuda else None)
-        side = dist.new_group(backend="gloo", timeout=wait)
+        found, rank, _ = next(dist.rendezvous("env://", timeout=join))
+        store = dist.PrefixStore(met(found, rank, size, join.total_seconds()), found)
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        on = device if cuda else None
+        dist.init_process_group(backend, timeout=join, store=store, rank=rank, world_size=size, device_id=on)
+        side = dist.new_group(backend="gloo", timeout=join)
+        dist.barrier(side)
+    except RunError:
+        raise
     except RuntimeError as error:
-        raise RunError(f"the {size} ranks did not come together within {timeout:g} s: {error}") from error
-    ranks = Ranks(dist.get_rank(), size, side, timeout, Heartbeat(dist.get_rank()))
+        seconds = join.total_seconds()
+        raise RunError(f"the {size} ranks did not come together within {seconds:g} s: {_reason(error)}") from error
+    dist.distributed_c10d._set_pg_timeout(wait + datetime.timedelta(minutes=1) if cuda else wait)
+    dist.distributed_c10d._set_pg_timeout(wait, side)
+    ranks = Ranks(rank, size, side, timeout, Heartbeat(rank))
     try:
         with contextlib.ExitStack() as logging:
             if folder := os.environ.get(LOG, ""):

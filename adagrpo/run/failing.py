@@ -103,9 +103,10 @@ def _noting_end(run: RunFolder) -> Iterator[None]:
 
 def _begin(run: RunFolder, folder: Path) -> None:
     """Nothing of how an earlier start ended is left; what its first rank could not write down is told."""
-    if not any(word.rank == 0 for word in _words(folder)):
-        said, _ = first_failure(folder)
-        if said:
+    words = _words(folder)
+    if not any(word.rank == 0 for word in words):
+        of_survivors = [word.error for word in words if word.kind == "waited"]  # who hung then may be killed by now
+        if said := (of_survivors or [first_failure(folder)[0]])[0]:
             run.notices.append(f"the start before this one ended: {said}")
     _clear(folder)
     (run.path / ENDED).unlink(missing_ok=True)

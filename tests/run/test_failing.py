@@ -89,7 +89,7 @@ def test_a_killed_first_rank_is_named_by_the_other_and_the_next_start_goes_on_an
     assert f"adagrpo, rank 1: {name}" in said(base, "kill the first", 1)
     assert codes(base, "well@1 of kill the first") == [0, 0]
     events = lines(base / "kill the first", "events.jsonl")
-    assert f"the start before this one ended: {name}" in [event["message"] for event in events]
+    assert any(event["message"].startswith(f"the start before this one ended: {name}") for event in events)
     assert [record["iteration"] for record in lines(base / "kill the first")] == [1, 2, 3]
     assert not (base / "kill the first" / "ranks").exists()
 
