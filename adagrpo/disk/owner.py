@@ -97,6 +97,13 @@ def start_of(pid: int) -> str:
     return fields[19] if len(fields) > 19 else ""
 
 
+def began_at(pid: int) -> float | None:
+    """When a process began, in seconds since 1970; None where that is not known. Source: proc(5), btime of stat."""
+    booted = [line.split()[1] for line in _read(Path("/proc/stat")).splitlines() if line.startswith("btime ")]
+    ticks = start_of(pid)
+    return int(booted[0]) + int(ticks) / os.sysconf("SC_CLK_TCK") if booted and ticks else None
+
+
 def _stat(pid: int) -> list[str]:
     """The fields of proc(5)'s stat from the third, the state, on."""
     return _read(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split()

@@ -7,11 +7,13 @@ guard or a signal. Those are written down in the run folder; a restarted attempt
 from __future__ import annotations
 
 import datetime
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from ..disk.files import read_json, write_json
+from ..disk.owner import began_at
 
 ENDED = "ended.json"
 ON_PURPOSE = {
@@ -34,15 +36,21 @@ def note_end(folder: Path, code: int) -> None:
 
 
 def ended_before(out: Path | None) -> int | None:
-    """The exit code with which an attempt that torchrun restarted is to leave at once; None is to train."""
-    if out is None or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0").strip() in ("", "0"):
+    """The exit code with which an attempt that torchrun restarted is to leave at once; None is to train.
+
+    The count of restarts is one node's own: another one, whose ranks are started again because of that, knows it by an end that was
+    written while its torchrun was running.
+    """
+    if out is None:
         return None
     try:
         found = read_json(out / ENDED)
-    except (OSError, ValueError):
+        code, at = found["code"], datetime.datetime.fromisoformat(found["time"]).timestamp()
+    except (OSError, ValueError, TypeError, KeyError):
         return None
-    code = found.get("code") if isinstance(found, dict) else None
-    return code if isinstance(code, int) and code in ON_PURPOSE else None
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0").strip() not in ("", "0")
+    again = again or ("TORCHELASTIC_RUN_ID" in os.environ and at > (began_at(os.getppid()) or math.inf))
+    return code if again and code in ON_PURPOSE else None
 
 
 def launch_notice(environment: Mapping[str, str] = os.environ, proc: Path = Path("/proc")) -> str:

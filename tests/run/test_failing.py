@@ -8,15 +8,17 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from toy_run import lines, recipe
 
+from adagrpo.disk.owner import began_at
 from adagrpo.engine.heartbeat import Heartbeat, read_beats
 from adagrpo.recipe.keys import GuardsConfig
 from adagrpo.recipe.load import to_toml
-from adagrpo.run.ended import ended_before, launch_notice
+from adagrpo.run.ended import ended_before, launch_notice, note_end
 from adagrpo.run.failing import first_failure
 
 HERE = Path(__file__).parent
@@ -110,11 +112,24 @@ def test_what_ended_on_purpose_is_not_started_again_by_torchrun(case: str, code:
 
 
 def test_an_end_counts_for_restarted_attempts_only(tmp_path: Path, monkeypatch) -> None:
-    (tmp_path / "ended.json").write_text('{"code": 3}')
+    (tmp_path / "ended.json").write_text('{"code": 3, "time": "2020-01-01T00:00:00+00:00"}')
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     assert ended_before(tmp_path) is None
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
     assert ended_before(tmp_path) == 3 and ended_before(None) is None
-    (tmp_path / "ended.json").write_text('{"code": 1}')
+    (tmp_path / "ended.json").write_text('{"code": 1, "time": "2020-01-01T00:00:00+00:00"}')
+    assert ended_before(tmp_path) is None
+
+
+def test_another_nodes_restart_is_known_by_an_end_since_torchrun_began(tmp_path: Path, monkeypatch) -> None:
+    assert -2 < time.time() - (began_at(os.getpid()) or 0) < 3600 and began_at(2**30) is None
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    note_end(tmp_path, 138)
+    assert not (tmp_path / "ended.json").exists()  # torchrun is not there to start anything again
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    note_end(tmp_path, 138)
+    assert ended_before(tmp_path) == 138
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
     assert ended_before(tmp_path) is None
 
 
