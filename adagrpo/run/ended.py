@@ -38,8 +38,8 @@ def note_end(folder: Path, code: int) -> None:
 def ended_before(out: Path | None) -> int | None:
     """The exit code with which an attempt that torchrun restarted is to leave at once; None is to train.
 
-    The count of restarts is one node's own: another one, whose ranks are started again because of that, knows it by an end that was
-    written while its torchrun was running.
+    The count of restarts is one node's own: another one, whose ranks are started again because of that, knows it by an end that
+    was written while its torchrun was running.
     """
     if out is None:
         return None

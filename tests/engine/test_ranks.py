@@ -20,7 +20,7 @@ from toy import PROMPTS, ToyModel, toy_config
 
 from adagrpo.build import assemble
 from adagrpo.engine.collectives import Call, CollectiveLog
-from adagrpo.engine.ranks import Ranks
+from adagrpo.engine.ranks import Ranks, RanksApart
 from adagrpo.engine.retry import attempts
 from adagrpo.errors import InputError, RunError
 from adagrpo.recipe.keys import Config, EngineConfig, RewardConfig
@@ -215,6 +215,26 @@ def left_alone(ranks: Ranks) -> str:
 def test_a_rank_that_waits_in_vain_says_where(pool: Pool) -> None:
     told = r"rank 0 of 2: the others did not come to the end of sampling \(engine/retry\.py:\d+, train\.ranks_timeout = 1 s\): "
     assert re.match(told, pool(left_alone)[0])
+
+
+def missed(ranks: Ranks) -> str:
+    """What the first rank is told of one that does not come to where all meet."""
+    side = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=10))
+    if ranks.rank:
+        time.sleep(1.5)
+        return ""
+    try:
+        dataclasses.replace(ranks, side=side, timeout=0.5).meet("the end of an iteration")
+    except RanksApart as error:
+        return str(error)
+    return "nothing"
+
+
+def test_where_all_meet_the_one_that_is_missing_is_named_in_the_set_time(pool: Pool) -> None:
+    began = time.monotonic()
+    told = pool(missed)[0]
+    assert "the others did not come to the end of an iteration (" in told and "Ranks 1 failed to pass monitoredBarrier" in told
+    assert time.monotonic() - began < 10  # the group's own time is longer
 
 
 def sharded(ranks: Ranks) -> list[Call]:
