@@ -218,23 +218,21 @@ def test_a_rank_that_waits_in_vain_says_where(pool: Pool) -> None:
 
 
 def missed(ranks: Ranks) -> str:
-    """What the first rank is told of one that does not come to where all meet."""
-    side = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=10))
+    """What the first rank is told of one that does not come to where all meet, in less than the group's own time."""
+    side, began = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=60)), time.monotonic()
     if ranks.rank:
         time.sleep(1.5)
         return ""
     try:
         dataclasses.replace(ranks, side=side, timeout=0.5).meet("the end of an iteration")
     except RanksApart as error:
-        return str(error)
+        return str(error) if time.monotonic() - began < 30 else "late"
     return "nothing"
 
 
 def test_where_all_meet_the_one_that_is_missing_is_named_in_the_set_time(pool: Pool) -> None:
-    began = time.monotonic()
     told = pool(missed)[0]
     assert "the others did not come to the end of an iteration (" in told and "Ranks 1 failed to pass monitoredBarrier" in told
-    assert time.monotonic() - began < 10  # the group's own time is longer
 
 
 def sharded(ranks: Ranks) -> list[Call]:
