@@ -155,10 +155,9 @@ def dry_run(config: Config, out: Path | None = None, resume: str | None = None) 
     d = Derived(config)
     new = d.unseen_iterations(len(prompts)) if d.looks_at_unseen else 0
     if new < config.train.iterations:
-        print(f"evaluations per iteration: {_counts(planned_evaluations(config))}")
+        print(f"evaluations per iteration: {_evaluations(config)}")
     if new:
-        counts = _counts(planned_evaluations(config, unseen=True))
-        print(f"evaluations in each of the first {new}, whose candidates are looked at: {counts}")
+        print(f"evaluations in each of the first {new}, whose candidates are looked at: {_evaluations(config, unseen=True)}")
     rows = d.rows_per_image
     guidance = f"an evaluation is of one image, {rows} rows of the transformer (model.guidance)" if rows > 1 else None
     for notice in (guidance, repeats_notice(config, len(prompts)), *prompt_notes(prompts, held_out)):
@@ -167,8 +166,8 @@ def dry_run(config: Config, out: Path | None = None, resume: str | None = None) 
     return 0
 
 
-def _counts(evaluations: dict[str, int]) -> str:
-    return ", ".join(f"{phase} {n}" for phase, n in evaluations.items())
+def _evaluations(config: Config, unseen: bool = False) -> str:
+    return ", ".join(f"{phase} {n}" for phase, n in planned_evaluations(config, unseen=unseen).items())
 
 
 def report(folders: Sequence[Path], out: Path | None) -> int:
@@ -304,6 +303,7 @@ PROFILES = Path("profiles")
 
 def profile(config: Config, recipe: Config, iterations: int, out: Path | None) -> int:
     """Record whole iterations of a checked recipe into a folder of profiles; ``recipe`` is what its file says."""
+    from .bench.measure import pass_new_prompts
     from .profiling.summary import device_slug, write_profile
 
     require_within("--iterations", iterations, 1, 10**5)
@@ -311,6 +311,7 @@ def profile(config: Config, recipe: Config, iterations: int, out: Path | None) -
     config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, overlap=False))
     with holding(OwnerLock(folder, "profile", f"--out {folder}")):
         trainer, _ = build_trainer(config)
+        pass_new_prompts(trainer, config)
         print(write_profile(trainer, config, recipe, iterations, folder))
     print(folder)
     return 0

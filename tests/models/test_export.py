@@ -139,7 +139,9 @@ def test_stock_diffusers_draws_our_pictures_by_the_printed_program(case: str, tm
 def test_a_rounding_that_diffusers_does_not_know_is_told(tmp_path, capsys) -> None:
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(
-        (tiny_flux_path().parents[1] / "recipe" / "tiny.toml").read_text().replace("[model]", "[model]\ntimestep = 'bf16'")
+        (tiny_flux_path().parents[1] / "recipe" / "shipped" / "tiny.toml")
+        .read_text()
+        .replace("[model]", "[model]\ntimestep = 'bf16'")
     )
     assert main(["export", str(recipe), str(tmp_path / "out")]) == 0
     text = capsys.readouterr().out
