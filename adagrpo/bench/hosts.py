@@ -39,11 +39,12 @@ def hosts_page(page: str, results: Path) -> str:
         results: folder of the records, of which ``PREDICTED`` and ``STUDY`` may be two.
     """
 
-    def read(path: Path, key: str) -> Any:
-        return json.loads(read_text(path, str(path), LARGEST))[key] if path.is_file() else {}
+    def read(path: Path) -> Any:
+        return json.loads(read_text(path, str(path), LARGEST)) if path.is_file() else {"recipes": {}, "rows": [], "pairs": []}
 
-    predicted, studied = read(results / PREDICTED, "recipes"), read(results / STUDY, "rows")
-    tables = {"keys": keys_table(), "cost": cost_table(predicted), "study": study_table(studied)}
+    predicted, studied = read(results / PREDICTED)["recipes"], read(results / STUDY)
+    study = f"{study_table(studied['rows'])}\n{pairs_table(studied['pairs'])}"
+    tables = {"keys": keys_table(), "cost": cost_table(predicted), "study": study}
     return MARK.sub(lambda found: f"{found[1]}\n{tables[found[2]]}\n{found[3]}", page)
 
 
@@ -73,13 +74,23 @@ def study_table(rows: Iterable[dict[str, Any]]) -> str:
     head = ["prompts", "host", "arm", "seeds", "end", "gain", "more than plain", "detectable", "evaluations"]
     lines = []
     for row in rows:
-        said = lambda key, low, high: f"{row[key]:+.3f} ({row[low]:+.3f} … {row[high]:+.3f})"  # noqa: B023, E731
-        against = [said("difference", "low", "high"), f"{row['detectable']:.3f}"] if "difference" in row else ["", ""]
+        against = [_interval(row, "difference"), f"{row['detectable']:.3f}"] if "difference" in row else ["", ""]
         names = [f"`{row['prompts']}`", row["host"], row["arm"], str(row["seeds"])]
-        lines.append(
-            [*names, f"{row['after']:.3f}", said("gain", "gain_low", "gain_high"), *against, f"{row['evaluations']:,.0f}"]
-        )
+        lines.append([*names, f"{row['after']:.3f}", _interval(row, "gain", "gain_"), *against, f"{row['evaluations']:,.0f}"])
     return _table(head, lines)
+
+
+def pairs_table(rows: Iterable[dict[str, Any]]) -> str:
+    """One row for each two arms of the study that are held against each other."""
+    head = ["prompts", "host", "arm", "seeds", "more than", "difference", "detectable"]
+    names = ("prompts", "host", "arm", "seeds", "reference")
+    return _table(
+        head, ([*(str(row[n]) for n in names), _interval(row, "difference"), f"{row['detectable']:.3f}"] for row in rows)
+    )
+
+
+def _interval(row: dict[str, Any], key: str, limits: str = "") -> str:
+    return f"{row[key]:+.3f} ({row[f'{limits}low']:+.3f} … {row[f'{limits}high']:+.3f})"
 
 
 def evaluations(config: Config) -> float:

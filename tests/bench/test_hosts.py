@@ -5,7 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from adagrpo.bench.hosts import PREDICTED, cost_table, evaluations, host_recipes, hosts_page, keys_table, study_table
+from adagrpo.bench.hosts import (
+    PREDICTED,
+    cost_table,
+    evaluations,
+    host_recipes,
+    hosts_page,
+    keys_table,
+    pairs_table,
+    study_table,
+)
 from adagrpo.forecast import planned_evaluations
 from adagrpo.recipe.load import load_recipe
 
@@ -54,6 +63,8 @@ def test_what_a_study_says() -> None:
     first, second = study_table([plain, other]).splitlines()[2:]
     assert first == "| `p` | h | plain | 5 | 0.400 | -0.200 (-0.250 … -0.150) |  |  | 1,234 |"
     assert second.endswith("| +0.100 (-0.050 … +0.250) | 0.200 | 1,234 |")
+    (pair,) = pairs_table([other | {"reference": "plain"}]).splitlines()[2:]
+    assert pair == "| p | h | other | 5 | plain | +0.100 (-0.050 … +0.250) | 0.200 |"
 
 
 def test_only_what_stands_between_marks_is_written(tmp_path) -> None:

@@ -40,6 +40,14 @@ PLAIN, ADA, FLOORED = "plain", "AdaGRPO, full", "plain, floored"
 HOSTS = {"fork": "tiny-grpo", "Flow-GRPO": "tiny-flow-grpo", "DanceGRPO": "tiny-dance-grpo", "Flow-CPS": "tiny-flow-cps"}
 BLIND = {"AdaGRPO, memory, blind": "memory-blind", "AdaGRPO, memory, blind, 2 finalists": "memory-2"}
 PROBES = {"AdaGRPO, memory": "memory", "AdaGRPO, short-4": "short-4"}
+PAIRS = [
+    (ADA, "AdaGRPO, short-4"),
+    (ADA, "AdaGRPO, memory"),
+    ("AdaGRPO, memory, blind", "AdaGRPO, memory"),
+    (FLOORED, ADA),
+    (FLOORED, "AdaGRPO, full, floored"),
+]
+"""Arms of fork on dusty prompts that are also held against each other."""
 CHANGES: dict[str, dict[str, dict[str, Any]]] = {
     "train": {"iterations": 30, "slots": 8},
     "evaluation": {"every": 0, "final_prompts": 150, "final_noises": 6},
@@ -116,6 +124,23 @@ def rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+def pairs(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The differences of ``PAIRS``, with their 95 % t intervals; those of fewer than two seeds are left out."""
+    found = []
+    for names in PAIRS:
+        ends = [
+            {r["seed"]: r["after"] for r in results if (r["prompts"], r["probe"]) == (DUSTY, f"fork: {name}")} for name in names
+        ]
+        seeds = sorted(ends[0].keys() & ends[1].keys())
+        if len(seeds) < 2:
+            continue
+        reference, other = ([each[seed] for seed in seeds] for each in ends)
+        row = {"prompts": DUSTY, "host": "fork", "reference": names[0], "arm": names[1], "seeds": len(seeds)}
+        row |= dict(zip(("difference", "low", "high"), paired_interval(reference, other), strict=True))
+        found.append(row | {"detectable": detectable_difference(reference, other)})
+    return found
+
+
 def main() -> int:
     """Train what the log lacks, and write the record."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -134,7 +159,9 @@ def main() -> int:
     done = read_log(args.log)
     results = [done[digest(arm.config)] for arm in wanted if digest(arm.config) in done]
     record = {"case": f"prompts that cannot be learnt: {len(results)} of {len(wanted)} trainings", "rows": rows(results)}
-    write_json(RECORD, record | {"trainings": results, "machine": describe_machine(torch.device("cpu"))})
+    write_json(
+        RECORD, record | {"pairs": pairs(results), "trainings": results, "machine": describe_machine(torch.device("cpu"))}
+    )
     print(RECORD)
     return 0
 
