@@ -275,22 +275,20 @@ def joined(device: torch.device, timeout: float = 600.0, dumps: Path | None = No
     wait, cuda = datetime.timedelta(seconds=timeout), device.type == "cuda"
     if cuda and dumps is not None:
         record_flight(dumps, os.environ)
-    join = max(wait, datetime.timedelta(seconds=JOINING))
+    longer = wait + datetime.timedelta(minutes=1) if cuda else wait
+    join = max(timeout, JOINING)
     try:
-        found, rank, _ = next(dist.rendezvous("env://", timeout=join))
-        store = dist.PrefixStore(met(found, rank, size, join.total_seconds()), found)
-        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        on = device if cuda else None
-        dist.init_process_group(backend, timeout=join, store=store, rank=rank, world_size=size, device_id=on)
-        side = dist.new_group(backend="gloo", timeout=join)
-        dist.barrier(side)
-    except RunError:
-        raise
+        found, rank, _ = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=join)))
+        store = dist.PrefixStore(met(found, rank, size, join), found)
+    except dist.DistError as error:
+        raise RunError(f"the {size} ranks did not come together within {join:g} s: {_reason(error)}") from error
+    backend, on = ("cpu:gloo,cuda:nccl", device) if cuda else ("gloo", None)
+    try:
+        # The times are set here: gloo keeps some of those that it began with.
+        dist.init_process_group(backend, timeout=longer, store=store, rank=rank, world_size=size, device_id=on)
+        side = dist.new_group(backend="gloo", timeout=wait)
     except RuntimeError as error:
-        seconds = join.total_seconds()
-        raise RunError(f"the {size} ranks did not come together within {seconds:g} s: {_reason(error)}") from error
-    dist.distributed_c10d._set_pg_timeout(wait + datetime.timedelta(minutes=1) if cuda else wait)
-    dist.distributed_c10d._set_pg_timeout(wait, side)
+        raise RunError(f"the {size} ranks did not connect within {timeout:g} s: {_reason(error)}") from error
     ranks = Ranks(rank, size, side, timeout, Heartbeat(rank))
     try:
         with contextlib.ExitStack() as logging:
