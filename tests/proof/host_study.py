@@ -101,7 +101,7 @@ def arms() -> list[Arm]:
 
 def rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each arm's end reward and gain, and its difference to the plain arm of its host, with their 95 % t intervals; arms of
-    fewer than two seeds are left out."""
+    fewer than three seeds are left out."""
     found = []
     for prompts, name, arm, _ in cases():
         mine, plain = (
@@ -109,7 +109,7 @@ def rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             for which in (arm, PLAIN)
         )
         seeds = sorted(mine.keys() & plain.keys())
-        if len(seeds) < 2:
+        if len(seeds) < 3:
             continue
         before, ends, reference = (
             [of[seed][key] for seed in seeds] for of, key in ((mine, "before"), (mine, "after"), (plain, "after"))
@@ -125,14 +125,14 @@ def rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def pairs(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The differences of ``PAIRS``, with their 95 % t intervals; those of fewer than two seeds are left out."""
+    """The differences of ``PAIRS``, with their 95 % t intervals; those of fewer than three seeds are left out."""
     found = []
     for names in PAIRS:
         ends = [
             {r["seed"]: r["after"] for r in results if (r["prompts"], r["probe"]) == (DUSTY, f"fork: {name}")} for name in names
         ]
         seeds = sorted(ends[0].keys() & ends[1].keys())
-        if len(seeds) < 2:
+        if len(seeds) < 3:
             continue
         reference, other = ([each[seed] for seed in seeds] for each in ends)
         row = {"prompts": DUSTY, "host": "fork", "reference": names[0], "arm": names[1], "seeds": len(seeds)}
