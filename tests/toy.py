@@ -152,3 +152,17 @@ def toy_trainer(config: Config, model: ToyModel | None = None, reward=half_brigh
     trainer = assemble(config, model or ToyModel(), [reward] * len(config.rewards), PROMPTS)
     trainer.config = config
     return trainer
+
+
+def run_out_of_memory_once(trainer) -> list[int]:
+    """Memory runs out in the trainer's next rollout only, which it does not print; a list that is empty until then."""
+    rollout, failed = trainer.rollout, []
+
+    def once(*args):
+        if not failed:
+            failed.append(1)
+            raise torch.OutOfMemoryError
+        return rollout(*args)
+
+    trainer.rollout, trainer.notices.say = once, lambda message: None
+    return failed

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
-from toy import PROMPTS, ToyModel, half_bright, recorded, toy_config, toy_trainer
+from toy import PROMPTS, ToyModel, half_bright, recorded, run_out_of_memory_once, toy_config, toy_trainer
 
 from adagrpo.algorithm.sde import Stream
 from adagrpo.algorithm.selection import CapabilityState, closest_distance, select_prompt
@@ -423,16 +423,9 @@ def test_a_resumed_run_picks_what_the_uninterrupted_one_does(probe: str) -> None
 
 def test_a_draw_that_ran_out_of_memory_is_repeated_from_the_same_state() -> None:
     trainer = toy_trainer(recipe("memory"))
-    rollout, failed = trainer.rollout, []
-
-    def once(*args):
-        if not failed:
-            failed.append(1)
-            raise torch.OutOfMemoryError
-        return rollout(*args)
-
-    trainer.rollout, trainer.notices.say = once, lambda message: None
+    failed = run_out_of_memory_once(trainer)
     trainer.iteration()
+    assert failed
     halved = EngineConfig(max_rows=trainer.executor.limit.max_rows)  # the same batches round alike on every processor
     calm = toy_trainer(dataclasses.replace(recipe("memory"), engine=halved))
     calm.iteration()

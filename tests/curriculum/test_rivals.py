@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy import stats
 from torch import Tensor
-from toy import half_bright, toy_config, toy_trainer
+from toy import half_bright, run_out_of_memory_once, toy_config, toy_trainer
 
 from adagrpo.algorithm.rivals import MIXED, BetaRecord, ChainRecord, SkipRecord
 from adagrpo.algorithm.sde import Stream, philox_uniform
@@ -142,15 +142,7 @@ def test_a_floor_under_the_spread_feeds_the_level_too() -> None:
 @pytest.mark.parametrize("probe", RIVALS)
 def test_a_draw_that_ran_out_of_memory_is_repeated_from_the_same_state(probe: str) -> None:
     trainer = toy_trainer(recipe(probe), reward=three_kinds)
-    rollout, failed = trainer.rollout, []
-
-    def once(*args):
-        if not failed:
-            failed.append(1)
-            raise torch.OutOfMemoryError
-        return rollout(*args)
-
-    trainer.rollout, trainer.notices.say = once, lambda message: None
+    failed = run_out_of_memory_once(trainer)
     halved = EngineConfig(max_rows=2)
     trainer.iteration()
     assert trainer.executor.limit.max_rows == halved.max_rows
